@@ -1,0 +1,142 @@
+"""Every error this package raises on purpose, in one tree.
+
+Promises: callers act by class, humans read the message, and nothing else is
+needed to answer a request or to end a stream.
+Stands beside the corridor: every room may import it, it imports nothing.
+Does not belong here: turning an error into bytes (`web.errors`, `sse`).
+
+    SseLabelsError
+    ├── ConfigError               names the setting, its value, what was expected
+    │   └── SchemaError           the database is not one this program can serve from
+    ├── DatabaseUnavailable       the driver's error is its __cause__
+    ├── BrokenPromise             an order or a completeness of ours did not hold
+    ├── RequestError              has .status and .name, becomes the JSON answer
+    │   ├── InvalidRequest 400, FutureCursor 400
+    │   ├── AuthRequired 401, Forbidden 403, PayloadTooLarge 413
+    │   └── InvalidLabel 422, TooManyConnections 503, NotReady 503
+    └── StreamClosed              has .name, becomes the stream's last event
+        ├── ConsumerTooSlow
+        └── ServerStopping
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+
+class SseLabelsError(Exception):
+    """The base of all errors of this package."""
+
+
+class ConfigError(SseLabelsError):
+    """A setting that cannot be used; the message names its key, its value, what was expected."""
+
+    def __init__(self, key: str, value: object, expected: str) -> None:
+        super().__init__(f"{key}: got {value!r}, expected {expected}")
+        self.key = key
+        self.value = value
+        self.expected = expected
+
+
+class SchemaError(ConfigError):
+    """The database answers, but its schema or its role is not one this program can serve from."""
+
+
+class DatabaseUnavailable(SseLabelsError):
+    """The database did not answer, or answered with an error; the driver's error is `__cause__`."""
+
+
+class BrokenPromise(SseLabelsError):
+    """A promise of this service did not hold (a hole, a step back); never papered over."""
+
+
+class RequestError(SseLabelsError):
+    """A request that is answered with `status` and `{"error": name, "message": str(self)}`."""
+
+    status = 400
+    name = "InvalidRequest"
+    #: Extra response headers, e.g. `WWW-Authenticate`.
+    headers: Mapping[str, str] = MappingProxyType({})
+
+
+class InvalidRequest(RequestError):
+    """The request itself is wrong; asking again the same way cannot help."""
+
+
+class FutureCursor(RequestError):
+    """The cursor lies beyond the newest seq that the database knows."""
+
+    name = "FutureCursor"
+
+
+class AuthRequired(RequestError):
+    """No token, or one that nobody here knows (RFC 6750, section 3)."""
+
+    status = 401
+    name = "AuthRequired"
+    headers = MappingProxyType({"WWW-Authenticate": 'Bearer realm="sse-labels"'})
+
+
+class Forbidden(RequestError):
+    """The token is known, the right is missing."""
+
+    status = 403
+    name = "Forbidden"
+
+
+class PayloadTooLarge(RequestError):
+    """The body is over the limit."""
+
+    status = 413
+    name = "PayloadTooLarge"
+
+
+class InvalidLabel(RequestError):
+    """A label breaks the lexicon; the message names its index in the request and the field."""
+
+    status = 422
+    name = "InvalidLabel"
+
+    def __init__(self, field: str, problem: str, index: int | None = None) -> None:
+        where = field if index is None else f"labels[{index}]" + (f".{field}" if field else "")
+        super().__init__(f"{where}: {problem}" if where else problem)
+        self.field = field
+        self.problem = problem
+        self.index = index
+
+    def at(self, index: int) -> InvalidLabel:
+        """Return the same error for the label at `index` (from 0) of a request."""
+        return InvalidLabel(self.field, self.problem, index)
+
+
+class TooManyConnections(RequestError):
+    """The server holds as many streams as it may."""
+
+    status = 503
+    name = "TooManyConnections"
+
+
+class NotReady(RequestError):
+    """The database is away or the sequencer has no head yet; try again soon."""
+
+    status = 503
+    name = "NotReady"
+
+
+class StreamClosed(SseLabelsError):
+    """A stream ends; `name` and the message become its last event."""
+
+    name = "StreamClosed"
+
+
+class ConsumerTooSlow(StreamClosed):
+    """More events waited for the consumer than its outbox may hold."""
+
+    name = "ConsumerTooSlow"
+
+
+class ServerStopping(StreamClosed):
+    """The server shuts down; reconnecting with the last id loses nothing."""
+
+    name = "ServerStopping"
