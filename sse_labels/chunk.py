@@ -1,0 +1,168 @@
+"""A chunk: a run of consecutive events, encoded once and shared by all connections.
+
+Promises: immutable; its bytes are the frames of exactly the events with
+`start < seq <= end`, increasing, each whole; `after(cursor)` is a slice, never
+a new encoding; `select(narrowed)` keeps `start` and `end`, because a filter
+hides events and not positions.
+Stands in the corridor between the store, which makes chunks out of rows, and
+everything behind it, which only hands them on.
+Does not belong here: where rows come from, who receives a chunk and when.
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import pairwise
+from sys import intern
+from typing import Any, NamedTuple
+
+from sse_labels.errors import BrokenPromise
+from sse_labels.filters import Filter
+from sse_labels.labels import label_json
+from sse_labels.sse import encode_frame
+
+#: One row as the SQL blocks return it: id, src, uri, cid, val, neg, cts, exp, sig.
+Row = tuple[Any, ...]
+
+#: What an event costs in memory beside its bytes and its URI: seq and offset
+#: (8 each), the key's tuple (64) and the URI's string header (49), by
+#: `sys.getsizeof` on CPython 3.11; src and val are interned.
+EVENT_OVERHEAD_BYTES = 129
+
+
+class Key(NamedTuple):
+    """What a filter looks at."""
+
+    src: str
+    uri: str
+    val: str
+
+
+class Chunk:
+    """Consecutive events with `start < seq <= end`, each encoded once.
+
+    `start` is exclusive like every cursor: the chunk continues whoever stands at
+    `start`, and moves them to `end`. Between the two may be seqs without an event.
+    """
+
+    __slots__ = ("_keys", "_offsets", "end", "seqs", "start", "wire")
+
+    def __init__(
+        self,
+        start: int,
+        end: int,
+        seqs: array[int],
+        frames: Sequence[str | bytes],
+        keys: Sequence[Key] | None,
+    ) -> None:
+        self.start = start
+        self.end = end
+        self.seqs = seqs
+        self._keys = keys
+        offsets = array("q", [0])
+        total = 0
+        for frame in frames:
+            total += len(frame)
+            offsets.append(total)
+        self._offsets = offsets
+        # HTTP/1.1 chunked coding (RFC 9112, section 7.1) is made here, once, not per connection.
+        if frames and isinstance(frames[0], str):
+            data = "".join(frames).encode("ascii")  # type: ignore[arg-type]
+        else:
+            data = b"".join(frames)  # type: ignore[arg-type]
+        self.wire = b"%x\r\n%b\r\n" % (total, data) if total else b""
+
+    def __len__(self) -> int:
+        return len(self.seqs)
+
+    def __repr__(self) -> str:
+        return f"<Chunk ({self.start}, {self.end}] {len(self)} events>"
+
+    @property
+    def data(self) -> bytes:
+        """The frames without HTTP's chunked coding around them."""
+        return bytes(self._view())
+
+    @property
+    def nbytes(self) -> int:
+        """The memory that this chunk holds, in bytes, near enough to bound a ring by it."""
+        uris = 0 if self._keys is None else sum(len(key.uri) for key in self._keys)
+        return len(self.wire) + uris + EVENT_OVERHEAD_BYTES * (len(self) + 1)
+
+    def after(self, cursor: int) -> Chunk:
+        """Return the part that a consumer at `cursor` has not seen; self when that is all of it."""
+        if cursor <= self.start:
+            return self
+        first = bisect_right(self.seqs, cursor)
+        keys = None if self._keys is None else self._keys[first:]
+        return Chunk(min(cursor, self.end), self.end, self.seqs[first:], self._frames(first), keys)
+
+    def select(self, narrowed: Filter | None) -> Chunk:
+        """Return the events that `narrowed` lets through, over the same positions."""
+        if narrowed is None:
+            return self
+        if self._keys is None:
+            raise BrokenPromise(f"{self!r} was made without keys and cannot be filtered")
+        matches = narrowed.matches
+        kept = [i for i, key in enumerate(self._keys) if matches(key.src, key.uri, key.val)]
+        if len(kept) == len(self):
+            return self
+        frames = self._frames(0)
+        return Chunk(
+            self.start,
+            self.end,
+            array("q", [self.seqs[i] for i in kept]),
+            [frames[i] for i in kept],
+            [self._keys[i] for i in kept],
+        )
+
+    def _view(self) -> memoryview:
+        head = self.wire.find(b"\n") + 1
+        return memoryview(self.wire)[head : head + self._offsets[-1]]
+
+    def _frames(self, first: int) -> list[bytes]:
+        view = self._view()
+        return [bytes(view[begin:end]) for begin, end in pairwise(self._offsets[first:])]
+
+
+def encode_rows(
+    rows: Sequence[Row],
+    *,
+    start: int,
+    end: int,
+    narrowed: Filter | None = None,
+    with_keys: bool = False,
+) -> Chunk:
+    """Return the chunk of `rows`, which must be all of the settled rows in `(start, end]`, by id.
+
+    `narrowed` leaves rows out before they are encoded. `with_keys` keeps what
+    `select` needs; pages of a backfill are read for one filter and do without.
+    """
+    if narrowed is not None:
+        matches = narrowed.matches
+        rows = [row for row in rows if matches(row[1], row[2], row[4])]
+    return Chunk(
+        start,
+        end,
+        array("q", [row[0] for row in rows]),
+        [encode_frame(row[0], label_json(*row[1:])) for row in rows],
+        [Key(intern(row[1]), row[2], intern(row[4])) for row in rows] if with_keys else None,
+    )
+
+
+def merge(chunks: Sequence[Chunk]) -> Chunk:
+    """Return one chunk of several that follow each other, so that few objects hold many events."""
+    for left, right in pairwise(chunks):
+        if left.end != right.start:
+            raise BrokenPromise(f"{right!r} does not continue {left!r}")
+    seqs = array("q")
+    frames: list[bytes] = []
+    keys: list[Key] = []
+    for chunk in chunks:
+        seqs.extend(chunk.seqs)
+        frames.extend(chunk._frames(0))
+        keys.extend(chunk._keys or ())
+    with_keys = all(chunk._keys is not None for chunk in chunks)
+    return Chunk(chunks[0].start, chunks[-1].end, seqs, frames, keys if with_keys else None)

@@ -1,0 +1,78 @@
+"""The ring: the recent chunks, from which a consumer catches up without the database.
+
+Promises: its chunks continue each other without a gap up to the head; it never
+holds more than `max_bytes` (or one chunk, when that alone is larger).
+Stands in the corridor beside the sequencer, which alone appends.
+Does not belong here: subscriptions, filters, reading rows.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Iterator
+
+from sse_labels.chunk import Chunk, merge
+from sse_labels.errors import BrokenPromise
+
+#: As many small chunks at the young end are merged into one, so that a quiet
+#: stream's ring is hundreds of chunks and not a hundred thousand.
+MERGE_COUNT = 64
+#: A chunk with fewer events than this is small.
+SMALL_EVENTS = 256
+
+
+class Ring:
+    """Recent chunks, oldest first; covers every cursor from `start` up to `end`, the head."""
+
+    def __init__(self, start: int, max_bytes: int) -> None:
+        self._chunks: deque[Chunk] = deque()
+        self._young = 0
+        self._max_bytes = max_bytes
+        self.nbytes = 0
+        self.start = start
+        self.end = start
+
+    def __len__(self) -> int:
+        return len(self._chunks)
+
+    def append(self, chunk: Chunk) -> None:
+        """Add the chunk that continues the newest one; the oldest leave when the ring is full."""
+        if chunk.start != self.end:
+            raise BrokenPromise(f"{chunk!r} does not continue the ring, which ends at {self.end}")
+        self._chunks.append(chunk)
+        self.end = chunk.end
+        self.nbytes += chunk.nbytes
+        self._young = self._young + 1 if len(chunk) < SMALL_EVENTS else 0
+        if self._young == MERGE_COUNT:
+            self._merge_young()
+        while self.nbytes > self._max_bytes and len(self._chunks) > 1:
+            oldest = self._chunks.popleft()
+            self.nbytes -= oldest.nbytes
+            self.start = oldest.end
+        self._young = min(self._young, len(self._chunks))
+
+    def covers(self, cursor: int) -> bool:
+        """Say whether everything after `cursor` is here; true for a cursor beyond the head."""
+        return cursor >= self.start
+
+    def after(self, cursor: int) -> Iterator[Chunk]:
+        """Yield what comes after `cursor`, which must be covered; the first may be a slice."""
+        if not self.covers(cursor):
+            raise BrokenPromise(f"the ring starts at {self.start}, after cursor {cursor}")
+        first = max(0, bisect_right(self._chunks, cursor, key=_start) - 1)
+        for index in range(first, len(self._chunks)):
+            chunk = self._chunks[index].after(cursor)
+            if chunk.end > cursor:
+                yield chunk
+
+    def _merge_young(self) -> None:
+        young = [self._chunks.pop() for _ in range(self._young)][::-1]
+        merged = merge(young)
+        self.nbytes += merged.nbytes - sum(chunk.nbytes for chunk in young)
+        self._chunks.append(merged)
+        self._young = 0
+
+
+def _start(chunk: Chunk) -> int:
+    return chunk.start

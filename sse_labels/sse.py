@@ -1,0 +1,68 @@
+"""Bytes of an event stream, as the HTML standard reads them.
+
+Promises: every function returns whole blocks (each ends with an empty line),
+pure ASCII, in which no value can start a line of its own; so blocks may be
+joined in any number, and no label can forge a frame.
+Stands in the corridor where an event becomes bytes; `chunk` joins the frames.
+Does not belong here: sockets, HTTP's own framing, what is sent when.
+
+Source: HTML standard, section 9.2 "Server-sent events",
+https://html.spec.whatwg.org/multipage/server-sent-events.html
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import ujson
+
+#: The comment that keeps a silent connection open: one line, dispatches nothing.
+HEARTBEAT = b":\n\n"
+
+
+def dumps(value: object) -> str:
+    """Return compact JSON in ASCII.
+
+    All of ASCII, so that a client which splits lines the way Python's
+    `str.splitlines` does (at U+0085, U+2028, …) reads the frame whole.
+    """
+    return ujson.dumps(value, escape_forward_slashes=False, ensure_ascii=True)
+
+
+def encode_frame(seq: int, label: Mapping[str, Any]) -> str:
+    """Return the frame of one event, still as text, so that a page is encoded in one go.
+
+    `label` is the wire form that `labels.label_json` makes. There is no `event:`
+    line: `EventSource.onmessage` receives it. The data is the JSON form of
+    `com.atproto.label.subscribeLabels#labels`.
+    """
+    body = ujson.dumps(label, escape_forward_slashes=False, ensure_ascii=True)
+    return f'id: {seq}\ndata: {{"seq":{seq},"labels":[{body}]}}\n\n'
+
+
+def encode_id(seq: int) -> bytes:
+    """Return an id-only block: it moves the client's last event id and dispatches nothing."""
+    return b"id: %d\n\n" % seq
+
+
+def encode_opening(retry_ms: int, seq: int) -> bytes:
+    """Return a stream's first bytes: how long to wait before reconnecting, and from where."""
+    return b"retry: %d\n: sse_labels\n\n" % retry_ms + encode_id(seq)
+
+
+def encode_info(name: str, message: str, **more: object) -> bytes:
+    """Return an `info` event: news about the stream, which goes on."""
+    data = dumps({"name": name, "message": message, **more})
+    return f"event: info\ndata: {data}\n\n".encode("ascii")
+
+
+def encode_error(name: str, message: str, *, cursor: int | None, retry_ms: int) -> bytes:
+    """Return a stream's last bytes: why it ends, and when to come back.
+
+    `cursor` is the last seq that was written on this stream, None when there was none.
+    """
+    fields: dict[str, object] = {"error": name, "message": message}
+    if cursor is not None:
+        fields["cursor"] = cursor
+    return f"retry: {retry_ms}\nevent: error\ndata: {dumps(fields)}\n\n".encode("ascii")
