@@ -1,0 +1,54 @@
+-- How the sequencer follows the table. The settled rule is explained on top of
+-- sql/migrations/0001_labels.sql; its judgement is sse_labels/settled.py.
+
+-- name: describe
+-- One row: is this a standby; name and cache of the id sequence; table and state table exist; timestamps kept.
+SELECT pg_is_in_recovery() AS standby,
+       to_regclass('label') IS NOT NULL AS has_label,
+       to_regclass('label_stream') IS NOT NULL AS has_state,
+       sequence.name,
+       (SELECT seqcache FROM pg_sequence WHERE seqrelid = sequence.name::regclass) AS cache,
+       current_setting('track_commit_timestamp') = 'on' AS has_commit_time
+  FROM (SELECT CASE WHEN to_regclass('label') IS NOT NULL
+                    THEN pg_get_serial_sequence('label', 'id') END AS name) AS sequence;
+
+-- name: newest
+-- One row: the newest seq that the database knows, 0 when there never was one.
+SELECT greatest(
+         (SELECT max(id) FROM label),
+         (SELECT CASE WHEN has_sequence_privilege(name, 'SELECT')
+                      THEN pg_sequence_last_value(name) END
+            FROM (SELECT pg_get_serial_sequence('label', 'id')::regclass::oid AS name) AS sequence),
+         0);
+
+-- name: rows_after
+-- Rows (id, src, uri, cid, val, neg, cts, exp, sig) after a seq, by id: not yet known to be settled.
+SELECT id, src, uri, cid, val, neg, cts, exp, sig
+  FROM label
+ WHERE id > %(head)s
+ ORDER BY id
+ LIMIT %(limit)s;
+
+-- name: sequence_holders
+-- The virtual transactions that took an id and have not ended, prepared ones included.
+SELECT DISTINCT virtualtransaction
+  FROM pg_locks
+ WHERE locktype = 'relation'
+   AND granted
+   AND mode = 'RowExclusiveLock'
+   AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+   AND relation = pg_get_serial_sequence('label', 'id')::regclass;
+
+-- name: commit_age
+-- One row: seconds since the label's transaction committed, by the database's clock.
+SELECT extract(epoch FROM clock_timestamp() - pg_xact_commit_timestamp(xmin))::float8
+  FROM label
+ WHERE id = %(seq)s;
+
+-- name: listen
+-- Nothing; from now on notifications of new labels arrive on this connection.
+LISTEN label_channel;
+
+-- name: ping
+-- One row: 1. Proof that the connection is alive.
+SELECT 1;

@@ -1,0 +1,38 @@
+-- What queryLabels reads, one block per kind of URI pattern: the planner sees the
+-- pattern itself and chooses between the index on uri and the order of ids. That
+-- index holds the first 600 characters of a URI: hence each condition stands twice.
+-- Empty arrays of sources and values mean any.
+
+-- name: query_any
+-- Rows (id, src, uri, cid, val, neg, cts, exp, sig) of any URI after a cursor up to the head, by id.
+SELECT id, src, uri, cid, val, neg, cts, exp, sig
+  FROM label
+ WHERE id > %(cursor)s AND id <= %(head)s
+   AND (cardinality(%(sources)s::varchar[]) = 0 OR src = ANY (%(sources)s::varchar[]))
+   AND (cardinality(%(values)s::varchar[]) = 0 OR val = ANY (%(values)s::varchar[]))
+ ORDER BY id
+ LIMIT %(limit)s;
+
+-- name: query_exact
+-- Likewise, of the URIs listed.
+SELECT id, src, uri, cid, val, neg, cts, exp, sig
+  FROM label
+ WHERE left(uri, 600) = ANY (%(uri_heads)s::text[])
+   AND uri = ANY (%(uris)s::varchar[])
+   AND id > %(cursor)s AND id <= %(head)s
+   AND (cardinality(%(sources)s::varchar[]) = 0 OR src = ANY (%(sources)s::varchar[]))
+   AND (cardinality(%(values)s::varchar[]) = 0 OR val = ANY (%(values)s::varchar[]))
+ ORDER BY id
+ LIMIT %(limit)s;
+
+-- name: query_prefix
+-- Likewise, of the URIs that a LIKE pattern matches.
+SELECT id, src, uri, cid, val, neg, cts, exp, sig
+  FROM label
+ WHERE left(uri, 600) LIKE %(head_pattern)s
+   AND uri LIKE %(pattern)s
+   AND id > %(cursor)s AND id <= %(head)s
+   AND (cardinality(%(sources)s::varchar[]) = 0 OR src = ANY (%(sources)s::varchar[]))
+   AND (cardinality(%(values)s::varchar[]) = 0 OR val = ANY (%(values)s::varchar[]))
+ ORDER BY id
+ LIMIT %(limit)s;

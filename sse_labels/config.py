@@ -1,0 +1,275 @@
+"""Settings: read once, checked, frozen, passed in.
+
+Promises: this is the only file that reads the environment; a wrong value is a
+`ConfigError` that names the key as the user wrote it, the value, and what was
+expected; every setting has a default, a unit in its name and a line of help.
+Stands beside the corridor. The command line and the README are made from, and
+checked against, the fields below.
+Does not belong here: acting on a setting.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from sse_labels.errors import ConfigError
+
+ENV_PREFIX = "SSE_LABELS_"
+
+Parse = Callable[[str], Any]
+
+
+class Expected(ValueError):
+    """Raised by a parser: the text says what was expected."""
+
+
+def integer(low: int, high: int) -> Parse:
+    """Return a parser for a whole number from `low` to `high`."""
+
+    def parse(text: str) -> int:
+        if text.isascii() and text.isdigit() and len(text) <= 19 and low <= int(text) <= high:
+            return int(text)
+        raise Expected(f"a whole number from {low} to {high}")
+
+    return parse
+
+
+def seconds(low: float, high: float) -> Parse:
+    """Return a parser for a number of seconds from `low` to `high`."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if low <= value <= high:
+            return value
+        raise Expected(f"seconds from {low:g} to {high:g}")
+
+    return parse
+
+
+def size(low: int, high: int) -> Parse:
+    """Return a parser for a number of bytes, written plainly or with KiB, MiB or GiB."""
+    units = {"KiB": 1024, "MiB": 1024**2, "GiB": 1024**3}
+
+    def parse(text: str) -> int:
+        number, unit = (text[:-3].rstrip(), text[-3:]) if text[-3:] in units else (text, "")
+        if number.isascii() and number.isdigit() and len(number) <= 19:
+            value = int(number) * units.get(unit, 1)
+            if low <= value <= high:
+                return value
+        raise Expected(f"bytes from {low} to {high}, e.g. 1048576 or 1MiB")
+
+    return parse
+
+
+def boolean(text: str) -> bool:
+    """Read a switch the way shells write it."""
+    if text.lower() in ("1", "true", "yes", "on"):
+        return True
+    if text.lower() in ("0", "false", "no", "off"):
+        return False
+    raise Expected("true or false")
+
+
+def words(text: str) -> str:
+    """Read any text that is not empty."""
+    if text.strip():
+        return text
+    raise Expected("a value that is not empty")
+
+
+def path(text: str) -> Path:
+    """Read a file or folder name; `~` is the home."""
+    return Path(words(text)).expanduser()
+
+
+def one_of(*choices: str) -> Parse:
+    """Return a parser for one word out of a list."""
+
+    def parse(text: str) -> str:
+        if text in choices:
+            return text
+        raise Expected(f"one of {', '.join(choices)}")
+
+    return parse
+
+
+def origins(text: str) -> tuple[str, ...]:
+    """Read a comma-separated list of web origins (RFC 6454), or `*`."""
+    listed = tuple(part.strip() for part in text.split(",") if part.strip())
+    for origin in listed:
+        parts = urlsplit(origin)
+        whole = f"{parts.scheme}://{parts.netloc}"
+        if origin != "*" and (parts.scheme not in ("http", "https") or origin != whole):
+            raise Expected("origins such as https://example.com, separated by commas, or *")
+    return listed
+
+
+def setting(default: Any, parse: Parse, text: str, *, metavar: str, secret: bool = False) -> Any:
+    """Declare one setting; its name in `Settings` is its option and its environment variable."""
+    return field(
+        default=default,
+        metadata={"parse": parse, "help": text, "metavar": metavar, "secret": secret},
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """All that `serve` can be told. `--poll-seconds` is also `SSE_LABELS_POLL_SECONDS`."""
+
+    host: str = setting("127.0.0.1", words, "Address to listen on.", metavar="HOST")
+    port: int = setting(8080, integer(0, 65535), "Port to listen on; 0: any.", metavar="PORT")
+    dsn: str | None = setting(
+        None,
+        words,
+        "PostgreSQL to read from (URI or key=value); none: the embedded one.",
+        metavar="DSN",
+        secret=True,
+    )
+    data_dir: Path | None = setting(
+        None, path, "Where the embedded PostgreSQL keeps its data.", metavar="DIR"
+    )
+    migrate: bool = setting(True, boolean, "Bring the schema up to date at start.", metavar="BOOL")
+    publish_token: str | None = setting(
+        None, words, "Token that may publish; none with a DSN: no publishing.",
+        metavar="TOKEN", secret=True,
+    )  # fmt: skip
+    cors_origins: tuple[str, ...] = setting(
+        ("*",), origins, "Web origins that may read, separated by commas.", metavar="ORIGINS"
+    )
+    heartbeat_seconds: float = setting(
+        15.0, seconds(0.05, 3600), "Silence after which a heartbeat is written.", metavar="SECONDS"
+    )
+    retry_min_seconds: float = setting(
+        2.0, seconds(0.01, 3600), "Shortest wait a client is told before it reconnects.",
+        metavar="SECONDS",
+    )  # fmt: skip
+    retry_max_seconds: float = setting(
+        5.0, seconds(0.01, 3600), "Longest such wait; each client gets its own in between.",
+        metavar="SECONDS",
+    )  # fmt: skip
+    send_timeout_seconds: float = setting(
+        30.0, seconds(0.05, 3600), "How long one write may wait for a client that does not read.",
+        metavar="SECONDS",
+    )  # fmt: skip
+    slow_grace_seconds: float = setting(
+        5.0, seconds(0, 3600), "How long a consumer that is too slow has to take its last write.",
+        metavar="SECONDS",
+    )  # fmt: skip
+    drain_seconds: float = setting(
+        3.0, seconds(0.1, 3600), "How long open requests have to end after SIGTERM.",
+        metavar="SECONDS",
+    )  # fmt: skip
+    page_max_events: int = setting(
+        500, integer(1, 100_000), "Events read from the database at once.", metavar="EVENTS"
+    )
+    outbox_max_events: int = setting(
+        10_000, integer(1, 10_000_000), "Events that may wait for one consumer.", metavar="EVENTS"
+    )
+    ring_max_bytes: int = setting(
+        64 * 1024**2, size(0, 64 * 1024**3), "Recent events kept in memory.", metavar="BYTES"
+    )
+    page_cache_max_bytes: int = setting(
+        32 * 1024**2, size(0, 64 * 1024**3), "Pages of history kept in memory for the next reader.",
+        metavar="BYTES",
+    )  # fmt: skip
+    backfill_max_reads: int = setting(
+        4, integer(1, 100), "Pages that all backfills together read at the same time.",
+        metavar="READS",
+    )  # fmt: skip
+    poll_seconds: float = setting(
+        1.0, seconds(0.01, 3600), "Longest time between two looks at the table.", metavar="SECONDS"
+    )
+    gather_seconds: float = setting(
+        0.02, seconds(0, 10), "Shortest time between two chunks; a lone label goes at once.",
+        metavar="SECONDS",
+    )  # fmt: skip
+    query_timeout_seconds: float = setting(
+        30.0, seconds(0.1, 3600), "How long one query may take.", metavar="SECONDS"
+    )
+    connect_timeout_seconds: float = setting(
+        10.0, seconds(0.1, 3600), "How long connecting to PostgreSQL may take.", metavar="SECONDS"
+    )
+    body_max_bytes: int = setting(
+        1024**2, size(1, 1024**3), "Largest request body.", metavar="BYTES"
+    )
+    publish_max_labels: int = setting(
+        10_000, integer(1, 1_000_000), "Most labels in one POST.", metavar="LABELS"
+    )
+    max_streams: int = setting(
+        15_000, integer(1, 1_000_000), "Streams open at the same time.", metavar="STREAMS"
+    )
+    send_buffer_bytes: int = setting(
+        64 * 1024, size(4096, 1024**3), "Kernel send buffer of each connection.", metavar="BYTES"
+    )
+    log_level: str = setting(
+        "info", one_of("debug", "info", "warning", "error"), "Least severe line logged.",
+        metavar="LEVEL",
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        if self.retry_max_seconds < self.retry_min_seconds:
+            raise ConfigError(
+                option_name("retry_max_seconds"),
+                self.retry_max_seconds,
+                f"at least --retry-min-seconds, which is {self.retry_min_seconds:g}",
+            )
+
+
+def option_name(name: str) -> str:
+    """Return a setting's name on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def env_name(name: str) -> str:
+    """Return a setting's name in the environment."""
+    return ENV_PREFIX + name.upper()
+
+
+def load(options: Mapping[str, str | None], environ: Mapping[str, str] | None = None) -> Settings:
+    """Return the settings: a given option wins, then the environment, then the default.
+
+    `options` maps field names to what stood on the command line. Raises
+    `ConfigError` under the name that the user used.
+    """
+    values: dict[str, Any] = {}
+    for spec in fields(Settings):
+        values |= read(spec.name, spec.metadata["parse"], options, environ, spec.metadata["secret"])
+    return Settings(**values)
+
+
+def read(
+    name: str,
+    parse: Parse,
+    options: Mapping[str, str | None],
+    environ: Mapping[str, str] | None = None,
+    secret: bool = False,
+) -> dict[str, Any]:
+    """Return `{name: value}` from the option or the environment, `{}` when neither is given."""
+    environ = os.environ if environ is None else environ
+    key, text = option_name(name), options.get(name)
+    if text is None:
+        # An empty variable is how shells and unit files say "not set".
+        key, text = env_name(name), environ.get(env_name(name)) or None
+    if text is None:
+        return {}
+    try:
+        return {name: parse(text)}
+    except Expected as error:
+        raise ConfigError(key, "(not shown)" if secret else text, str(error)) from None
+
+
+def configure_logging(level: str) -> None:
+    """Send log lines to standard error, one per event."""
+    logging.basicConfig(
+        level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )

@@ -1,0 +1,222 @@
+"""Connections to PostgreSQL, and the one edge at which the driver's errors are translated.
+
+Promises: what leaves this file is rows, a `DatabaseUnavailable` with the
+driver's error as its cause, or a genuine cancellation; every statement runs by
+itself (autocommit, READ COMMITTED) and has a time-out.
+Stands in the corridor under the store.
+Does not belong here: SQL, what a row means, when to try again.
+
+aiopg's traps that are closed here: a server-side cancel arrives as
+`CancelledError`; a time-out closes the connection; a connection attempt that
+moves to another address changes the socket under the event loop, so addresses
+are resolved first and tried one by one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
+
+import aiopg
+import psycopg2
+from psycopg2.extensions import QueryCanceledError, make_dsn, parse_dsn
+
+from sse_labels.errors import ConfigError, DatabaseUnavailable
+from sse_labels.queries import block
+
+log = logging.getLogger(__name__)
+
+#: A connection whose peer vanished is noticed in 25 s (10 + 3 x 5), or 15 s while data waits.
+KEEPALIVE = {
+    "keepalives": "1",
+    "keepalives_idle": "10",
+    "keepalives_interval": "5",
+    "keepalives_count": "3",
+    "tcp_user_timeout": "15000",
+}
+#: The settled rule needs each statement to see what has been committed since the one before.
+SESSION = "-c default_transaction_isolation=read\\ committed"
+
+
+class Database:
+    """One PostgreSQL server (or the hosts of one cluster), and a bounded pool of connections."""
+
+    def __init__(
+        self,
+        dsn: str,
+        *,
+        connect_timeout_seconds: float,
+        query_timeout_seconds: float,
+        max_connections: int,
+    ) -> None:
+        """Raise ConfigError when `dsn` is not one that libpq can read."""
+        try:
+            self._dsn: dict[str, str] = parse_dsn(dsn)
+        except psycopg2.ProgrammingError as error:
+            raise ConfigError("--dsn", "(not shown)", f"a DSN: {str(error).strip()}") from None
+        self._connect_timeout = connect_timeout_seconds
+        self._query_timeout = query_timeout_seconds
+        self._slots = asyncio.Semaphore(max_connections)
+        self._idle: list[Connection] = []
+        self._closed = False
+
+    async def connect(self) -> Connection:
+        """Return a new connection to the first address that accepts one."""
+        reasons: list[str] = []
+        cause: BaseException | None = None
+        for address in await self._addresses():
+            try:
+                return await self._connect_to(address)
+            except (psycopg2.Error, TimeoutError, OSError) as error:
+                cause = error
+                reasons.append(str(error).strip() or f"no answer in {self._connect_timeout:g} s")
+        raise DatabaseUnavailable("cannot connect: " + "; ".join(reasons)) from cause
+
+    @contextlib.asynccontextmanager
+    async def borrow(self) -> AsyncIterator[Connection]:
+        """Lend a connection of the pool; waits while all of them are lent."""
+        async with self._slots:
+            connection = None
+            while self._idle and connection is None:
+                candidate = self._idle.pop()
+                connection = None if candidate.closed else candidate
+            if connection is None:
+                connection = await self.connect()
+            try:
+                yield connection
+            finally:
+                if self._closed:
+                    connection.close()
+                elif not connection.closed:
+                    self._idle.append(connection)
+
+    async def fetch(self, name: str, **parameters: Any) -> list[tuple[Any, ...]]:
+        """Return the rows of one named block, run on a connection of the pool."""
+        async with self.borrow() as connection:
+            return await connection.fetch(name, **parameters)
+
+    def close(self) -> None:
+        """Close what is idle now, and what is lent when it comes back."""
+        self._closed = True
+        while self._idle:
+            self._idle.pop().close()
+
+    async def _connect_to(self, address: Mapping[str, str]) -> Connection:
+        options = f"{self._dsn.get('options', '')} {SESSION}".strip()
+        dsn = make_dsn(
+            **{"application_name": "sse-labels", **KEEPALIVE, **self._dsn, **address},
+            options=options,
+        )
+        async with asyncio.timeout(self._connect_timeout):
+            raw = await aiopg.connect(
+                dsn,
+                timeout=self._connect_timeout,
+                enable_json=False,
+                enable_hstore=False,
+                enable_uuid=False,
+            )
+        return Connection(raw, self._query_timeout)
+
+    async def _addresses(self) -> list[dict[str, str]]:
+        """Return what to add to the DSN for each address, in the order to try them."""
+        hosts = self._dsn.get("host", "").split(",")
+        given = self._dsn.get("hostaddr", "")
+        ports = self._dsn.get("port", "").split(",")
+        if len(ports) not in (1, len(hosts)):
+            raise ConfigError(
+                "--dsn", ",".join(ports), f"one port, or {len(hosts)} as for the hosts"
+            )
+        if len(ports) == 1:
+            ports *= len(hosts)
+        found: list[dict[str, str]] = []
+        for host, port in zip(hosts, ports, strict=True):
+            place = {"host": host} if host else {}
+            if port:
+                place["port"] = port
+            if given or not host or host.startswith(("/", "@")):
+                found.append(place)
+                continue
+            try:
+                answers = await asyncio.get_running_loop().getaddrinfo(
+                    host, port or 5432, type=socket.SOCK_STREAM
+                )
+            except OSError as error:
+                log.warning("cannot resolve a database host: host=%s error=%s", host, error)
+                continue
+            found += [{**place, "hostaddr": str(answer[4][0])} for answer in answers]
+        if not found:
+            raise DatabaseUnavailable(f"none of the hosts resolves: {', '.join(hosts)}")
+        return found
+
+
+class Connection:
+    """One session; one statement at a time. After a failure that is not the statement's, closed."""
+
+    def __init__(self, raw: aiopg.Connection, query_timeout_seconds: float) -> None:
+        self._raw = raw
+        self._timeout = query_timeout_seconds
+
+    @property
+    def closed(self) -> bool:
+        """Whether this connection can no longer be used."""
+        return bool(self._raw.closed)
+
+    async def fetch(
+        self, name: str, *, timeout_seconds: float | None = None, **parameters: Any
+    ) -> list[tuple[Any, ...]]:
+        """Return the rows of one named block; an empty list for a statement without a result."""
+        return await self.execute(block(name), parameters, timeout_seconds=timeout_seconds)
+
+    async def execute(
+        self,
+        sql: str,
+        parameters: Mapping[str, Any] | Sequence[Any] | None = None,
+        *,
+        timeout_seconds: float | None = None,
+    ) -> list[tuple[Any, ...]]:
+        """Run one statement text (migrations are such); several in one text share a transaction."""
+        timeout = self._timeout if timeout_seconds is None else timeout_seconds
+        try:
+            async with self._raw.cursor() as cursor:
+                await cursor.execute(sql, parameters or None, timeout=timeout)
+                if cursor.description is None:
+                    return []
+                rows: list[tuple[Any, ...]] = await cursor.fetchall()
+                return rows
+        except asyncio.CancelledError as error:
+            # aiopg raises this for a server-side cancel (a statement_timeout) too; a TaskGroup
+            # would take it for a cancellation. Guarded by test_statement_timeout_is_translated.
+            self.close()
+            if isinstance(error.__context__, QueryCanceledError):
+                raise DatabaseUnavailable("the server cancelled the query") from error.__context__
+            raise
+        except TimeoutError as error:
+            self.close()
+            raise DatabaseUnavailable(f"no answer within {timeout:g} s") from error
+        except psycopg2.Error as error:
+            if not isinstance(error, psycopg2.ProgrammingError | psycopg2.IntegrityError):
+                self.close()
+            raise DatabaseUnavailable(str(error).strip() or type(error).__name__) from error
+
+    async def notified(self, timeout_seconds: float) -> bool:
+        """Wait for a notification; say whether one came. All that wait are taken at once."""
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                await self._raw.notifies.get()
+        except TimeoutError:
+            return False
+        except psycopg2.Error as error:
+            self.close()
+            raise DatabaseUnavailable(str(error).strip() or "the connection was lost") from error
+        with contextlib.suppress(asyncio.QueueEmpty):
+            while True:
+                self._raw.notifies.get_nowait()
+        return True
+
+    def close(self) -> None:
+        """Close at once; a statement under way is abandoned."""
+        self._raw.close()

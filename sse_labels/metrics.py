@@ -1,0 +1,102 @@
+"""What this process counts, as Prometheus reads it.
+
+Promises: counting costs an integer addition, because the fan-out counts for
+every delivery; the text form is made when somebody asks for it.
+Stands beside the corridor: every room counts here, this file knows none of them.
+Does not belong here: decisions. Nothing reads a metric to act on it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+#: Seconds: from an idle server's to a label that a long transaction held back.
+FANOUT_BUCKETS = (
+    *(0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5),
+    *(1, 2.5, 5, 10, 30, 60, 300),
+)
+
+COUNTERS = {
+    "events_delivered": "Events written to consumers, each counted once per consumer.",
+    "bytes_delivered": "Bytes written to consumers' connections, without HTTP's headers.",
+    "events_followed": "Events that the sequencer took from the table.",
+    "chunks_followed": "Chunks that the sequencer made of them.",
+    "backfill_events": "Events read from the database, or the page cache, for backfills.",
+    "backfill_pages": "Pages read from the database for backfills.",
+    "backfill_page_hits": "Pages that a backfill found in the page cache.",
+    "ring_hits": "Streams that caught up from the ring alone.",
+    "queue_overflows": "Consumers that were too slow for their outbox.",
+    "labels_published": "Labels stored by POST /labels.",
+    "labels_refused": "Labels refused by POST /labels.",
+    "holes": "Holes that made the sequencer wait for open transactions.",
+    "database_reconnects": "Connections to the database that were lost and made anew.",
+    "broken_promises": "Times that a promise of this service did not hold.",
+}
+GAUGES = {
+    "head_seq": "The newest settled seq.",
+    "floor_seq": "The oldest seq still kept.",
+    "streams": "Streams open now.",
+    "streams_backfilling": "Streams that are reading history now.",
+    "holes_open": "Whether the sequencer waits for a hole: 1 or 0.",
+    "hole_age_seconds": "How long it has been waiting.",
+    "ring_bytes": "Memory held by the ring.",
+    "ring_chunks": "Chunks in the ring.",
+    "following": "Whether the sequencer follows the table: 1 or 0.",
+}
+
+
+class Metrics(Collector):
+    """Plain numbers, read by Prometheus' client library when it collects.
+
+    `count` holds the counters by name; a gauge is a function that its owner sets.
+    """
+
+    def __init__(self) -> None:
+        self.count: Counter[str] = Counter(dict.fromkeys(COUNTERS, 0))
+        self.gauges: dict[str, Callable[[], float]] = {}
+        self.streams_ended: Counter[str] = Counter()
+        self.requests_refused: Counter[str] = Counter()
+        # Read and written for every delivery: attributes, not keys.
+        self.events_delivered = 0
+        self.bytes_delivered = 0
+        self._registry = CollectorRegistry()
+        self._registry.register(self)
+        self.fanout_seconds = Histogram(
+            "sse_labels_commit_to_fanout_seconds",
+            "From a label's commit to its hand-over to all consumers, sampled, by the database's "
+            "clock; needs track_commit_timestamp=on there.",
+            buckets=FANOUT_BUCKETS,
+            registry=self._registry,
+        )
+
+    def render(self) -> bytes:
+        """Return the text exposition format, version 0.0.4."""
+        return generate_latest(self._registry)
+
+    def collect(self) -> Iterator[Any]:
+        """Yield all families but the histogram; called by the registry."""
+        self.count["events_delivered"] = self.events_delivered
+        self.count["bytes_delivered"] = self.bytes_delivered
+        for name, text in COUNTERS.items():
+            yield CounterMetricFamily(f"sse_labels_{name}", text, value=self.count[name])
+        for name, text in GAUGES.items():
+            read = self.gauges.get(name)
+            yield GaugeMetricFamily(f"sse_labels_{name}", text, value=read() if read else 0)
+        ended = CounterMetricFamily(
+            "sse_labels_streams_ended", "Streams that ended, by how.", labels=["how"]
+        )
+        for how, number in sorted(self.streams_ended.items()):
+            ended.add_metric([how], number)
+        yield ended
+        refused = CounterMetricFamily(
+            "sse_labels_requests_refused", "Requests answered with an error.", labels=["error"]
+        )
+        for error, number in sorted(self.requests_refused.items()):
+            refused.add_metric([error], number)
+        yield refused

@@ -1,0 +1,145 @@
+"""The store: what this service asks of its database, one typed method per question.
+
+Promises: rows become chunks here, and only here; each method names the SQL
+block it runs; every failure is a `DatabaseUnavailable` or a `SchemaError`.
+Stands at the start of the corridor: label row -> store -> sequencer -> …
+Does not belong here: when to ask, how often to try again, what is settled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from sse_labels.chunk import Chunk, Row, encode_rows
+from sse_labels.database import Connection, Database
+from sse_labels.errors import SchemaError
+from sse_labels.filters import Filter
+from sse_labels.labels import Label
+
+#: As many characters of a URI are in the index; the SQL says why.
+INDEXED_URI_CHARS = 600
+
+
+class Page(NamedTuple):
+    """One page of history; `floor` is above `chunk.start + 1` when retention came first."""
+
+    chunk: Chunk
+    full: bool
+    floor: int
+
+
+class Store:
+    """Typed access to the labels; uses the pool, except for the sequencer's own connection."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self.has_state = False
+        self.has_commit_time = False
+
+    async def check(self) -> None:
+        """Raise SchemaError when nothing can be streamed from this database without loss."""
+        [(standby, has_label, has_state, sequence, cache, has_time)] = await self._database.fetch(
+            "describe"
+        )
+        if not has_label:
+            raise SchemaError(
+                "--dsn", "a database without a label table", "run with --migrate=true"
+            )
+        if standby:
+            # A standby does not show the primary's locks: the settled rule would be blind there.
+            raise SchemaError("--dsn", "a standby", "the primary server")
+        if sequence is None:
+            raise SchemaError("label.id", "no sequence", "an id that is filled by its own sequence")
+        if cache != 1:
+            raise SchemaError(
+                f"the cache of sequence {sequence}",
+                cache,
+                "1, else sessions hand out ids they took long ago and labels could be skipped: "
+                f"ALTER SEQUENCE {sequence} CACHE 1",
+            )
+        self.has_state = has_state
+        self.has_commit_time = has_time
+
+    async def dedicated(self) -> Connection:
+        """Return a connection that is the caller's own; the caller closes it."""
+        return await self._database.connect()
+
+    async def newest(self, connection: Connection | None = None) -> int:
+        """Return the newest seq that the database knows, settled or not; 0 when there is none."""
+        source = self._database if connection is None else connection
+        [(seq,)] = await source.fetch("newest")
+        return int(seq)
+
+    async def rows_after(self, connection: Connection, head: int, limit: int) -> list[Row]:
+        """Return at most `limit` rows above `head`, by id; not yet known to be settled."""
+        return await connection.fetch("rows_after", head=head, limit=limit)
+
+    async def sequence_holders(self, connection: Connection) -> frozenset[str]:
+        """Return the virtual transactions that took an id and have not ended."""
+        rows = await connection.fetch("sequence_holders")
+        return frozenset(row[0] for row in rows)
+
+    async def commit_age(self, connection: Connection, seq: int) -> float | None:
+        """Return the seconds since `seq` was committed; None when the database does not keep it."""
+        if not self.has_commit_time:
+            return None
+        rows = await connection.fetch("commit_age", seq=seq)
+        return rows[0][0] if rows else None
+
+    async def floor(self) -> int:
+        """Return the oldest seq still kept."""
+        if not self.has_state:
+            return 1
+        [(floor,)] = await self._database.fetch("floor")
+        return int(floor)
+
+    async def page(self, cursor: int, head: int, limit: int, narrowed: Filter | None) -> Page:
+        """Return what comes after `cursor`, at most `limit` rows and never beyond `head`."""
+        rows = await self._database.fetch("rows_between", cursor=cursor, head=head, limit=limit)
+        floor = 1
+        if self.has_state and (not rows or rows[0][0] != cursor + 1):
+            # Retention takes rows from the old end and raises the floor before: rows it took
+            # show as a gap at the page's beginning, and a floor read now is as new as the page.
+            floor = await self.floor()
+        full = len(rows) == limit
+        end = rows[-1][0] if full else head
+        return Page(encode_rows(rows, start=cursor, end=end, narrowed=narrowed), full, floor)
+
+    async def query(
+        self, narrowed: Filter | None, cursor: int, head: int, limit: int
+    ) -> Sequence[Row]:
+        """Return at most `limit` rows after `cursor` that match, by id, none twice."""
+        common: dict[str, Any] = {"cursor": cursor, "head": head, "limit": limit}
+        common["sources"] = list(narrowed.sources) if narrowed else []
+        common["values"] = list(narrowed.values) if narrowed else []
+        if narrowed is None or not (narrowed.uris or narrowed.uri_prefixes):
+            return await self._database.fetch("query_any", **common)
+        rows: list[Row] = []
+        if narrowed.uris:
+            heads = [uri[:INDEXED_URI_CHARS] for uri in narrowed.uris]
+            uris = list(narrowed.uris)
+            rows += await self._database.fetch("query_exact", uris=uris, uri_heads=heads, **common)
+        for prefix in narrowed.uri_prefixes:
+            rows += await self._database.fetch(
+                "query_prefix",
+                pattern=_like(prefix),
+                head_pattern=_like(prefix[:INDEXED_URI_CHARS]),
+                **common,
+            )
+        # Each block returned its first `limit`: the first `limit` of all are among them.
+        return sorted({row[0]: row for row in rows}.values())[:limit]
+
+    async def insert(self, labels: Sequence[Label]) -> list[int]:
+        """Store all labels or none; return their seqs in the same order."""
+        columns = {
+            name: [getattr(label, name) for label in labels]
+            for name in ("src", "uri", "cid", "val", "neg", "cts", "exp", "sig")
+        }
+        rows = await self._database.fetch("insert_labels", **columns)
+        return sorted(row[0] for row in rows)
+
+
+def _like(prefix: str) -> str:
+    """Return the LIKE pattern of all that starts with `prefix`, taken literally."""
+    return prefix.replace("\\", r"\\").replace("%", r"\%").replace("_", r"\_") + "%"
