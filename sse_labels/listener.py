@@ -1,0 +1,66 @@
+"""The listener: turns notifications of the database into wakes.
+
+Promises: after every (re)connect it listens first and wakes then, so that no
+commit falls between the two; a connection that died silently is found by a
+query with a time-out, and replaced.
+Stands beside the sequencer. NOTIFY is a hint, the table is the truth: without
+this file everything still arrives, up to `poll_seconds` later.
+Does not belong here: reading labels.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from sse_labels.backoff import Backoff
+from sse_labels.errors import DatabaseUnavailable
+from sse_labels.metrics import Metrics
+from sse_labels.store import Store
+
+log = logging.getLogger(__name__)
+
+#: After so much silence the connection has to answer a query …
+SILENCE_SECONDS = 10.0
+#: … within this time.
+ANSWER_SECONDS = 5.0
+
+
+class Listener:
+    """Calls `wake` whenever labels may have been committed; `run` is its one task."""
+
+    def __init__(self, store: Store, metrics: Metrics, wake: Callable[[], None]) -> None:
+        self._store = store
+        self._metrics = metrics
+        self._wake = wake
+        #: Set while notifications are being received.
+        self.listening = asyncio.Event()
+
+    async def run(self) -> None:
+        """Listen until cancelled."""
+        backoff = Backoff()
+        lost = False
+        while True:
+            try:
+                connection = await self._store.dedicated()
+                try:
+                    if lost:
+                        self._metrics.count["database_reconnects"] += 1
+                    await connection.fetch("listen")
+                    self.listening.set()
+                    self._wake()
+                    backoff.reset()
+                    while True:
+                        if await connection.notified(SILENCE_SECONDS):
+                            self._wake()
+                        else:
+                            await connection.fetch("ping", timeout_seconds=ANSWER_SECONDS)
+                finally:
+                    self.listening.clear()
+                    connection.close()
+            except DatabaseUnavailable as error:
+                lost = True
+                wait = backoff.next()
+                log.warning("not listening: error=%s next_try_seconds=%.1f", error, wait)
+                await asyncio.sleep(wait)
