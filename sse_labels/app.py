@@ -1,0 +1,220 @@
+"""The application: every part made once, every task owned by one TaskGroup.
+
+Promises: `serve` returns when it was told to stop and everything is closed;
+when a task of its own fails, it ends with that error instead of pretending.
+Stands above the whole corridor, and wires it.
+Does not belong here: what the parts do; command line and environment.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging
+import resource
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+from aiohttp import web
+
+from sse_labels.config import Settings, option_name
+from sse_labels.database import Database
+from sse_labels.errors import ConfigError, DatabaseUnavailable
+from sse_labels.listener import Listener
+from sse_labels.metrics import Metrics
+from sse_labels.migrations import migrate
+from sse_labels.pages import Pages
+from sse_labels.publisher import Publisher
+from sse_labels.sequencer import Sequencer
+from sse_labels.store import Store
+from sse_labels.web.answers import allow_origins, errors_as_json
+from sse_labels.web.dashboard import dashboard
+from sse_labels.web.health import HealthHandlers
+from sse_labels.web.publish import PublishHandler
+from sse_labels.web.query import QueryHandler
+from sse_labels.web.stream import StreamHandler
+
+log = logging.getLogger(__name__)
+
+#: Connections that may wait to be accepted: with 128, 10,000 connects took 16 s, with 4096 under 3.
+BACKLOG = 4096
+#: Connections to PostgreSQL beside the backfills' reads: queries, publishing.
+REQUEST_CONNECTIONS = 6
+#: The collector was a third of the cost of accepting connections with CPython's defaults.
+GC_THRESHOLD = (100_000, 50, 100)
+
+
+class App:
+    """All parts of one server process, wired but not started."""
+
+    def __init__(self, settings: Settings, dsn: str, publish_token: str | None) -> None:
+        """`dsn` is where the labels are; without `publish_token` publishing is off."""
+        self.settings = settings
+        self.metrics = Metrics()
+        self.database = Database(
+            dsn,
+            connect_timeout_seconds=settings.connect_timeout_seconds,
+            query_timeout_seconds=settings.query_timeout_seconds,
+            max_connections=settings.backfill_max_reads + REQUEST_CONNECTIONS,
+        )
+        self.store = Store(self.database)
+        self.sequencer = Sequencer(
+            self.store,
+            self.metrics,
+            page_max_events=settings.page_max_events,
+            ring_max_bytes=settings.ring_max_bytes,
+            poll_seconds=settings.poll_seconds,
+            gather_seconds=settings.gather_seconds,
+        )
+        self.listener = Listener(self.store, self.metrics, self.sequencer.wake)
+        self.pages = Pages(
+            self.store,
+            lambda: self.sequencer.head,
+            self.metrics,
+            page_max_events=settings.page_max_events,
+            max_reads=settings.backfill_max_reads,
+            cache_max_bytes=settings.page_cache_max_bytes,
+        )
+        self.streams = StreamHandler(self.sequencer, self.pages, self.store, self.metrics, settings)
+        self.health = HealthHandlers(self.sequencer, self.listener, self.metrics)
+        self.publish = PublishHandler(
+            Publisher(self.store, self.metrics),
+            publish_token,
+            max_labels=settings.publish_max_labels,
+        )
+        self.query = QueryHandler(self.store, self.sequencer)
+
+    def routes(self) -> web.Application:
+        """Return the HTTP side."""
+        app = web.Application(
+            middlewares=[errors_as_json(self.metrics)],
+            client_max_size=self.settings.body_max_bytes,
+        )
+        app.router.add_get("/", dashboard, allow_head=False)
+        app.router.add_get("/stream", self.streams.handle, allow_head=False)
+        app.router.add_post("/labels", self.publish.handle)
+        app.router.add_get("/xrpc/com.atproto.label.queryLabels", self.query.handle)
+        app.router.add_get("/health/live", self.health.live)
+        app.router.add_get("/health/ready", self.health.ready)
+        app.router.add_get("/metrics", self.health.metrics)
+        allow_origins(app, self.settings.cors_origins)
+        return app
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[int]:
+        """Serve inside the block, whose value is the port; drain when it is left.
+
+        Raises ConfigError or SchemaError when it cannot start, DatabaseUnavailable when the
+        database does not answer. A task that fails later ends the block with its error.
+        """
+        settings = self.settings
+        try:
+            if settings.migrate:
+                await migrate(self.database)
+            await self.store.check()
+            sockets = listening_sockets(settings)
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    following = tasks.create_task(self.sequencer.run(), name="sequencer")
+                    listening = tasks.create_task(self.listener.run(), name="listener")
+                    floor = tasks.create_task(self._watch_floor(), name="floor")
+                    try:
+                        async with self._http(sockets):
+                            yield sockets[0].getsockname()[1]
+                    finally:
+                        for task in (following, listening, floor):
+                            task.cancel()
+            finally:
+                for listener in sockets:
+                    listener.close()
+                await self.pages.close()
+        finally:
+            self.database.close()
+
+    @contextlib.asynccontextmanager
+    async def _http(self, sockets: list[socket.socket]) -> AsyncIterator[None]:
+        runner = web.AppRunner(
+            self.routes(),
+            # Off by default in aiohttp: 10,000 clients that hung up left 10,000 handlers.
+            handler_cancellation=True,
+            access_log=None,
+            shutdown_timeout=self.settings.drain_seconds,
+        )
+        await runner.setup()
+        try:
+            for listener in sockets:
+                await web.SockSite(runner, listener, backlog=BACKLOG).start()
+            yield
+        finally:
+            self.health.stopping = True
+            self.streams.stop()
+            await runner.cleanup()
+
+    async def _watch_floor(self) -> None:
+        """Keep the floor's gauge near the truth; nothing acts on it."""
+        floor = 0
+        self.metrics.gauges["floor_seq"] = lambda: floor
+        while True:
+            with contextlib.suppress(DatabaseUnavailable):
+                floor = await self.store.floor()
+            await asyncio.sleep(10 * self.settings.poll_seconds)
+
+
+def listening_sockets(settings: Settings) -> list[socket.socket]:
+    """Return bound sockets for every address of the host; raise ConfigError when one is taken."""
+    try:
+        found = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+    except OSError as error:
+        raise ConfigError(
+            option_name("host"), settings.host, f"an address of this machine ({error.strerror})"
+        ) from error
+    sockets: list[socket.socket] = []
+    port = settings.port
+    for family, _, _, _, address in dict.fromkeys(found):
+        try:
+            listener = socket.create_server((address[0], port), family=family, backlog=BACKLOG)
+        except OSError as error:
+            for other in sockets:
+                other.close()
+            raise ConfigError(
+                option_name("port"), port, f"a free port on {address[0]} ({error.strerror})"
+            ) from error
+        port = listener.getsockname()[1]
+        # Inherited by every connection: readers that stall hold this much kernel memory, not 4 MiB.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, settings.send_buffer_bytes)
+        sockets.append(listener)
+    return sockets
+
+
+async def serve(
+    app: App,
+    stop: asyncio.Event,
+    ready: Callable[[int], Awaitable[Any]] | None = None,
+) -> None:
+    """Run `app` until `stop` is set; `ready` is awaited with the port once it serves."""
+    tune_process(app.settings)
+    async with app.running() as port:
+        log.info("serving: address=http://%s:%s", app.settings.host, port)
+        if ready is not None:
+            await ready(port)
+        await stop.wait()
+        log.info("stopping")
+
+
+def tune_process(settings: Settings) -> None:
+    """Raise the limit of open files to what is allowed, and calm the garbage collector."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    if hard < settings.max_streams + 100:
+        log.warning(
+            "fewer files may be open than streams are allowed: files=%s max_streams=%s",
+            hard, settings.max_streams,
+        )  # fmt: skip
+    gc.set_threshold(*GC_THRESHOLD)
+    gc.collect()
+    gc.freeze()

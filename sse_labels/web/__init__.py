@@ -1,0 +1,1 @@
+"""The HTTP side: each file answers one kind of request."""

@@ -1,0 +1,111 @@
+"""How requests are answered when they are not streams: JSON, errors, CORS.
+
+Promises: every error leaves as `{"error": Name, "message": …}` with the right
+status; nothing of the inside (a traceback, a DSN, a token) leaves with it.
+Stands at the edge of the corridor, around every handler.
+Does not belong here: what a handler does.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from aiohttp import hdrs, web
+from aiohttp.typedefs import Handler, Middleware
+
+from sse_labels.errors import DatabaseUnavailable, NotReady, PayloadTooLarge, RequestError
+from sse_labels.metrics import Metrics
+from sse_labels.sse import dumps
+
+log = logging.getLogger(__name__)
+
+#: How long a client that was told "not now" should wait, in seconds.
+RETRY_AFTER_SECONDS = 5
+#: What a browser may remember of a preflight, in seconds.
+PREFLIGHT_SECONDS = 86_400
+
+
+def json_response(value: object, *, status: int = 200) -> web.Response:
+    """Return `value` as compact JSON."""
+    return web.Response(
+        text=dumps(value),
+        status=status,
+        content_type="application/json",
+        headers={hdrs.CACHE_CONTROL: "no-store"},
+    )
+
+
+def error_response(error: RequestError) -> web.Response:
+    """Return the JSON answer of an error."""
+    response = json_response({"error": error.name, "message": str(error)}, status=error.status)
+    response.headers.update(error.headers)
+    if error.status == 503:
+        response.headers[hdrs.RETRY_AFTER] = str(RETRY_AFTER_SECONDS)
+    return response
+
+
+def errors_as_json(metrics: Metrics) -> Middleware:
+    """Return the middleware that turns every error into its answer, and counts it."""
+
+    @web.middleware
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        try:
+            return await handler(request)
+        except RequestError as error:
+            answer = error_response(error)
+            name = error.name
+        except DatabaseUnavailable as error:
+            log.warning("a request needs the database: path=%s error=%s", request.path, error)
+            answer = error_response(NotReady("the database is away; try again soon"))
+            name = NotReady.name
+        except web.HTTPException as error:
+            if error.status < 400:
+                raise
+            answer, name = _from_aiohttp(error)
+        except Exception:
+            log.exception("a request failed: path=%s", request.path)
+            name = "InternalServerError"
+            answer = json_response({"error": name, "message": "see the server's log"}, status=500)
+        metrics.requests_refused[name] += 1
+        return answer
+
+    return middleware
+
+
+def _from_aiohttp(error: web.HTTPException) -> tuple[web.Response, str]:
+    if isinstance(error, web.HTTPRequestEntityTooLarge):
+        too_large = PayloadTooLarge("the body is over the limit")
+        return error_response(too_large), too_large.name
+    name = error.reason.title().replace(" ", "")
+    answer = json_response({"error": name, "message": error.reason}, status=error.status)
+    if hdrs.ALLOW in error.headers:
+        answer.headers[hdrs.ALLOW] = error.headers[hdrs.ALLOW]
+    return answer, name
+
+
+def allow_origins(app: web.Application, origins: tuple[str, ...]) -> None:
+    """Let pages of `origins` read (Fetch standard, CORS protocol); `*` is every origin."""
+    if not origins:
+        return
+
+    async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
+        origin = request.headers.get(hdrs.ORIGIN)
+        if origin is None or ("*" not in origins and origin not in origins):
+            return
+        response.headers[hdrs.ACCESS_CONTROL_ALLOW_ORIGIN] = "*" if "*" in origins else origin
+        response.headers[hdrs.ACCESS_CONTROL_EXPOSE_HEADERS] = "Sse-Labels-Head, Retry-After"
+        if "*" not in origins:
+            response.headers.add(hdrs.VARY, hdrs.ORIGIN)
+
+    async def preflight(request: web.Request) -> web.Response:
+        return web.Response(
+            status=204,
+            headers={
+                hdrs.ACCESS_CONTROL_ALLOW_METHODS: "GET, POST, OPTIONS",
+                hdrs.ACCESS_CONTROL_ALLOW_HEADERS: "Authorization, Content-Type, Last-Event-ID",
+                hdrs.ACCESS_CONTROL_MAX_AGE: str(PREFLIGHT_SECONDS),
+            },
+        )
+
+    app.on_response_prepare.append(add_headers)
+    app.router.add_route("OPTIONS", "/{path:.*}", preflight)

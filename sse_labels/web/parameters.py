@@ -1,0 +1,60 @@
+"""What a request asks for: its cursor and its filter.
+
+Promises: either a value that can be used as it is, or an `InvalidRequest` that
+names the parameter, what stood there and what was expected. Nothing is guessed.
+Stands at the edge of the corridor, before the status line is sent.
+Does not belong here: whether the cursor exists (that needs the database).
+"""
+
+from __future__ import annotations
+
+from aiohttp import web
+
+from sse_labels.errors import InvalidRequest
+from sse_labels.filters import Filter, parse_filter
+
+#: The largest seq: PostgreSQL's bigint.
+SEQ_MAX = 2**63 - 1
+LAST_EVENT_ID = "Last-Event-ID"
+
+
+def parse_cursor(text: str, name: str) -> int:
+    """Return a cursor written as a decimal integer, 0 … 2^63-1."""
+    if text.isascii() and text.isdigit() and len(text) <= 19 and int(text) <= SEQ_MAX:
+        return int(text)
+    raise InvalidRequest(f"{name}: got {text[:60]!r}, expected a decimal integer 0 … 2^63-1")
+
+
+def stream_cursor(request: web.Request) -> int | None:
+    """Return where the stream starts: the header, else the query, else None for live only.
+
+    The header wins: a browser that reconnects sends the URL's old `cursor` as well.
+    """
+    header = _single(request.headers.getall(LAST_EVENT_ID, []), LAST_EVENT_ID)
+    query = _single(request.query.getall("cursor", []), "cursor")
+    from_query = None if query is None else parse_cursor(query, "cursor")
+    return from_query if header is None else parse_cursor(header, LAST_EVENT_ID)
+
+
+def request_filter(request: web.Request) -> Filter | None:
+    """Return the filter of `sources`, `uriPatterns` and `values`, each as often as one likes."""
+    query = request.query
+    return parse_filter(
+        query.getall("sources", []), query.getall("uriPatterns", []), query.getall("values", [])
+    )
+
+
+def whole_number(request: web.Request, name: str, default: int, low: int, high: int) -> int:
+    """Return an integer parameter within its bounds."""
+    text = _single(request.query.getall(name, []), name)
+    if text is None:
+        return default
+    if text.isascii() and text.isdigit() and len(text) <= 19 and low <= int(text) <= high:
+        return int(text)
+    raise InvalidRequest(f"{name}: got {text[:60]!r}, expected an integer {low} … {high}")
+
+
+def _single(given: list[str], name: str) -> str | None:
+    if len(given) > 1:
+        raise InvalidRequest(f"{name}: given {len(given)} times, expected once")
+    return given[0] if given else None

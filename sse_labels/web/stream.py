@@ -1,0 +1,299 @@
+"""`GET /stream`: one HTTP response that does not end.
+
+Promises: whatever is wrong with a request is answered before the status line;
+after it, each event reaches the socket once and in order, written by nobody but
+the one task of this request; a client that does not read is cut in bounded time.
+Stands at the end of the corridor: outbox -> stream -> socket.
+Does not belong here: which events there are, and how they are encoded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import socket
+import struct
+import time
+from collections.abc import AsyncGenerator
+
+from aiohttp import hdrs, web
+from aiohttp.abc import AbstractStreamWriter
+
+from sse_labels.config import Settings
+from sse_labels.errors import (
+    BrokenPromise,
+    FutureCursor,
+    NotReady,
+    RequestError,
+    ServerStopping,
+    StreamClosed,
+    TooManyConnections,
+)
+from sse_labels.metrics import Metrics
+from sse_labels.outbox import CaughtUp, Events, Outbox, Outdated, Silence, Step
+from sse_labels.pages import Pages
+from sse_labels.sequencer import Sequencer
+from sse_labels.sse import HEARTBEAT, encode_error, encode_id, encode_info, encode_opening
+from sse_labels.store import Store
+from sse_labels.web.parameters import request_filter, stream_cursor
+
+log = logging.getLogger(__name__)
+
+HEADERS = {
+    hdrs.CONTENT_TYPE: "text/event-stream; charset=utf-8",
+    hdrs.CACHE_CONTROL: "no-cache, no-transform",
+    # nginx: do not gather the response into blocks (ngx_http_proxy_module).
+    "X-Accel-Buffering": "no",
+}
+#: How long a stream that opens before the sequencer's start waits for it, in seconds.
+START_WAIT_SECONDS = 5.0
+#: What a client that came to a full server waits, as a multiple of the usual retry.
+BUSY_RETRY_FACTOR = 10
+
+
+class StreamHandler:
+    """Answers `GET /stream`, and knows all streams that are open."""
+
+    def __init__(
+        self,
+        sequencer: Sequencer,
+        pages: Pages,
+        store: Store,
+        metrics: Metrics,
+        settings: Settings,
+    ) -> None:
+        self._sequencer = sequencer
+        self._pages = pages
+        self._store = store
+        self._metrics = metrics
+        self._settings = settings
+        self._open: set[Outbox] = set()
+        self._stopping = False
+        metrics.gauges["streams"] = lambda: len(self._open)
+        metrics.gauges["streams_backfilling"] = lambda: sum(not o.caught_up for o in self._open)
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        """Stream until the client leaves, the consumer lags or the server stops."""
+        cursor = stream_cursor(request)
+        narrowed = request_filter(request)
+        try:
+            start = await self._start(cursor)
+            self._admit()
+        except (TooManyConnections, NotReady) as error:
+            if "text/event-stream" in request.headers.get(hdrs.ACCEPT, ""):
+                # A browser takes any other status than 200 for final, and never comes back.
+                return await self._busy(request, error)
+            raise
+        outbox = Outbox(
+            self._sequencer,
+            self._pages,
+            self._metrics,
+            narrowed=narrowed,
+            page_max_events=self._settings.page_max_events,
+            max_events=self._settings.outbox_max_events,
+            heartbeat_seconds=self._settings.heartbeat_seconds,
+        )
+        self._open.add(outbox)
+        opened = time.monotonic()
+        how = "ClientGone"
+        log.info("stream opened: peer=%s cursor=%s filter=%s", request.remote, cursor, narrowed)
+        try:
+            response = self._response(request)
+            writer = await response.prepare(request)
+            if writer is not None and request.transport is not None:
+                stream = Stream(request, response, writer, outbox, self._metrics, self._settings)
+                how = await stream.run(start)
+            return response
+        finally:
+            self._open.discard(outbox)
+            self._metrics.streams_ended[how] += 1
+            log.info(
+                "stream closed: peer=%s how=%s seconds=%.1f position=%s",
+                request.remote, how, time.monotonic() - opened, outbox.position,
+            )  # fmt: skip
+
+    def stop(self) -> None:
+        """End every stream, and refuse new ones."""
+        self._stopping = True
+        for outbox in tuple(self._open):
+            outbox.close(ServerStopping("the server is stopping; reconnect with the last id"))
+
+    async def _start(self, cursor: int | None) -> int:
+        """Return the cursor to start from; raise FutureCursor or NotReady."""
+        self._admit()
+        try:
+            async with asyncio.timeout(START_WAIT_SECONDS):
+                await self._sequencer.started.wait()
+        except TimeoutError:
+            raise NotReady("the sequencer has no head yet") from None
+        if cursor is None:
+            return self._sequencer.head
+        if cursor > self._sequencer.head:
+            # From a neighbour that is ahead of this process? Then the database knows it already.
+            newest = await self._store.newest()
+            if cursor > max(newest, self._sequencer.head):
+                raise FutureCursor(f"cursor {cursor} is beyond the newest seq, which is {newest}")
+        return cursor
+
+    def _admit(self) -> None:
+        """Raise what keeps one more stream from opening."""
+        if self._stopping:
+            raise NotReady("the server is stopping")
+        if len(self._open) >= self._settings.max_streams:
+            raise TooManyConnections(
+                f"{self._settings.max_streams} streams are open, the most here"
+            )
+
+    def _response(self, request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers=HEADERS)
+        response.headers["Sse-Labels-Head"] = str(self._sequencer.head)
+        if request.version >= (1, 1):
+            response.enable_chunked_encoding()
+        return response
+
+    async def _busy(self, request: web.Request, error: RequestError) -> web.StreamResponse:
+        self._metrics.requests_refused[error.name] += 1
+        response = web.StreamResponse(headers=HEADERS)
+        response.force_close()
+        await response.prepare(request)
+        retry = BUSY_RETRY_FACTOR * retry_ms(self._settings)
+        await response.write(encode_error(error.name, str(error), cursor=None, retry_ms=retry))
+        await response.write_eof()
+        return response
+
+
+class Stream:
+    """Writes what one outbox yields to one socket."""
+
+    def __init__(
+        self,
+        request: web.Request,
+        response: web.StreamResponse,
+        writer: AbstractStreamWriter,
+        outbox: Outbox,
+        metrics: Metrics,
+        settings: Settings,
+    ) -> None:
+        assert request.transport is not None  # noqa: S101 - the handler looked
+        self._transport = request.transport
+        self._response = response
+        self._writer = writer
+        self._chunked = request.version >= (1, 1)
+        self._outbox = outbox
+        self._metrics = metrics
+        self._settings = settings
+        self._deadline: asyncio.Timeout | None = None
+        #: The last seq that the client was told.
+        self._told = 0
+
+    async def run(self, start: int) -> str:
+        """Stream from `start`; return how it ended."""
+        # Any byte that the kernel does not take pauses the writer: backpressure begins at once.
+        self._transport.set_write_buffer_limits(high=0)
+        self._outbox.on_close = self._hurry
+        try:
+            await self._response.write(encode_opening(retry_ms(self._settings), start))
+            self._told = start
+            await self._drain()
+            async with contextlib.aclosing(self._outbox.events(start)) as steps:
+                return await self._write_all(steps)
+        except TimeoutError:
+            self._cut()
+            return self._outbox.closed.name if self._outbox.closed else "SendTimeout"
+        except ConnectionError:
+            return "ClientGone"
+
+    async def _write_all(self, steps: AsyncGenerator[Step, None]) -> str:
+        try:
+            async for step in steps:
+                self._write(step)
+                await self._drain()
+        except StreamClosed as closed:
+            await self._end(closed.name, str(closed))
+            return closed.name
+        except BrokenPromise as error:
+            self._metrics.count["broken_promises"] += 1
+            log.exception("a stream is ended, a promise is broken")
+            await self._end("InternalServerError", str(error))
+            return "BrokenPromise"
+        return "ClientGone"
+
+    def _write(self, step: Step) -> None:
+        match step:
+            case Events(chunks):
+                chunks = [chunk for chunk in chunks if chunk.seqs]
+                if chunks:
+                    wire = [chunk.wire if self._chunked else chunk.data for chunk in chunks]
+                    self._send(wire[0] if len(wire) == 1 else b"".join(wire))
+                    self._metrics.events_delivered += sum(map(len, chunks))
+                    self._told = chunks[-1].seqs[-1]
+            case Silence():
+                self._tell_position(otherwise=HEARTBEAT)
+            case CaughtUp():
+                self._tell_position(otherwise=b"")
+            case Outdated(cursor, floor):
+                message = f"cursor {cursor} is below the floor: going on from seq {floor}"
+                self._send_block(encode_info("OutdatedCursor", message, floor=floor))
+
+    def _tell_position(self, otherwise: bytes) -> None:
+        """Write the position when events were hidden since the last write, so that it is kept."""
+        if self._outbox.position > self._told:
+            self._told = self._outbox.position
+            self._send_block(encode_id(self._told))
+        elif otherwise:
+            self._send_block(otherwise)
+
+    def _send_block(self, block: bytes) -> None:
+        self._send(b"%x\r\n%b\r\n" % (len(block), block) if self._chunked else block)
+
+    def _send(self, wire: bytes) -> None:
+        if self._transport.is_closing():
+            raise ConnectionResetError("the client left")
+        # Straight to the transport: the chunk carries HTTP's framing already, and aiohttp's own
+        # write would copy it once per connection.
+        self._transport.write(wire)
+        self._metrics.bytes_delivered += len(wire)
+
+    async def _drain(self) -> None:
+        """Wait until the kernel has taken everything; raise TimeoutError when it does not."""
+        if self._transport.get_write_buffer_size() == 0:
+            return
+        seconds = self._settings.send_timeout_seconds
+        if self._outbox.closed is not None:
+            seconds = min(seconds, self._settings.slow_grace_seconds)
+        async with asyncio.timeout(seconds) as self._deadline:
+            await self._writer.drain()
+        self._deadline = None
+
+    def _hurry(self) -> None:
+        """The outbox closed: the write that may be stuck gets its grace and no more."""
+        if self._deadline is not None:
+            grace = asyncio.get_running_loop().time() + self._settings.slow_grace_seconds
+            when = self._deadline.when()
+            self._deadline.reschedule(grace if when is None else min(when, grace))
+
+    async def _end(self, name: str, message: str) -> None:
+        await self._drain()
+        retry = retry_ms(self._settings)
+        self._send_block(encode_error(name, message, cursor=self._told, retry_ms=retry))
+        await self._response.write_eof()
+        await self._drain()
+        self._response.force_close()
+
+    def _cut(self) -> None:
+        """Reset the connection: the kernel frees what it holds, the client sees a close.
+
+        A plain abort would leave the socket an orphan that waits for a reader who does not read.
+        """
+        raw = self._transport.get_extra_info("socket")
+        if raw is not None:
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self._transport.abort()
+
+
+def retry_ms(settings: Settings) -> int:
+    """Return how long a client shall wait before it reconnects; each gets another time."""
+    low, high = settings.retry_min_seconds, settings.retry_max_seconds
+    return round(1000 * random.uniform(low, high))  # noqa: S311 - spreads load, keeps no secret
