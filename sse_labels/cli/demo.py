@@ -1,0 +1,102 @@
+"""`sse-labels demo`: a server with labels coming in, to look at.
+
+Promises: everything is real but the labels: they are made up, by accounts that
+do not exist, and go in through `POST /labels` like anybody's.
+Does not belong here: anything `serve` does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import hashlib
+import random
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+import aiohttp
+import click
+
+from sse_labels.cli.options import option, settings_options
+from sse_labels.cli.serve import Place, database_of, run
+from sse_labels.config import configure_logging, load, seconds
+from sse_labels.embedded import default_data_dir
+from sse_labels.sse import dumps
+
+#: How often each value is seen, roughly as on the public network: mostly adult content and spam.
+VALUES = {"porn": 30, "spam": 22, "sexual": 14, "nudity": 10, "graphic-media": 6, "rude": 6,
+          "!hide": 4, "misleading": 4, "impersonation": 2, "intolerant": 2}  # fmt: skip
+LABELERS = ["did:plc:demolabeleraaaaaaaaaaaaa", "did:plc:demolabelerbbbbbbbbbbbbb"]
+BASE32 = "234567abcdefghijklmnopqrstuvwxyz"
+
+
+@click.command()
+@settings_options("host", "port", "data_dir", "log_level")
+@option(
+    "interval_seconds", seconds(0.001, 60), "Mean time between two labels.",
+    metavar="SECONDS", default="0.3",
+)  # fmt: skip
+def demo(interval_seconds: float, **options: str | None) -> None:
+    """Run the embedded PostgreSQL, serve, and publish made-up labels."""
+    settings = load(options)
+    settings = replace(
+        settings, dsn=None, data_dir=settings.data_dir or default_data_dir() / "demo"
+    )
+    configure_logging("warning" if options["log_level"] is None else settings.log_level)
+    with database_of(settings) as place:
+        tasks: set[asyncio.Task[None]] = set()
+
+        async def ready(port: int) -> None:
+            url = f"http://{settings.host}:{port}"
+            tasks.add(asyncio.create_task(publish_for_ever(url, place, interval_seconds)))
+            click.echo(
+                f"sse_labels is up; {1 / interval_seconds:.1f} made-up labels a second.\n"
+                f"  read it     curl -N {url}/stream\n"
+                f"  from start  curl -N '{url}/stream?cursor=0'\n"
+                f"  look at it  {url}/\n"
+                f"  {place.note}\n"
+                "Ctrl-C stops it; the labels stay for the next time."
+            )
+
+        run(settings, place, ready)
+
+
+async def publish_for_ever(url: str, place: Place, interval_seconds: float) -> None:
+    """Publish one label after another, some of them negations of earlier ones."""
+    recent: list[dict[str, object]] = []
+    headers = {"Authorization": f"Bearer {place.publish_token}"}
+    async with aiohttp.ClientSession(headers=headers) as session:
+        while True:
+            label = made_up_label(recent)
+            # While the server stops, or its database is away, a label is simply not made.
+            with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+                async with session.post(f"{url}/labels", data=dumps({"labels": [label]})):
+                    recent = [*recent[-50:], label]
+            await asyncio.sleep(random.expovariate(1 / interval_seconds))
+
+
+def made_up_label(recent: list[dict[str, object]]) -> dict[str, object]:
+    """Return a label as a labeler would make it now; one in twelve takes an earlier one back."""
+    now = datetime.now(UTC)
+    cts = now.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    if recent and random.random() < 1 / 12:
+        return {**random.choice(recent), "neg": True, "cts": cts}
+    account = "did:plc:" + "".join(random.choices(BASE32, k=24))
+    [val] = random.choices(list(VALUES), weights=list(VALUES.values()))
+    label: dict[str, object] = {
+        "src": random.choice(LABELERS),
+        "uri": account,
+        "val": val,
+        "cts": cts,
+    }
+    if random.random() < 0.8:  # the others are about the whole account
+        label["uri"] = f"at://{account}/app.bsky.feed.post/{''.join(random.choices(BASE32, k=13))}"
+        # A CID version 1: dag-cbor (0x71) and SHA-256 (0x12, 32 bytes), in base32.
+        digest = b"\x01\x71\x12\x20" + hashlib.sha256(random.randbytes(16)).digest()
+        label["cid"] = "b" + base64.b32encode(digest).decode().lower().rstrip("=")
+    if val == "rude":
+        label["exp"] = (
+            (now + timedelta(days=7)).isoformat(timespec="seconds").replace("+00:00", "Z")
+        )
+    return label
