@@ -1,0 +1,120 @@
+"""One database per test, and the table's truth.
+
+Every delivery test ends with `received == database.stored()`: read by psycopg2
+and turned into events here, without the service's code.
+"""
+
+from __future__ import annotations
+
+import base64
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psycopg2
+
+
+@contextmanager
+def reachable_directory() -> Iterator[Path]:
+    """A directory that a system user can reach too: pytest's own is closed when root runs it."""
+    directory = Path(tempfile.mkdtemp(prefix="sse-labels-test-"))
+    directory.chmod(0o755)
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory)
+
+
+@dataclass
+class TestDatabase:
+    """One database of its own for one test, migrated and empty."""
+
+    __test__ = False
+    dsn: str
+    name: str
+    _connections: list[Any] = field(default_factory=list)
+
+    def connect(self, *, autocommit: bool = True) -> Any:
+        """A plain psycopg2 connection, closed with the test; the writers of the tests."""
+        connection = psycopg2.connect(self.dsn)
+        connection.autocommit = autocommit
+        self._connections.append(connection)
+        return connection
+
+    def execute(self, sql: str, parameters: Any = None) -> list[tuple[Any, ...]]:
+        """One statement in a transaction of its own."""
+        connection = psycopg2.connect(self.dsn)
+        connection.autocommit = True
+        try:
+            with connection.cursor() as cursor:
+                cursor.execute(sql, parameters)
+                return cursor.fetchall() if cursor.description else []
+        finally:
+            connection.close()
+
+    def insert(self, count: int = 1, **columns: Any) -> list[int]:
+        """Store `count` labels; return their seqs."""
+        return [insert_with(self.execute, number, **columns) for number in range(count)]
+
+    def fill(self, count: int) -> None:
+        """Store many labels in one statement."""
+        self.execute(
+            "INSERT INTO label (src, uri, cid, val, neg, cts)"
+            " SELECT 'did:plc:' || lpad((n %% 7)::text, 24, 'a'),"
+            " 'at://did:plc:' || lpad(n::text, 24, 'b') || '/app.bsky.feed.post/3k' || n,"
+            " 'bafyrei' || lpad(n::text, 52, 'c'), (ARRAY['spam','porn','rude'])[1 + n %% 3],"
+            " n %% 12 = 0, '2026-01-01T00:00:00.000Z' FROM generate_series(1, %s) AS n",
+            (count,),
+        )
+
+    def stored(self, after: int = 0) -> list[dict[str, Any]]:
+        """Every event of the table after a cursor, as it must arrive."""
+        rows = self.execute(
+            "SELECT id, src, uri, cid, val, neg, cts, exp, sig FROM label WHERE id > %s"
+            " ORDER BY id",
+            (after,),
+        )
+        return [expected_event(*row) for row in rows]
+
+    def close(self) -> None:
+        for connection in self._connections:
+            connection.close()
+
+
+def insert_with(execute: Callable[..., Any], number: int = 0, **columns: Any) -> int:
+    """Insert one label through `execute(sql, parameters)`; return its seq."""
+    row = {
+        "src": "did:plc:aaaaaaaaaaaaaaaaaaaaaaaa",
+        "uri": f"at://did:plc:bbbbbbbbbbbbbbbbbbbbbbbb/app.bsky.feed.post/3k{number}",
+        "cid": "",
+        "val": "spam",
+        "neg": None,
+        "cts": "2026-01-01T00:00:00.000Z",
+        "exp": None,
+        "sig": None,
+        **columns,
+    }
+    names = ", ".join(row)
+    places = ", ".join(f"%({name})s" for name in row)
+    rows = execute(f"INSERT INTO label ({names}) VALUES ({places}) RETURNING id", row)
+    return int(rows[0][0])
+
+
+def expected_event(
+    seq: int, src: str, uri: str, cid: str, val: str, neg: bool, cts: str, exp: str, sig: Any
+) -> dict[str, Any]:
+    """One row as the wire's JSON, written down a second time and on purpose."""
+    label: dict[str, Any] = {"ver": 1, "src": src, "uri": uri, "val": val, "cts": cts}
+    if cid:
+        label["cid"] = cid
+    if neg:
+        label["neg"] = True
+    if exp is not None:
+        label["exp"] = exp
+    if sig is not None:
+        label["sig"] = {"$bytes": base64.b64encode(bytes(sig)).decode().rstrip("=")}
+    return {"seq": seq, "labels": [label]}

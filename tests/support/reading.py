@@ -1,0 +1,91 @@
+"""Reading a stream with a client that nobody here wrote (httpx-sse)."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+from httpx_sse import EventSource, ServerSentEvent, aconnect_sse
+
+#: No test waits longer than this for what must come; then it fails.
+PATIENCE_SECONDS = 20.0
+
+
+@dataclass
+class Reader:
+    """One open stream, and everything it has received."""
+
+    response: httpx.Response
+    _blocks: AsyncIterator[ServerSentEvent]
+    #: The events, as JSON, in the order of their arrival.
+    events: list[dict[str, Any]] = field(default_factory=list)
+    #: The blocks that were no label: info and error events, as (event, JSON).
+    news: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    last_id: str = ""
+    retry_ms: int | None = None
+
+    async def until_opened(self) -> int:
+        """Read the first id-only block; return the position that the stream starts from."""
+        await self._until(lambda: self.last_id != "")
+        return int(self.last_id)
+
+    async def until_events(self, count: int) -> list[dict[str, Any]]:
+        """Read until `count` events have been received in all."""
+        await self._until(lambda: len(self.events) >= count)
+        return self.events
+
+    async def until_seq(self, seq: int) -> list[dict[str, Any]]:
+        """Read until the last id is at least `seq`."""
+        await self._until(lambda: self.last_id != "" and int(self.last_id) >= seq)
+        return self.events
+
+    async def until_news(self, event: str) -> dict[str, Any]:
+        """Read until an `info` or `error` event has come; return its data."""
+        await self._until(lambda: any(name == event for name, _ in self.news))
+        return next(data for name, data in self.news if name == event)
+
+    async def until_closed(self) -> None:
+        """Read to the end of the response."""
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            async for block in self._blocks:
+                self._take(block)
+
+    async def _until(self, enough: Any) -> None:
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while not enough():
+                self._take(await anext(self._blocks))
+
+    def _take(self, block: ServerSentEvent) -> None:
+        self.last_id = block.id or self.last_id
+        self.retry_ms = block.retry if block.retry is not None else self.retry_ms
+        if block.event in ("info", "error"):
+            self.news.append((block.event, json.loads(block.data)))
+        elif block.data:
+            event = json.loads(block.data)
+            assert block.event == "message"
+            assert block.id == str(event["seq"])
+            self.events.append(event)
+
+
+@asynccontextmanager
+async def reading(
+    url: str, *, last_event_id: str | None = None, **query: Any
+) -> AsyncIterator[Reader]:
+    """Open a stream; its status must be 200."""
+    headers = {} if last_event_id is None else {"Last-Event-ID": last_event_id}
+    async with (
+        httpx.AsyncClient(timeout=PATIENCE_SECONDS) as client,
+        aconnect_sse(client, "GET", url, headers=headers, params=query) as source,
+    ):
+        assert source.response.status_code == 200, await source.response.aread()
+        yield Reader(source.response, _blocks(source))
+
+
+async def _blocks(source: EventSource) -> AsyncIterator[ServerSentEvent]:
+    async for block in source.aiter_sse():
+        yield block
