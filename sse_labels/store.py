@@ -71,9 +71,9 @@ class Store:
         [(seq,)] = await source.fetch("newest")
         return int(seq)
 
-    async def rows_after(self, connection: Connection, head: int, limit: int) -> list[Row]:
-        """Return at most `limit` rows above `head`, by id; not yet known to be settled."""
-        return await connection.fetch("rows_after", head=head, limit=limit)
+    async def rows_after(self, connection: Connection, cursor: int, limit: int) -> list[Row]:
+        """Return at most `limit` rows after `cursor`, by id; not yet known to be settled."""
+        return await connection.fetch("rows_after", cursor=cursor, limit=limit)
 
     async def sequence_holders(self, connection: Connection) -> frozenset[str]:
         """Return the virtual transactions that took an id and have not ended."""
@@ -96,26 +96,30 @@ class Store:
 
     async def page(self, cursor: int, head: int, limit: int, narrowed: Filter | None) -> Page:
         """Return what comes after `cursor`, at most `limit` rows and never beyond `head`."""
-        rows = await self._database.fetch("rows_between", cursor=cursor, head=head, limit=limit)
+        rows = await self._database.fetch("rows_after", cursor=cursor, limit=limit)
+        full = len(rows) == limit and rows[-1][0] <= head
+        if not full:
+            # What lies beyond the head is not settled yet.
+            rows = [row for row in rows if row[0] <= head]
         floor = 1
         if self.has_state and (not rows or rows[0][0] != cursor + 1):
             # Retention takes rows from the old end and raises the floor before: rows it took
             # show as a gap at the page's beginning, and a floor read now is as new as the page.
             floor = await self.floor()
-        full = len(rows) == limit
         end = rows[-1][0] if full else head
         return Page(encode_rows(rows, start=cursor, end=end, narrowed=narrowed), full, floor)
 
     async def query(
         self, narrowed: Filter | None, cursor: int, head: int, limit: int
     ) -> Sequence[Row]:
-        """Return at most `limit` rows after `cursor` that match, by id, none twice."""
-        common: dict[str, Any] = {"cursor": cursor, "head": head, "limit": limit}
+        """Return at most `limit` rows after `cursor` up to `head` that match, by id, once each."""
+        common: dict[str, Any] = {"cursor": cursor, "limit": limit}
         common["sources"] = list(narrowed.sources) if narrowed else []
         common["values"] = list(narrowed.values) if narrowed else []
         if narrowed is None or not (narrowed.uris or narrowed.uri_prefixes):
-            return await self._database.fetch("query_any", **common)
-        rows: list[Row] = []
+            rows = await self._database.fetch("query_any", **common)
+            return [row for row in rows if row[0] <= head]
+        rows = []
         if narrowed.uris:
             heads = [uri[:INDEXED_URI_CHARS] for uri in narrowed.uris]
             uris = list(narrowed.uris)
@@ -128,7 +132,7 @@ class Store:
                 **common,
             )
         # Each block returned its first `limit`: the first `limit` of all are among them.
-        return sorted({row[0]: row for row in rows}.values())[:limit]
+        return sorted({row[0]: row for row in rows if row[0] <= head}.values())[:limit]
 
     async def insert(self, labels: Sequence[Label]) -> list[int]:
         """Store all labels or none; return their seqs in the same order."""

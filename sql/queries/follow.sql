@@ -23,9 +23,11 @@ SELECT greatest(
 
 -- name: rows_after
 -- Rows (id, src, uri, cid, val, neg, cts, exp, sig) after a seq, by id: not yet known to be settled.
+-- Backfills use it too, and cut it off at the head themselves: with `AND id <= head` a planner
+-- without fresh statistics sorts the whole rest of the table for each page (40 ms instead of 2).
 SELECT id, src, uri, cid, val, neg, cts, exp, sig
   FROM label
- WHERE id > %(head)s
+ WHERE id > %(cursor)s
  ORDER BY id
  LIMIT %(limit)s;
 

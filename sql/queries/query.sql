@@ -1,13 +1,14 @@
 -- What queryLabels reads, one block per kind of URI pattern: the planner sees the
 -- pattern itself and chooses between the index on uri and the order of ids. That
 -- index holds the first 600 characters of a URI: hence each condition stands twice.
--- Empty arrays of sources and values mean any.
+-- Empty arrays of sources and values mean any. What lies beyond the head is cut off by the caller,
+-- for the reason that rows_after gives.
 
 -- name: query_any
--- Rows (id, src, uri, cid, val, neg, cts, exp, sig) of any URI after a cursor up to the head, by id.
+-- Rows (id, src, uri, cid, val, neg, cts, exp, sig) of any URI after a cursor, by id.
 SELECT id, src, uri, cid, val, neg, cts, exp, sig
   FROM label
- WHERE id > %(cursor)s AND id <= %(head)s
+ WHERE id > %(cursor)s
    AND (cardinality(%(sources)s::varchar[]) = 0 OR src = ANY (%(sources)s::varchar[]))
    AND (cardinality(%(values)s::varchar[]) = 0 OR val = ANY (%(values)s::varchar[]))
  ORDER BY id
@@ -19,7 +20,7 @@ SELECT id, src, uri, cid, val, neg, cts, exp, sig
   FROM label
  WHERE left(uri, 600) = ANY (%(uri_heads)s::text[])
    AND uri = ANY (%(uris)s::varchar[])
-   AND id > %(cursor)s AND id <= %(head)s
+   AND id > %(cursor)s
    AND (cardinality(%(sources)s::varchar[]) = 0 OR src = ANY (%(sources)s::varchar[]))
    AND (cardinality(%(values)s::varchar[]) = 0 OR val = ANY (%(values)s::varchar[]))
  ORDER BY id
@@ -31,7 +32,7 @@ SELECT id, src, uri, cid, val, neg, cts, exp, sig
   FROM label
  WHERE left(uri, 600) LIKE %(head_pattern)s
    AND uri LIKE %(pattern)s
-   AND id > %(cursor)s AND id <= %(head)s
+   AND id > %(cursor)s
    AND (cardinality(%(sources)s::varchar[]) = 0 OR src = ANY (%(sources)s::varchar[]))
    AND (cardinality(%(values)s::varchar[]) = 0 OR val = ANY (%(values)s::varchar[]))
  ORDER BY id
