@@ -7,9 +7,9 @@ Stands in the corridor under the store.
 Does not belong here: SQL, what a row means, when to try again.
 
 aiopg's traps that are closed here: a server-side cancel arrives as
-`CancelledError`; a time-out closes the connection; a connection attempt that
-moves to another address changes the socket under the event loop, so addresses
-are resolved first and tried one by one.
+`CancelledError`, and a genuine one may be swallowed; a time-out closes the
+connection; a connection attempt that moves to another address changes the
+socket under the event loop, so addresses are resolved first and tried one by one.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import aiopg
 import psycopg2
@@ -29,6 +29,8 @@ from sse_labels.errors import ConfigError, DatabaseUnavailable
 from sse_labels.queries import block
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 #: A connection whose peer vanished is noticed in 25 s (10 + 3 x 5), or 15 s while data waits.
 KEEPALIVE = {
@@ -112,13 +114,14 @@ class Database:
             options=options,
         )
         async with asyncio.timeout(self._connect_timeout):
-            raw = await aiopg.connect(
+            connecting = aiopg.connect(
                 dsn,
                 timeout=self._connect_timeout,
                 enable_json=False,
                 enable_hstore=False,
                 enable_uuid=False,
             )
+            raw = await keep_cancellation(connecting, undo=aiopg.Connection.close)
         return Connection(raw, self._query_timeout)
 
     async def _addresses(self) -> list[dict[str, str]]:
@@ -182,7 +185,7 @@ class Connection:
         timeout = self._timeout if timeout_seconds is None else timeout_seconds
         try:
             async with self._raw.cursor() as cursor:
-                await cursor.execute(sql, parameters or None, timeout=timeout)
+                await keep_cancellation(cursor.execute(sql, parameters or None, timeout=timeout))
                 if cursor.description is None:
                     return []
                 rows: list[tuple[Any, ...]] = await cursor.fetchall()
@@ -220,3 +223,21 @@ class Connection:
     def close(self) -> None:
         """Close at once; a statement under way is abandoned."""
         self._raw.close()
+
+
+async def keep_cancellation(
+    waiting: Awaitable[T], undo: Callable[[T], object] = lambda result: None
+) -> T:
+    """Await `waiting`; raise the CancelledError that it swallowed, after `undo(result)`.
+
+    aiopg waits by `asyncio.wait_for`, which before Python 3.12 returns the result and forgets
+    the cancellation when both arrive in the same step of the event loop. A server that was told
+    to stop then follows its table for ever.
+    """
+    task = asyncio.current_task()
+    before = 0 if task is None else task.cancelling()
+    result = await waiting
+    if task is not None and task.cancelling() > before:
+        undo(result)
+        raise asyncio.CancelledError
+    return result
