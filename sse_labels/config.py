@@ -13,17 +13,22 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from sse_labels.errors import ConfigError
 
 ENV_PREFIX = "SSE_LABELS_"
 
 Parse = Callable[[str], Any]
+
+_NUMBER = re.compile(r"[0-9]+(\.[0-9]*)?", re.ASCII)
+_ORIGIN = re.compile(
+    r"https?://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?", re.ASCII | re.IGNORECASE
+)
 
 
 class Expected(ValueError):
@@ -45,10 +50,7 @@ def seconds(low: float, high: float) -> Parse:
     """Return a parser for a number of seconds from `low` to `high`."""
 
     def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
+        value = float(text) if _NUMBER.fullmatch(text) else math.nan
         if low <= value <= high:
             return value
         raise Expected(f"seconds from {low:g} to {high:g}")
@@ -89,7 +91,10 @@ def words(text: str) -> str:
 
 def path(text: str) -> Path:
     """Read a file or folder name; `~` is the home."""
-    return Path(words(text)).expanduser()
+    try:
+        return Path(words(text)).expanduser()
+    except RuntimeError:
+        raise Expected("a file or folder whose ~ is the home of a user") from None
 
 
 def one_of(*choices: str) -> Parse:
@@ -107,9 +112,7 @@ def origins(text: str) -> tuple[str, ...]:
     """Read a comma-separated list of web origins (RFC 6454), or `*`."""
     listed = tuple(part.strip() for part in text.split(",") if part.strip())
     for origin in listed:
-        parts = urlsplit(origin)
-        whole = f"{parts.scheme}://{parts.netloc}"
-        if origin != "*" and (parts.scheme not in ("http", "https") or origin != whole):
+        if origin != "*" and not _ORIGIN.fullmatch(origin):
             raise Expected("origins such as https://example.com, separated by commas, or *")
     return listed
 

@@ -18,8 +18,9 @@ from sse_labels.errors import BrokenPromise
 #: As many small chunks at the young end are merged into one, so that a quiet
 #: stream's ring is hundreds of chunks and not a hundred thousand.
 MERGE_COUNT = 64
-#: A chunk with fewer events than this is small.
-SMALL_EVENTS = 256
+#: A chunk with fewer events than this is small. A merged one leaves the ring in one piece:
+#: 64 x 63 events are about 3 MB.
+SMALL_EVENTS = 64
 
 
 class Ring:

@@ -90,6 +90,9 @@ class SettledRule:
         if head < self.head:
             raise BrokenPromise(f"the head cannot go back from {self.head} to {head}")
         self.head = head
+        if self.hole is not None and head >= self.hole.hi:
+            # What was missing has come: whoever still holds the lock keeps nobody waiting.
+            self.hole = None
 
     def _settle_when_empty(self) -> None:
         if self.hole is not None and not self.hole.waiting:

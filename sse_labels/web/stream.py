@@ -185,6 +185,8 @@ class Stream:
         self._metrics = metrics
         self._settings = settings
         self._deadline: asyncio.Timeout | None = None
+        self._now = asyncio.get_running_loop().time
+        self._wrote = self._now()
         #: The last seq that the client was told.
         self._told = 0
 
@@ -224,7 +226,9 @@ class Stream:
         match step:
             case Events(chunks):
                 chunks = [chunk for chunk in chunks if chunk.seqs]
-                if chunks:
+                if not chunks:
+                    self._break_silence()
+                else:
                     wire = [chunk.wire if self._chunked else chunk.data for chunk in chunks]
                     self._send(wire[0] if len(wire) == 1 else b"".join(wire))
                     self._metrics.events_delivered += sum(map(len, chunks))
@@ -236,6 +240,11 @@ class Stream:
             case Outdated(cursor, floor):
                 message = f"cursor {cursor} is below the floor: going on from seq {floor}"
                 self._send_block(encode_info("OutdatedCursor", message, floor=floor))
+
+    def _break_silence(self) -> None:
+        """Write a heartbeat when it is due although events come: the filter hides them all."""
+        if self._now() - self._wrote >= self._settings.heartbeat_seconds:
+            self._tell_position(otherwise=HEARTBEAT)
 
     def _tell_position(self, otherwise: bytes) -> None:
         """Write the position when events were hidden since the last write, so that it is kept."""
@@ -254,6 +263,7 @@ class Stream:
         # Straight to the transport: the chunk carries HTTP's framing already, and aiohttp's own
         # write would copy it once per connection.
         self._transport.write(wire)
+        self._wrote = self._now()
         self._metrics.bytes_delivered += len(wire)
 
     async def _drain(self) -> None:
@@ -270,7 +280,7 @@ class Stream:
     def _hurry(self) -> None:
         """The outbox closed: the write that may be stuck gets its grace and no more."""
         if self._deadline is not None:
-            grace = asyncio.get_running_loop().time() + self._settings.slow_grace_seconds
+            grace = self._now() + self._settings.slow_grace_seconds
             when = self._deadline.when()
             self._deadline.reschedule(grace if when is None else min(when, grace))
 
