@@ -1,0 +1,1046 @@
+"""One consumer's way from its cursor to live, with time and every race under the test's control.
+
+The sequencer and its ring are the real ones, `publish` is called by the tests; the database is a
+list behind a gate. Time is virtual: it jumps when nobody has anything to do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import random
+import selectors
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sse_labels.chunk import Chunk, Row, encode_rows
+from sse_labels.errors import (
+    BrokenPromise,
+    ConsumerTooSlow,
+    DatabaseUnavailable,
+    SchemaError,
+    ServerStopping,
+)
+from sse_labels.filters import Filter
+from sse_labels.metrics import Metrics
+from sse_labels.outbox import CaughtUp, ChunkQueue, Events, Outbox, Outdated, Silence, Step
+from sse_labels.ring import Ring
+from sse_labels.sequencer import Sequencer
+from sse_labels.store import Page
+
+PLENTY = 2**30
+HEARTBEAT_SECONDS = 15.0
+ONLY_SPAM = Filter(values=frozenset({"spam"}))
+
+Steps = AsyncGenerator[Step, None]
+
+
+class VirtualTimeLoop(asyncio.SelectorEventLoop):
+    """An event loop whose clock jumps to the next timer when nobody has anything to do."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        super().__init__(_JumpingSelector(self))
+
+    def time(self) -> float:
+        return self.now
+
+
+class _JumpingSelector(selectors.SelectSelector):
+    def __init__(self, loop: VirtualTimeLoop) -> None:
+        super().__init__()
+        self._loop = loop
+
+    def select(self, timeout: float | None = None) -> Any:
+        ready = super().select(0)
+        if not ready and timeout is None:
+            raise AssertionError("everybody waits, and nothing will ever happen")
+        if not ready:
+            self._loop.now += timeout or 0.0
+        return ready
+
+
+def virtual_time(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """Run an async test on virtual time."""
+
+    @functools.wraps(test)
+    def run(*args: Any, **options: Any) -> None:
+        with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+            runner.run(test(*args, **options))
+
+    return run
+
+
+def now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+def make_row(seq: int) -> Row:
+    """Odd seqs are spam, even ones are porn."""
+    val = "spam" if seq % 2 else "porn"
+    return (seq, "did:plc:a", f"at://b/{seq}", "", val, None, "t", None, None)
+
+
+class Bench:
+    """A sequencer, a table behind a gate, and outboxes on them."""
+
+    def __init__(
+        self,
+        *,
+        history: int = 0,
+        page_max_events: int = 4,
+        ring_max_bytes: int = PLENTY,
+    ) -> None:
+        """`history` events stand in the table before the ring begins."""
+        self.page_max_events = page_max_events
+        self.metrics = Metrics()
+        nowhere: Any = None
+        self.sequencer = Sequencer(
+            nowhere,
+            self.metrics,
+            page_max_events=page_max_events,
+            ring_max_bytes=ring_max_bytes,
+            poll_seconds=1,
+            gather_seconds=0,
+        )
+        self.sequencer.ring = Ring(history, ring_max_bytes)
+        self.table = [make_row(seq) for seq in range(1, history + 1)]
+        self.floor = 1
+        #: The cursors of all reads so far.
+        self.reads: list[int] = []
+        self.cancelled_reads: list[int] = []
+        self.failures: list[Exception] = []
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.parked = asyncio.Event()
+
+    def outbox(self, **options: Any) -> Outbox:
+        pages: Any = self
+        return Outbox(
+            self.sequencer,
+            pages,
+            self.metrics,
+            **{
+                "narrowed": None,
+                "page_max_events": self.page_max_events,
+                "max_events": 1000,
+                "heartbeat_seconds": HEARTBEAT_SECONDS,
+                **options,
+            },
+        )
+
+    def publish(self, *seqs: int, end: int | None = None) -> Chunk:
+        """Let the sequencer publish these seqs as one chunk that continues the head."""
+        rows = [make_row(seq) for seq in seqs]
+        self.table += rows
+        head = self.sequencer.head
+        end = end if end is not None else seqs[-1]
+        chunk = encode_rows(rows, start=head, end=end, with_keys=True)
+        self.sequencer.publish(chunk)
+        return chunk
+
+    def retire(self, floor: int) -> None:
+        """Retention: the floor rises first, then the rows go."""
+        self.floor = floor
+        self.table = [row for row in self.table if row[0] >= floor]
+
+    async def read(self, cursor: int, narrowed: Filter | None) -> Page:
+        """As `Pages.read` does, from the list."""
+        self.reads.append(cursor)
+        self.parked.set()
+        try:
+            await self.gate.wait()
+        except asyncio.CancelledError:
+            self.cancelled_reads.append(cursor)
+            raise
+        if self.failures:
+            raise self.failures.pop(0)
+        head = self.sequencer.head
+        rows = [row for row in self.table if cursor < row[0] <= head][: self.page_max_events]
+        full = len(rows) == self.page_max_events
+        end = rows[-1][0] if full else head
+        chunk = encode_rows(rows, start=cursor, end=end, narrowed=narrowed)
+        return Page(chunk, full, self.floor)
+
+    @property
+    def has_subscribers(self) -> bool:
+        return bool(self.sequencer._subscribers)
+
+
+def seqs_of(step: Step) -> list[int]:
+    assert isinstance(step, Events), step
+    return [seq for chunk in step.chunks for seq in chunk.seqs]
+
+
+async def until_caught_up(steps: Steps) -> list[int]:
+    """Read history to its end; return its seqs."""
+    seqs = []
+    async for step in steps:
+        if isinstance(step, CaughtUp):
+            return seqs
+        seqs += seqs_of(step)
+    raise AssertionError("the stream ended")
+
+
+async def next_seqs(steps: Steps, count: int) -> list[int]:
+    """Read on until `count` events have come."""
+    seqs: list[int] = []
+    while len(seqs) < count:
+        seqs += seqs_of(await anext(steps))
+    return seqs
+
+
+class TestLive:
+    @virtual_time
+    async def test_a_consumer_at_the_head_gets_what_is_published_from_then_on(self) -> None:
+        bench = Bench(history=10)
+        outbox = bench.outbox()
+        steps = outbox.events(10)
+        assert await until_caught_up(steps) == []
+        assert outbox.caught_up
+        bench.publish(11, 12)
+        bench.publish(14)
+        assert await next_seqs(steps, 3) == [11, 12, 14]
+        assert outbox.position == 14
+        assert bench.reads == []
+        await steps.aclose()
+
+    @virtual_time
+    async def test_a_waiting_consumer_wakes_at_once(self) -> None:
+        bench = Bench()
+        steps = bench.outbox().events(0)
+        await until_caught_up(steps)
+        asyncio.get_running_loop().call_later(7, bench.publish, 1)
+        assert seqs_of(await anext(steps)) == [1]
+        assert now() == pytest.approx(7)
+        await steps.aclose()
+
+    @virtual_time
+    async def test_all_that_waits_comes_in_one_step_about_a_page_at_most(self) -> None:
+        bench = Bench(page_max_events=4)
+        steps = bench.outbox().events(0)
+        await until_caught_up(steps)
+        for seq in range(1, 41):
+            bench.publish(seq)
+        first = seqs_of(await anext(steps))
+        assert 4 <= len(first) <= 8
+        assert first + await next_seqs(steps, 40 - len(first)) == list(range(1, 41))
+        await steps.aclose()
+
+    @virtual_time
+    async def test_connections_share_the_chunk_itself(self) -> None:
+        bench = Bench()
+        one, other = bench.outbox().events(0), bench.outbox().events(0)
+        await until_caught_up(one)
+        await until_caught_up(other)
+        chunk = bench.publish(1, 2)
+        for steps in (one, other):
+            step = await anext(steps)
+            assert isinstance(step, Events)
+            assert step.chunks[0] is chunk
+            await steps.aclose()
+
+    @virtual_time
+    async def test_holes_between_chunks_are_passed_over(self) -> None:
+        bench = Bench()
+        outbox = bench.outbox()
+        steps = outbox.events(0)
+        await until_caught_up(steps)
+        bench.publish(2, end=5)
+        bench.publish(end=8)
+        bench.publish(9)
+        assert await next_seqs(steps, 2) == [2, 9]
+        assert outbox.position == 9
+        await steps.aclose()
+
+
+class TestBackfill:
+    @virtual_time
+    async def test_history_comes_from_pages_then_from_the_ring_then_live(self) -> None:
+        bench = Bench(history=10, page_max_events=4)
+        bench.publish(11, 12, 13)
+        bench.publish(14, 15)
+        steps = bench.outbox().events(0)
+        assert seqs_of(await anext(steps)) == [1, 2, 3, 4]
+        assert seqs_of(await anext(steps)) == [5, 6, 7, 8]
+        assert seqs_of(await anext(steps)) == [9, 10, 11, 12]
+        # The ring covers 12: no page is read behind it.
+        assert seqs_of(await anext(steps)) == [13, 14, 15]
+        assert isinstance(await anext(steps), CaughtUp)
+        await asyncio.sleep(0)
+        assert bench.reads == [0, 4, 8]
+        bench.publish(16)
+        assert seqs_of(await anext(steps)) == [16]
+        assert bench.metrics.count["ring_hits"] == 0
+        await steps.aclose()
+
+    @virtual_time
+    async def test_a_cursor_inside_the_ring_needs_no_database(self) -> None:
+        bench = Bench(history=10)
+        bench.publish(11, 12, 13)
+        bench.publish(14)
+        steps = bench.outbox().events(12)
+        assert await until_caught_up(steps) == [13, 14]
+        assert bench.reads == []
+        assert bench.metrics.count["ring_hits"] == 1
+        await steps.aclose()
+
+    @virtual_time
+    async def test_a_long_way_through_the_ring_is_taken_in_pages(self) -> None:
+        bench = Bench(page_max_events=4)
+        for seq in range(1, 31):
+            bench.publish(seq)
+        outbox = bench.outbox()
+        steps = outbox.events(0)
+        sizes = []
+        async for step in steps:
+            if isinstance(step, CaughtUp):
+                break
+            sizes.append(len(seqs_of(step)))
+            assert bench.has_subscribers == (outbox.position == 30)
+        assert sum(sizes) == 30
+        assert max(sizes) <= 4
+        await steps.aclose()
+
+    @virtual_time
+    async def test_a_reader_whom_the_ring_left_behind_goes_on_from_the_database(self) -> None:
+        bench = Bench(page_max_events=2, ring_max_bytes=2000)
+        bench.publish(1)
+        bench.publish(2)
+        bench.publish(3)
+        steps = bench.outbox().events(0)
+        got = seqs_of(await anext(steps))
+        for seq in range(4, 30):
+            bench.publish(seq)
+        assert not bench.sequencer.ring.covers(got[-1])
+        assert got + await until_caught_up(steps) == list(range(1, 30))
+        assert bench.reads[0] == got[-1]
+        await steps.aclose()
+
+    @virtual_time
+    async def test_the_next_page_is_read_while_this_one_is_being_written(self) -> None:
+        bench = Bench(history=20, page_max_events=4)
+        steps = bench.outbox().events(0)
+        await anext(steps)
+        await asyncio.sleep(0)
+        assert bench.reads == [0, 4]
+        await steps.aclose()
+
+    @virtual_time
+    async def test_pages_end_at_the_head_and_what_is_published_meanwhile_follows(self) -> None:
+        bench = Bench(history=6, page_max_events=100, ring_max_bytes=0)
+        steps = bench.outbox().events(0)
+        assert seqs_of(await anext(steps)) == [1, 2, 3, 4, 5, 6]
+        for seq in (7, 8, 9):
+            bench.publish(seq)
+        # The ring holds the last chunk alone: 7 and 8 are read from the database.
+        assert await until_caught_up(steps) == [7, 8, 9]
+        assert bench.reads == [0, 6]
+        await steps.aclose()
+
+
+class TestCutover:
+    @virtual_time
+    async def test_live_event_during_cutover_is_delivered_once(self) -> None:
+        bench = Bench(history=3, page_max_events=100)
+        bench.gate.clear()
+        steps = bench.outbox().events(0)
+        reading = asyncio.ensure_future(anext(steps))
+        await bench.parked.wait()
+        bench.publish(4)
+        bench.publish(5)
+        bench.gate.set()
+        # The page was read up to the head of that moment, which was 5.
+        assert seqs_of(await reading) == [1, 2, 3, 4, 5]
+        bench.publish(6)
+        assert await until_caught_up(steps) == [6]
+        bench.publish(7)
+        assert seqs_of(await anext(steps)) == [7]
+        await steps.aclose()
+
+    @pytest.mark.parametrize("steps_before", range(7))
+    @virtual_time
+    async def test_an_event_published_between_any_two_steps_is_delivered_once(
+        self, steps_before: int
+    ) -> None:
+        bench = Bench(history=10, page_max_events=4)
+        bench.publish(11)
+        outbox = bench.outbox()
+        steps = outbox.events(0)
+        got: list[int] = []
+        for _ in range(steps_before):
+            step = await anext(steps)
+            got += seqs_of(step) if isinstance(step, Events) else []
+        bench.publish(12, 13)
+        while outbox.position < 13:
+            step = await anext(steps)
+            got += seqs_of(step) if isinstance(step, Events) else []
+        bench.publish(14)
+        while outbox.position < 14:
+            step = await anext(steps)
+            got += seqs_of(step) if isinstance(step, Events) else []
+        assert got == list(range(1, 15))
+        await steps.aclose()
+
+    @virtual_time
+    async def test_events_between_the_subscription_and_the_first_read_wait_in_the_queue(
+        self,
+    ) -> None:
+        bench = Bench()
+        bench.publish(1)
+        outbox = bench.outbox()
+        steps = outbox.events(0)
+        assert seqs_of(await anext(steps)) == [1]
+        # Subscribed, and not yet told that it has caught up.
+        bench.publish(2)
+        assert outbox.position == 1
+        assert isinstance(await anext(steps), CaughtUp)
+        assert seqs_of(await anext(steps)) == [2]
+        await steps.aclose()
+
+
+class TestACursorAheadOfTheHead:
+    @virtual_time
+    async def test_it_is_waited_for_and_nothing_before_it_is_delivered(self) -> None:
+        bench = Bench(history=10)
+        outbox = bench.outbox()
+        steps = outbox.events(13)
+        assert await until_caught_up(steps) == []
+        bench.publish(11, 12)
+        bench.publish(13, 14)
+        bench.publish(15)
+        assert await next_seqs(steps, 2) == [14, 15]
+        await steps.aclose()
+
+    @virtual_time
+    async def test_its_position_does_not_go_back(self) -> None:
+        bench = Bench(history=10)
+        outbox = bench.outbox(narrowed=ONLY_SPAM)
+        steps = outbox.events(20)
+        await until_caught_up(steps)
+        # The first is hidden by the filter, the second is not.
+        for seq in (12, 13):
+            bench.publish(seq)
+            assert outbox.position == 20
+        assert seqs_of(await anext(steps)) == []
+        assert outbox.position == 20
+        bench.publish(22)
+        assert outbox.position == 22
+        await steps.aclose()
+
+
+class TestOverflow:
+    @virtual_time
+    async def test_a_full_queue_ends_the_stream_and_frees_what_waited(self) -> None:
+        bench = Bench(page_max_events=4)
+        outbox = bench.outbox(max_events=10)
+        closings: list[int] = []
+        outbox.on_close = lambda: closings.append(bench.sequencer.head)
+        steps = outbox.events(0)
+        await until_caught_up(steps)
+        bench.publish(1, 2, 3, 4)
+        bench.publish(5, 6, 7, 8)
+        # Eight wait: there is room for this chunk, and then no more.
+        bench.publish(9, 10, 11, 12)
+        assert outbox.closed is None
+        assert outbox._queue.qsize() == 12
+        bench.publish(13)
+        assert isinstance(outbox.closed, ConsumerTooSlow)
+        assert outbox._queue.qsize() == 0
+        assert not bench.has_subscribers
+        assert closings == [13]
+        # Whatever comes now goes past it.
+        bench.publish(14)
+        assert outbox._queue.qsize() == 0
+        assert bench.metrics.count["queue_overflows"] == 1
+        with pytest.raises(ConsumerTooSlow, match="more than 10 events"):
+            await anext(steps)
+        assert outbox.position == 0
+
+    @virtual_time
+    async def test_the_others_are_not_disturbed(self) -> None:
+        bench = Bench()
+        slow, quick = bench.outbox(max_events=2), bench.outbox()
+        slow_steps, quick_steps = slow.events(0), quick.events(0)
+        await until_caught_up(slow_steps)
+        await until_caught_up(quick_steps)
+        for seq in range(1, 6):
+            bench.publish(seq)
+        assert await next_seqs(quick_steps, 5) == [1, 2, 3, 4, 5]
+        with pytest.raises(ConsumerTooSlow):
+            await anext(slow_steps)
+        await quick_steps.aclose()
+
+    @virtual_time
+    async def test_a_consumer_that_reads_as_it_comes_never_overflows(self) -> None:
+        bench = Bench()
+        outbox = bench.outbox(max_events=2)
+        steps = outbox.events(0)
+        await until_caught_up(steps)
+        for seq in range(1, 50):
+            bench.publish(seq)
+            assert seqs_of(await anext(steps)) == [seq]
+        assert outbox.closed is None
+        await steps.aclose()
+
+    @virtual_time
+    async def test_history_is_not_counted_against_the_queue(self) -> None:
+        bench = Bench(history=50, page_max_events=4)
+        outbox = bench.outbox(max_events=2)
+        steps = outbox.events(0)
+        assert await until_caught_up(steps) == list(range(1, 51))
+        assert outbox.closed is None
+        await steps.aclose()
+
+
+class TestFilters:
+    @virtual_time
+    async def test_hidden_events_are_not_delivered_in_any_phase(self) -> None:
+        bench = Bench(history=10, page_max_events=4)
+        bench.publish(11, 12)
+        bench.publish(13, 14, 15)
+        outbox = bench.outbox(narrowed=ONLY_SPAM)
+        steps = outbox.events(0)
+        assert await until_caught_up(steps) == [1, 3, 5, 7, 9, 11, 13, 15]
+        bench.publish(16, 17, 18)
+        assert seqs_of(await anext(steps)) == [17]
+        assert outbox.position == 18
+        await steps.aclose()
+
+    @virtual_time
+    async def test_hidden_live_events_move_the_position_and_wake_nobody(self) -> None:
+        bench = Bench()
+        outbox = bench.outbox(narrowed=ONLY_SPAM)
+        steps = outbox.events(0)
+        await until_caught_up(steps)
+        reading = asyncio.ensure_future(anext(steps))
+        await asyncio.sleep(0)
+        bench.publish(2)
+        bench.publish(4, 6)
+        assert outbox.position == 6
+        await asyncio.sleep(1)
+        assert not reading.done()
+        bench.publish(7)
+        assert seqs_of(await reading) == [7]
+        await steps.aclose()
+
+    @virtual_time
+    async def test_hidden_events_do_not_pass_those_that_wait(self) -> None:
+        bench = Bench()
+        outbox = bench.outbox(narrowed=ONLY_SPAM)
+        steps = outbox.events(0)
+        await until_caught_up(steps)
+        bench.publish(1)
+        bench.publish(2)
+        # The position is what a reconnect starts from: 1 has not been yielded.
+        assert outbox.position == 0
+        assert seqs_of(await anext(steps)) == [1]
+        assert outbox.position == 2
+        await steps.aclose()
+
+    @virtual_time
+    async def test_chunks_without_events_cannot_fill_the_memory(self) -> None:
+        bench = Bench()
+        outbox = bench.outbox(narrowed=ONLY_SPAM, max_events=10)
+        steps = outbox.events(0)
+        await until_caught_up(steps)
+        bench.publish(1)
+        for seq in range(2, 24, 2):
+            bench.publish(seq)
+        assert isinstance(outbox.closed, ConsumerTooSlow)
+        await steps.aclose()
+
+    @virtual_time
+    async def test_consumers_with_the_same_filter_share_one_chunk(self) -> None:
+        bench = Bench()
+        one, other = bench.outbox(narrowed=ONLY_SPAM), bench.outbox(narrowed=ONLY_SPAM)
+        chunks = []
+        both = [outbox.events(0) for outbox in (one, other)]
+        for steps in both:
+            await until_caught_up(steps)
+        bench.publish(1, 2, 3)
+        for steps in both:
+            step = await anext(steps)
+            assert isinstance(step, Events)
+            chunks += step.chunks
+            await steps.aclose()
+        assert chunks[0] is chunks[1]
+
+
+class TestSilence:
+    @virtual_time
+    async def test_it_is_reported_each_time_nothing_came_for_the_heartbeat(self) -> None:
+        bench = Bench()
+        steps = bench.outbox().events(0)
+        await until_caught_up(steps)
+        for count in (1, 2, 3):
+            assert isinstance(await anext(steps), Silence)
+            assert now() == pytest.approx(count * HEARTBEAT_SECONDS)
+        bench.publish(1)
+        assert seqs_of(await anext(steps)) == [1]
+        assert isinstance(await anext(steps), Silence)
+        assert now() == pytest.approx(4 * HEARTBEAT_SECONDS)
+        await steps.aclose()
+
+    @virtual_time
+    async def test_hidden_events_do_not_put_it_off(self) -> None:
+        bench = Bench()
+        outbox = bench.outbox(narrowed=ONLY_SPAM)
+        steps = outbox.events(0)
+        await until_caught_up(steps)
+        for seconds in range(1, 15):
+            asyncio.get_running_loop().call_later(seconds, bench.publish, 2 * seconds)
+        assert isinstance(await anext(steps), Silence)
+        assert now() == pytest.approx(HEARTBEAT_SECONDS)
+        assert outbox.position == 28
+        await steps.aclose()
+
+    @virtual_time
+    async def test_it_is_reported_while_a_page_is_being_read(self) -> None:
+        bench = Bench(history=3, page_max_events=100)
+        bench.gate.clear()
+        steps = bench.outbox().events(0)
+        for count in (1, 2):
+            assert isinstance(await anext(steps), Silence)
+            assert now() == pytest.approx(count * HEARTBEAT_SECONDS)
+        bench.gate.set()
+        assert seqs_of(await anext(steps)) == [1, 2, 3]
+        # One read, however long it took.
+        assert bench.reads == [0]
+        await steps.aclose()
+
+
+class TestRetention:
+    @virtual_time
+    async def test_events_that_were_taken_in_the_middle_of_a_backfill_are_told(self) -> None:
+        bench = Bench(history=20, page_max_events=4)
+        steps = bench.outbox().events(0)
+        assert seqs_of(await anext(steps)) == [1, 2, 3, 4]
+        # The next page is asked for, and not yet read.
+        assert bench.reads == [0]
+        bench.retire(floor=11)
+        assert await anext(steps) == Outdated(cursor=4, floor=11)
+        assert seqs_of(await anext(steps)) == [11, 12, 13, 14]
+        assert await until_caught_up(steps) == [15, 16, 17, 18, 19, 20]
+        await steps.aclose()
+
+    @virtual_time
+    async def test_a_cursor_below_the_floor_is_told_before_the_first_event(self) -> None:
+        bench = Bench(history=10)
+        bench.retire(floor=5)
+        steps = bench.outbox().events(2)
+        assert await anext(steps) == Outdated(cursor=2, floor=5)
+        assert seqs_of(await anext(steps)) == [5, 6, 7, 8]
+        await steps.aclose()
+
+    @virtual_time
+    async def test_a_cursor_right_below_the_floor_has_lost_nothing(self) -> None:
+        bench = Bench(history=10)
+        bench.retire(floor=5)
+        steps = bench.outbox().events(4)
+        assert await until_caught_up(steps) == [5, 6, 7, 8, 9, 10]
+        await steps.aclose()
+
+    @virtual_time
+    async def test_a_table_that_was_emptied_is_told_once_and_the_stream_goes_on(self) -> None:
+        bench = Bench(history=10)
+        bench.retire(floor=11)
+        steps = bench.outbox().events(0)
+        assert await anext(steps) == Outdated(cursor=0, floor=11)
+        assert await until_caught_up(steps) == []
+        bench.publish(11)
+        assert seqs_of(await anext(steps)) == [11]
+        await steps.aclose()
+
+
+class TestALostDatabase:
+    @virtual_time
+    async def test_a_page_is_read_again_until_it_comes_and_silence_is_reported_meanwhile(
+        self,
+    ) -> None:
+        bench = Bench(history=3, page_max_events=100)
+        bench.failures = [DatabaseUnavailable("gone") for _ in range(12)]
+        outbox = bench.outbox(heartbeat_seconds=3.0)
+        steps = outbox.events(0)
+        silences = 0
+        while isinstance(step := await anext(steps), Silence):
+            silences += 1
+        assert silences >= 3
+        assert seqs_of(step) == [1, 2, 3]
+        assert bench.reads == [0] * 13
+        # The waits grow: twelve failures take longer than a second each could explain at first.
+        assert 15 < now() < 40
+        await steps.aclose()
+
+    @virtual_time
+    async def test_live_is_not_concerned(self) -> None:
+        bench = Bench()
+        bench.failures = [DatabaseUnavailable("gone")]
+        steps = bench.outbox().events(0)
+        await until_caught_up(steps)
+        bench.publish(1)
+        assert seqs_of(await anext(steps)) == [1]
+        await steps.aclose()
+
+    @virtual_time
+    async def test_any_other_error_ends_the_stream(self) -> None:
+        bench = Bench(history=3)
+        bench.failures = [SchemaError("label.id", "no sequence", "one")]
+        steps = bench.outbox().events(0)
+        with pytest.raises(SchemaError):
+            await anext(steps)
+        assert bench.reads == [0]
+
+
+class TestClosing:
+    @virtual_time
+    async def test_closing_in_the_middle_of_a_backfill_ends_it_at_once(self) -> None:
+        bench = Bench(history=3)
+        bench.gate.clear()
+        outbox = bench.outbox()
+        steps = outbox.events(0)
+        reading = asyncio.ensure_future(anext(steps))
+        await bench.parked.wait()
+        outbox.close(ServerStopping("stopping"))
+        with pytest.raises(ServerStopping, match="stopping"):
+            await reading
+        assert now() == 0
+        assert bench.cancelled_reads == [0]
+
+    @virtual_time
+    async def test_closing_between_two_pages_ends_it_with_the_next_step(self) -> None:
+        bench = Bench(history=30)
+        outbox = bench.outbox()
+        steps = outbox.events(0)
+        await anext(steps)
+        outbox.close(ServerStopping("stopping"))
+        with pytest.raises(ServerStopping):
+            await anext(steps)
+        assert outbox.position == 4
+
+    @virtual_time
+    async def test_closing_wakes_a_consumer_that_waits_for_the_next_event(self) -> None:
+        bench = Bench()
+        outbox = bench.outbox()
+        steps = outbox.events(0)
+        await until_caught_up(steps)
+        asyncio.get_running_loop().call_later(2, outbox.close, ServerStopping("stopping"))
+        with pytest.raises(ServerStopping):
+            await anext(steps)
+        assert now() == pytest.approx(2)
+        assert not bench.has_subscribers
+
+    @virtual_time
+    async def test_closing_before_the_first_step_is_remembered(self) -> None:
+        bench = Bench(history=3)
+        outbox = bench.outbox()
+        outbox.close(ServerStopping("stopping"))
+        with pytest.raises(ServerStopping):
+            await anext(outbox.events(3))
+        assert not bench.has_subscribers
+
+    @virtual_time
+    async def test_the_first_reason_stays(self) -> None:
+        bench = Bench()
+        outbox = bench.outbox()
+        closings: list[None] = []
+        outbox.on_close = lambda: closings.append(None)
+        outbox.close(ServerStopping("first"))
+        outbox.close(ConsumerTooSlow("second"))
+        with pytest.raises(ServerStopping, match="first"):
+            await anext(outbox.events(0))
+        assert len(closings) == 1
+
+    @virtual_time
+    async def test_a_consumer_that_hangs_up_is_unsubscribed(self) -> None:
+        bench = Bench()
+        outbox = bench.outbox()
+        steps = outbox.events(0)
+        await until_caught_up(steps)
+        assert bench.has_subscribers
+        await steps.aclose()
+        assert not bench.has_subscribers
+        bench.publish(1)
+        assert outbox._queue.qsize() == 0
+
+    @virtual_time
+    async def test_a_consumer_that_hangs_up_cancels_the_page_read_ahead(self) -> None:
+        bench = Bench(history=30)
+        steps = bench.outbox().events(0)
+        await anext(steps)
+        bench.gate.clear()
+        await asyncio.sleep(0)
+        assert bench.reads == [0, 4]
+        await steps.aclose()
+        await asyncio.sleep(0)
+        assert bench.cancelled_reads == [4]
+        assert len(asyncio.all_tasks()) == 1
+
+    @pytest.mark.parametrize("history", [0, 3])
+    @virtual_time
+    async def test_a_cancellation_passes_through_and_cleans_up(self, history: int) -> None:
+        bench = Bench(history=history)
+        bench.gate.clear()
+        steps = bench.outbox().events(0)
+        if history == 0:
+            await until_caught_up(steps)
+        reading = asyncio.ensure_future(anext(steps))
+        await asyncio.sleep(1)
+        reading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+        await asyncio.sleep(0)
+        assert not bench.has_subscribers
+        assert len(asyncio.all_tasks()) == 1
+
+
+class TestBrokenPromises:
+    @pytest.mark.parametrize("seqs", [[7], []])
+    @virtual_time
+    async def test_a_live_chunk_that_leaves_a_hole_stops_the_stream(self, seqs: list[int]) -> None:
+        bench = Bench()
+        bench.publish(1)
+        outbox = bench.outbox()
+        steps = outbox.events(0)
+        await until_caught_up(steps)
+        outbox.push(encode_rows([make_row(seq) for seq in seqs], start=5, end=7))
+        with pytest.raises(BrokenPromise, match="does not continue position 1"):
+            await anext(steps)
+        assert outbox.position == 1
+        assert not bench.has_subscribers
+
+    @virtual_time
+    async def test_a_page_that_leaves_a_hole_stops_the_stream(self) -> None:
+        bench = Bench(history=10)
+        outbox = bench.outbox()
+
+        async def read(_cursor: int, _narrowed: Filter | None) -> Page:
+            return Page(encode_rows([make_row(5)], start=4, end=5), False, 1)
+
+        bench.read = read  # type: ignore[method-assign]
+        with pytest.raises(BrokenPromise, match="does not continue position 0"):
+            await anext(outbox.events(0))
+        assert outbox.position == 0
+
+
+class TestChunkQueue:
+    @staticmethod
+    def chunk(start: int, events: int) -> Chunk:
+        rows = [make_row(seq) for seq in range(start + 1, start + 1 + events)]
+        return encode_rows(rows, start=start, end=start + max(1, events))
+
+    async def test_its_size_and_bound_are_events_and_a_chunk_without_any_counts_one(self) -> None:
+        queue = ChunkQueue(5)
+        queue.put_nowait(self.chunk(0, 3))
+        queue.put_nowait(self.chunk(3, 0))
+        assert queue.qsize() == 4
+        assert not queue.full()
+        queue.put_nowait(self.chunk(4, 100))
+        assert queue.qsize() == 104
+        assert queue.full()
+        with pytest.raises(asyncio.QueueFull):
+            queue.put_nowait(self.chunk(104, 0))
+        assert queue.qsize() == 104
+
+    async def test_getting_gives_the_room_back_in_order(self) -> None:
+        queue = ChunkQueue(5)
+        chunks = [self.chunk(0, 2), self.chunk(2, 0), self.chunk(3, 1)]
+        for chunk in chunks:
+            queue.put_nowait(chunk)
+        assert [queue.get_nowait() for _ in chunks] == chunks
+        assert queue.qsize() == 0
+        assert queue.empty()
+
+    async def test_its_end_frees_all_and_is_all_that_is_left(self) -> None:
+        queue = ChunkQueue(1)
+        queue.put_nowait(self.chunk(0, 9))
+        queue.end()
+        assert queue.qsize() == 0
+        # The end takes no room, and is not mistaken for an empty queue.
+        assert not queue.empty()
+        assert queue.get_nowait() is None
+        assert queue.empty()
+
+    async def test_its_end_wakes_who_waits(self) -> None:
+        queue = ChunkQueue(1)
+        getting = asyncio.ensure_future(queue.get())
+        await asyncio.sleep(0)
+        queue.end()
+        assert await getting is None
+
+
+# Every interleaving, against a list.
+
+
+@dataclass
+class Consumer:
+    """What a client has received so far, and what it may hold against us."""
+
+    cursor: int
+    narrowed: Filter | None
+    received: list[int] = field(default_factory=list)
+    #: Told to be gone: (cursor, floor).
+    outdated: list[tuple[int, int]] = field(default_factory=list)
+    caught_up: int = 0
+
+    def take(self, step: Step, published: list[Row], position: int) -> None:
+        match step:
+            case Events(chunks):
+                for chunk in chunks:
+                    self.received += chunk.seqs
+                    self.check(published, chunk.end)
+            case Outdated(cursor, floor):
+                self.outdated.append((cursor, floor))
+            case CaughtUp():
+                self.caught_up += 1
+        # A reconnect starts from here: nothing at or below may be missing.
+        self.check(published, position)
+
+    def check(self, published: list[Row], position: int) -> None:
+        """Strictly increasing after the cursor, nothing missing up to `position`."""
+        known = [
+            row[0]
+            for row in published
+            if row[0] > self.cursor and (self.narrowed is None or row[4] == "spam")
+        ]
+        through = max(position, self.received[-1]) if self.received else position
+        possible = [seq for seq in known if seq <= through]
+        owed = [
+            seq
+            for seq in possible
+            if not any(cursor < seq < floor for cursor, floor in self.outdated)
+        ]
+        assert self.received == [seq for seq in possible if seq in set(self.received)]
+        assert set(owed) <= set(self.received)
+
+
+class World(Bench):
+    """A bench on which everything happens in an order that a random generator chooses."""
+
+    def __init__(self, random: random.Random) -> None:
+        super().__init__(
+            history=random.choice([0, 3, 20]),
+            page_max_events=random.choice([1, 3, 10]),
+            ring_max_bytes=random.choice([0, 1000, 4000, PLENTY]),
+        )
+        self.random = random
+        self.published = list(self.table)
+        self.gates: list[asyncio.Event] = []
+        self.open = False
+        for _ in range(random.randrange(4)):
+            self.grow()
+
+    def grow(self) -> None:
+        """Publish a few events with holes before, between and behind them."""
+        seqs = []
+        seq = self.sequencer.head
+        for _ in range(self.random.randrange(4)):
+            seq += self.random.choice([1, 1, 1, 2, 4])
+            seqs.append(seq)
+        end = seq + self.random.choice([0, 0, 0, 1])
+        if end > self.sequencer.head:
+            self.published += [make_row(seq) for seq in seqs]
+            self.publish(*seqs, end=end)
+
+    async def read(self, cursor: int, narrowed: Filter | None) -> Page:
+        if not self.open:
+            gate = asyncio.Event()
+            self.gates.append(gate)
+            await gate.wait()
+            if self.random.random() < 0.1:
+                raise DatabaseUnavailable("gone")
+        return await super().read(cursor, narrowed)
+
+    async def run(self) -> None:
+        random, head = self.random, self.sequencer.head
+        narrowed = random.choice([None, None, ONLY_SPAM])
+        outbox = self.outbox(
+            narrowed=narrowed, max_events=random.choice([1, 5, 30, 1000]), heartbeat_seconds=0.01
+        )
+        consumer = Consumer(random.choice([0, random.randint(0, head + 3), head]), narrowed)
+        steps = outbox.events(consumer.cursor)
+        reading: asyncio.Future[Step] | None = None
+        retires = random.random() < 0.3
+
+        for _ in range(50):
+            match random.choice(["grow", "grow", "page", "read", "read", "read", "wait", "retire"]):
+                case "grow":
+                    self.grow()
+                case "page" if self.gates:
+                    self.gates.pop(0).set()
+                case "retire" if retires and random.random() < 0.3:
+                    self.retire(random.randint(self.floor, self.sequencer.head + 1))
+                case "wait":
+                    await asyncio.sleep(random.choice([0, 0, 1]))
+                case "read" if reading is None:
+                    reading = asyncio.ensure_future(anext(steps))
+            for _ in range(random.randrange(4)):
+                await asyncio.sleep(0)
+            if reading is not None and reading.done():
+                if reading.exception() is not None:
+                    break
+                consumer.take(reading.result(), self.published, outbox.position)
+                reading = None
+        if random.random() < 0.2 and (reading is None or not reading.done()):
+            await self.hang_up(steps, reading)
+        else:
+            await self.finish(outbox, consumer, steps, reading)
+        await asyncio.sleep(0)
+        assert not self.has_subscribers
+        assert outbox._queue.qsize() == 0 or outbox.closed is None
+        assert len(asyncio.all_tasks()) == 1
+
+    async def hang_up(self, steps: Steps, reading: asyncio.Future[Step] | None) -> None:
+        if reading is None:
+            await steps.aclose()
+        else:
+            reading.cancel()
+            await asyncio.wait([reading])
+
+    async def finish(
+        self,
+        outbox: Outbox,
+        consumer: Consumer,
+        steps: Steps,
+        reading: asyncio.Future[Step] | None,
+    ) -> None:
+        """Let the consumer read to the end; either all has come, or it was too slow."""
+        self.open = True
+        for gate in self.gates:
+            gate.set()
+        try:
+            while outbox.position < self.sequencer.head or not outbox.caught_up:
+                step = await (reading or anext(steps))
+                reading = None
+                consumer.take(step, self.published, outbox.position)
+            if reading is not None:
+                consumer.take(await reading, self.published, outbox.position)
+        except ConsumerTooSlow:
+            assert self.metrics.count["queue_overflows"] == 1
+            # All that it was told of is a run without holes from its cursor.
+            consumer.check(self.published, consumer.cursor)
+        else:
+            assert outbox.closed is None
+            consumer.check(self.published, self.sequencer.head)
+            assert consumer.caught_up <= 1
+            await steps.aclose()
+
+
+class TestEveryInterleaving:
+    @settings(max_examples=40, deadline=None)
+    @given(st.randoms(use_true_random=False))
+    @virtual_time
+    async def test_what_is_delivered_is_a_run_without_holes_after_the_cursor(
+        self, random: random.Random
+    ) -> None:
+        await World(random).run()
+
+    @virtual_time
+    async def test_so_it_is_in_many_longer_runs(self) -> None:
+        for seed in range(300):
+            await World(random.Random(seed)).run()
