@@ -25,7 +25,7 @@ ENV_PREFIX = "SSE_LABELS_"
 
 Parse = Callable[[str], Any]
 
-_NUMBER = re.compile(r"[0-9]+(\.[0-9]*)?", re.ASCII)
+_NUMBER = re.compile(r"([0-9]+(\.[0-9]*)?|\.[0-9]+)(e[+-]?[0-9]{1,3})?", re.ASCII | re.IGNORECASE)
 _ORIGIN = re.compile(
     r"https?://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?", re.ASCII | re.IGNORECASE
 )
