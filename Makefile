@@ -1,0 +1,132 @@
+# `make` lists what there is. Everything that is installed goes into one folder, $(VENV).
+#
+# What has been done is kept as files in $(DONE), so that nothing is installed twice:
+#
+#   python ──> run ──> package      make demo
+#               └────> dev          make lint; make test needs both
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+PYTEST_ARGS ?=
+
+ifneq ($(words $(VENV)),1)
+$(error VENV must be one word, without spaces: '$(VENV)')
+endif
+BIN := $(VENV)/bin
+DONE := $(VENV)/done
+# Beside the programs: a cache that another user has left in the checkout cannot be written.
+CACHES := $(VENV)/caches
+WHEELS := $(VENV)/wheels
+PIP := $(BIN)/python -m pip
+
+# The folders too, so that a file that goes away counts as a change.
+SOURCES := $(shell find sse_labels sql -name __pycache__ -prune -o -print)
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_ROOT_USER_ACTION := ignore
+export PIP_NO_INPUT := 1
+export RUFF_CACHE_DIR := $(CACHES)/ruff
+export MYPY_CACHE_DIR := $(CACHES)/mypy
+export HYPOTHESIS_STORAGE_DIRECTORY := $(CACHES)/hypothesis
+# What a person has set for other Pythons: it would take the checkout for the package, or
+# install elsewhere.
+unexport PYTHONPATH PYTHONHOME PIP_USER PIP_TARGET PIP_PREFIX PIP_REQUIRE_VIRTUALENV
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.SUFFIXES:
+.PHONY: help demo test lint format clean FORCE
+
+## What there is
+
+help: ## This list
+	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
+	@echo
+	@echo "  ARGS=…         more for sse-labels demo:  make demo ARGS='--port 8081'"
+	@echo "  PYTEST_ARGS=…  more for pytest:           make test PYTEST_ARGS='-k cutover'"
+	@echo "  PYTHON=…       the Python to use          ($(PYTHON))"
+	@echo "  VENV=…         where it is installed      ($(VENV))"
+
+demo: $(DONE)/package ## Install, run a PostgreSQL of its own, serve, publish made-up labels
+	@$(BIN)/sse-labels demo $(ARGS)
+
+test: $(DONE)/package $(DONE)/dev ## Install what the tests need, and run all of them
+	@$(BIN)/pytest -o cache_dir='$(CACHES)/pytest' $(PYTEST_ARGS)
+
+lint: $(DONE)/dev ## Check style, types, and the direction of imports
+	@status=0; \
+	echo 'ruff check'; $(BIN)/ruff check --quiet . || status=1; \
+	echo 'ruff format --check'; $(BIN)/ruff format --quiet --check . || status=1; \
+	echo 'mypy'; $(BIN)/mypy --no-error-summary || status=1; \
+	echo 'lint-imports'; $(BIN)/lint-imports --cache-dir $(CACHES)/imports >$(DONE)/imports.log 2>&1 \
+	  || { cat $(DONE)/imports.log; status=1; }; \
+	exit $$status
+
+format: $(DONE)/dev ## Bring the code into its style, and mend what ruff can
+	@$(BIN)/ruff check --quiet --fix . ; $(BIN)/ruff format .
+
+clean: ## Remove everything that is made here, but no data
+	@test ! -e $(VENV)/pyvenv.cfg || rm -rf $(VENV)
+	@rm -rf build dist .cache .hypothesis .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	@find sse_labels tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+## How it gets there
+
+# $(call apt_install,PACKAGES,PROBLEM): root on Debian gets them, anybody else is told the command.
+apt_install = if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  echo "apt-get install $(1)"; export DEBIAN_FRONTEND=noninteractive; \
+	  said="$$(apt-get update -qq 2>&1; \
+	    apt-get install -qq --no-install-recommends -o DPkg::Lock::Timeout=120 $(1) 2>&1)" \
+	    || { echo "$$said" >&2; exit 1; }; \
+	else echo "$(2); on Debian: sudo apt-get install $(1)" >&2; exit 1; fi
+
+# Looked at each time, changed only when $(VENV) is made anew: by another Python, in another
+# place (its programs name their interpreter by its full path), or for another user.
+$(DONE)/python: FORCE
+	@set -eu; \
+	fail() { echo "$$*" >&2; exit 1; }; \
+	command -v $(PYTHON) >/dev/null || fail '$(PYTHON) is not installed; Python 3.11 or newer is needed (Debian: apt-get install python3), or say PYTHON=…'; \
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || fail "$$($(PYTHON) --version) is too old; Python 3.11 or newer is needed: say PYTHON=…"; \
+	wanted="$$($(PYTHON) -c 'import os, sys; print(sys.version.split()[0], sys.base_prefix, os.getcwd(), os.getuid(), sep="\n")')"; \
+	if [ "$$wanted" = "$$(cat $@ 2>/dev/null)" ] && $(BIN)/python -c 'import pip' 2>/dev/null; then exit 0; fi; \
+	if [ -e $(VENV) ]; then \
+	  [ -e $(VENV)/pyvenv.cfg ] || [ -z "$$(ls -A $(VENV))" ] || fail '$(VENV) is there already and is no virtual environment; say VENV=…'; \
+	  rm -rf $(VENV) 2>/dev/null \
+	    || fail "$(VENV) belongs to $$(stat -c %U $(VENV)): remove it (sudo rm -rf $(VENV)), or say VENV=…"; \
+	fi; \
+	$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  package="$$($(PYTHON) -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')"; \
+	  $(call apt_install,$$package,$(PYTHON) cannot make virtual environments); }; \
+	mkdir -p $(VENV) 2>/dev/null || fail 'cannot write here; say VENV=…'; \
+	echo "making $(VENV) with $$($(PYTHON) --version)"; \
+	$(PYTHON) -m venv $(VENV); \
+	mkdir -p $(DONE); \
+	echo "$$wanted" >$@
+
+# What pyproject.toml asks for, without the package itself: a change of the sources alone then
+# costs one second. Wheels are kept: test_wheel.py installs from them into an empty environment.
+requirements = $(BIN)/python -c 'import sys, tomllib; \
+	of = tomllib.load(open("pyproject.toml", "rb")); \
+	of["project"]["optional-dependencies"]["run"] = of["build-system"]["requires"] + of["project"]["dependencies"]; \
+	print(*of["project"]["optional-dependencies"][sys.argv[1]], sep="\n")'
+
+$(DONE)/run: $(DONE)/python pyproject.toml
+	@$(requirements) run >$@.wanted
+	@cmp -s $@.wanted $@.installed || { echo 'installing what it runs on'; \
+	  $(PIP) wheel -q -w $(WHEELS) -r $@.wanted && \
+	  $(PIP) install -q --no-index --find-links $(WHEELS) -r $@.wanted && mv $@.wanted $@.installed; }
+	@touch $@
+
+$(DONE)/dev: $(DONE)/run
+	@$(requirements) dev >$@.wanted
+	@cmp -s $@.wanted $@.installed || { echo 'installing what it is tested with'; \
+	  $(PIP) install -q -r $@.wanted && mv $@.wanted $@.installed; }
+	@touch $@
+
+$(DONE)/package: $(DONE)/run $(SOURCES)
+	@echo 'installing sse_labels'
+	@$(PIP) install -q --no-deps --force-reinstall --no-build-isolation .
+	@touch $@
