@@ -198,11 +198,16 @@ async def serve(
     """Run `app` until `stop` is set; `ready` is awaited with the port once it serves."""
     tune_process(app.settings)
     async with app.running() as port:
-        log.info("serving: address=http://%s:%s", app.settings.host, port)
+        log.info("serving: address=%s", base_url(app.settings.host, port))
         if ready is not None:
             await ready(port)
         await stop.wait()
         log.info("stopping")
+
+
+def base_url(host: str, port: int) -> str:
+    """Return the address of a server as a URL; an IPv6 address is bracketed (RFC 3986, 3.2.2)."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def tune_process(settings: Settings) -> None:

@@ -8,8 +8,10 @@ Does not belong here: comparing tokens (`web.publish`).
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
+import tempfile
 from pathlib import Path
 
 from sse_labels.errors import ConfigError
@@ -20,32 +22,42 @@ FILE_NAME = "publish-token"
 def keep_token(data_dir: Path) -> tuple[str, Path]:
     """Return the token kept in `data_dir` and where it stands; make it when there is none."""
     path = data_dir / FILE_NAME
-    token = secrets.token_urlsafe(32)
-    draft = data_dir / f".{FILE_NAME}.{os.getpid()}"
     try:
-        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w", encoding="ascii") as file:
-            file.write(token + "\n")
-        try:
-            # A link fails when the name exists: of two servers that start at once, one wins.
-            os.link(draft, path)
-        except FileExistsError:
-            token = read_token(path)
-        finally:
-            draft.unlink()
+        if not path.exists():
+            _make(path)
     except OSError as error:
         raise ConfigError(
-            "--data-dir", str(data_dir), f"a directory to write to ({error})"
+            "--data-dir", str(data_dir), f"a directory to write to ({error.strerror})"
         ) from error
-    return token, path
+    return read_token(path), path
 
 
 def read_token(path: Path) -> str:
     """Return the token that stands in `path`; raise ConfigError when there is none."""
     try:
         token = path.read_text(encoding="ascii").strip()
-    except (OSError, ValueError) as error:
-        raise ConfigError("the token file", str(path), f"a readable file ({error})") from error
+    except OSError as error:
+        raise ConfigError(
+            "the token file", str(path), f"a readable file ({error.strerror})"
+        ) from error
+    except ValueError as error:
+        raise ConfigError("the token file", str(path), "a token of ASCII characters") from error
     if not token:
         raise ConfigError("the token file", str(path), "a token in it; delete it to get a new one")
     return token
+
+
+def _make(path: Path) -> None:
+    # 0600 from the first moment, under a name that no killed run can have left behind.
+    descriptor, draft = tempfile.mkstemp(prefix=f".{FILE_NAME}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "w", encoding="ascii") as file:
+            file.write(secrets.token_urlsafe(32) + "\n")
+            file.flush()
+            # Before it gets its name: a crash of the machine must not leave an empty token.
+            os.fsync(file.fileno())
+        # A link fails when the name exists: of two servers that start at once, one wins.
+        with contextlib.suppress(FileExistsError):
+            os.link(draft, path)
+    finally:
+        Path(draft).unlink()

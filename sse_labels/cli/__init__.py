@@ -1,7 +1,7 @@
 """The command line: `sse-labels`.
 
-Promises: what goes wrong is one line on standard error that names it, and an
-exit status: 1 when something failed, 2 when it was asked for wrongly, 130 after
+Promises: what goes wrong is a line on standard error that names it, and an exit
+status: 1 when something failed, 2 when it was asked for wrongly, 130 after
 Ctrl-C. No traceback for what a user can cause.
 Stands above everything.
 Does not belong here: what the commands do; each has a file of its own.
@@ -11,44 +11,69 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib import import_module
+from typing import Any
 
 import click
 
 from sse_labels import __version__
-from sse_labels.cli.demo import demo
-from sse_labels.cli.publish import publish
-from sse_labels.cli.serve import migrate, serve
-from sse_labels.cli.tail import tail
 from sse_labels.errors import ConfigError, SseLabelsError
 
+NAME = "sse-labels"
+#: The commands in the order one meets them, and the module that each is in.
+COMMANDS = {"demo": "demo", "serve": "serve", "migrate": "serve", "publish": "publish",
+            "tail": "tail"}  # fmt: skip
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(__version__, prog_name="sse-labels")
+
+class Program(click.Group):
+    """All commands."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; that nobody reads its output any more (`| head`) is no failure."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            # What is still buffered would be written at exit, and fail again.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names of all commands."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Return a command, imported only now: half of a tail's start was the server's modules."""
+        if cmd_name not in COMMANDS:
+            return None
+        command = getattr(import_module(f"{__name__}.{COMMANDS[cmd_name]}"), cmd_name)
+        assert isinstance(command, click.Command)  # noqa: S101 - each module names it so
+        return command
+
+
+@click.group(
+    cls=Program,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
+    epilog="`sse-labels demo` shows it with made-up labels; it needs nothing else.",
+)
+@click.version_option(__version__, prog_name=NAME)
 def cli() -> None:
     """Stream moderation labels out of PostgreSQL as Server-Sent Events.
 
-    Without a DSN a PostgreSQL of its own is run in the data directory.
+    Without a DSN, `serve` runs a PostgreSQL of its own. Every option is an
+    environment variable too: --poll-seconds is SSE_LABELS_POLL_SECONDS.
     """
-
-
-for command in (serve, demo, migrate, publish, tail):
-    cli.add_command(command)
 
 
 def main() -> None:
     """Run the command line; the console script."""
     try:
-        status = cli.main(standalone_mode=False)
+        status = cli.main(prog_name=NAME, standalone_mode=False)
     except SseLabelsError as error:
-        click.echo(f"sse-labels: {error}", err=True)
+        click.echo(f"{NAME}: {error}", err=True)
         status = 2 if isinstance(error, ConfigError) else 1
     except click.Abort:
         status = 130
     except click.ClickException as error:
         error.show()
         status = error.exit_code
-    except BrokenPipeError:
-        # Whoever read our output has enough (`| head`). Nothing may be flushed to it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 0
     sys.exit(status if isinstance(status, int) else 0)

@@ -11,6 +11,7 @@ import asyncio
 import base64
 import contextlib
 import hashlib
+import logging
 import random
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -18,12 +19,19 @@ from datetime import UTC, datetime, timedelta
 import aiohttp
 import click
 
-from sse_labels.cli.options import option, settings_options
-from sse_labels.cli.serve import Place, database_of, run
+from sse_labels.app import base_url
+from sse_labels.cli.layout import Command
+from sse_labels.cli.options import is_given, named_as_given, option, settings_options
+from sse_labels.cli.serve import Place, database_of, interruptible, run
 from sse_labels.config import configure_logging, load, seconds
 from sse_labels.embedded import default_data_dir
 from sse_labels.sse import dumps
 
+log = logging.getLogger(__name__)
+
+#: Where the demo keeps its data, inside of the data directory.
+FOLDER = "demo"
+QUIET = {"log_level": "warning"}
 #: How often each value is seen, roughly as on the public network: mostly adult content and spam.
 VALUES = {"porn": 30, "spam": 22, "sexual": 14, "nudity": 10, "graphic-media": 6, "rude": 6,
           "!hide": 4, "misleading": 4, "impersonation": 2, "intolerant": 2}  # fmt: skip
@@ -31,35 +39,39 @@ LABELERS = ["did:plc:demolabeleraaaaaaaaaaaaa", "did:plc:demolabelerbbbbbbbbbbbb
 BASE32 = "234567abcdefghijklmnopqrstuvwxyz"
 
 
-@click.command()
-@settings_options("host", "port", "data_dir", "log_level")
+@click.command(cls=Command)
+@settings_options("host", "port", "data_dir", "log_level", log_level="warning")
 @option(
     "interval_seconds", seconds(0.001, 60), "Mean time between two labels.",
     metavar="SECONDS", default="0.3",
 )  # fmt: skip
 def demo(interval_seconds: float, **options: str | None) -> None:
-    """Run the embedded PostgreSQL, serve, and publish made-up labels."""
-    settings = load(options)
-    settings = replace(
-        settings, dsn=None, data_dir=settings.data_dir or default_data_dir() / "demo"
-    )
-    configure_logging("warning" if options["log_level"] is None else settings.log_level)
-    with database_of(settings) as place:
-        tasks: set[asyncio.Task[None]] = set()
+    """Serve made-up labels from an embedded PostgreSQL, to look at.
 
-        async def ready(port: int) -> None:
-            url = f"http://{settings.host}:{port}"
-            tasks.add(asyncio.create_task(publish_for_ever(url, place, interval_seconds)))
-            click.echo(
-                f"sse_labels is up; {1 / interval_seconds:.1f} made-up labels a second.\n"
-                f"  read it     curl -N {url}/stream\n"
-                f"  from start  curl -N '{url}/stream?cursor=0'\n"
-                f"  look at it  {url}/\n"
-                f"  {place.note}\n"
-                "Ctrl-C stops it; the labels stay for the next time."
-            )
+    It keeps to the folder `demo` of the data directory: nothing made up gets
+    among real labels.
+    """
+    with named_as_given(), contextlib.suppress(KeyboardInterrupt), interruptible():
+        settings = load(options if is_given("log_level") else options | QUIET)
+        data_dir = (settings.data_dir or default_data_dir()) / FOLDER
+        settings = replace(settings, dsn=None, data_dir=data_dir)
+        configure_logging(settings.log_level)
+        with database_of(settings) as place:
+            tasks: set[asyncio.Task[None]] = set()
 
-        run(settings, place, ready)
+            async def ready(port: int) -> None:
+                url = base_url(settings.host, port)
+                tasks.add(asyncio.create_task(publish_for_ever(url, place, interval_seconds)))
+                click.echo(
+                    f"sse_labels is up; {1 / interval_seconds:.3g} made-up labels a second.\n"
+                    f"  read it     curl -N {url}/stream\n"
+                    f"  from start  curl -N '{url}/stream?cursor=0'\n"
+                    f"  look at it  {url}/\n"
+                    + (f"  {place.note}\n" if place.note else "")
+                    + "Ctrl-C stops it; the labels stay for the next time."
+                )
+
+            run(settings, place, ready)
 
 
 async def publish_for_ever(url: str, place: Place, interval_seconds: float) -> None:
@@ -71,8 +83,11 @@ async def publish_for_ever(url: str, place: Place, interval_seconds: float) -> N
             label = made_up_label(recent)
             # While the server stops, or its database is away, a label is simply not made.
             with contextlib.suppress(aiohttp.ClientError, TimeoutError):
-                async with session.post(f"{url}/labels", data=dumps({"labels": [label]})):
-                    recent = [*recent[-50:], label]
+                async with session.post(f"{url}/labels", data=dumps({"labels": [label]})) as answer:
+                    if answer.status == 201:
+                        recent = [*recent[-50:], label]
+                    else:
+                        log.warning("a label was refused: answer=%s", await answer.text())
             await asyncio.sleep(random.expovariate(1 / interval_seconds))
 
 

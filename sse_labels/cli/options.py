@@ -1,100 +1,162 @@
 """Options of the command line, made from the settings.
 
 Promises: every option is also an environment variable, its help says its
-default, and its value is checked in one place (`config`).
-Does not belong here: what a command does.
+default, its value is checked in one place (`config`), and an error names it the
+way it was given.
+Does not belong here: what a command does; how help looks (`layout`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from typing import Any
+from urllib.parse import urlsplit
 
 import click
 
-from sse_labels.config import Parse, Settings, env_name, option_name, read
+from sse_labels.cli.layout import Option
+from sse_labels.config import Expected, Parse, Settings, boolean, env_name, option_name, read
+from sse_labels.embedded import default_data_dir
 from sse_labels.errors import ConfigError
 
-Command = Callable[..., Any]
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+#: The settings as `serve --help` shows them; what is not listed comes last.
+GROUPS = {
+    "Where it listens": ("host", "port", "cors_origins"),
+    "The database": (
+        "dsn", "data_dir", "migrate", "connect_timeout_seconds", "query_timeout_seconds",
+        "poll_seconds", "gather_seconds", "page_max_events", "backfill_max_reads",
+    ),
+    "Streams": (
+        "max_streams", "heartbeat_seconds", "retry_min_seconds", "retry_max_seconds",
+        "outbox_max_events", "send_timeout_seconds", "slow_grace_seconds", "drain_seconds",
+    ),
+    "Memory": ("ring_max_bytes", "page_cache_max_bytes", "send_buffer_bytes"),
+    "Publishing": ("publish_token", "publish_max_labels", "body_max_bytes"),
+}  # fmt: skip
 
 
-def settings_options(*names: str) -> Callable[[Command], Command]:
-    """Add the options of the settings named, or of all; values arrive as text or None."""
+def settings_options(*names: str, **defaults: str) -> Decorator:
+    """Add the options of the settings named, or of all; values arrive as text or None.
+
+    `defaults` are shown instead of the settings' own.
+    """
+    places = [name for group in GROUPS.values() for name in group]
     chosen = [spec for spec in fields(Settings) if not names or spec.name in names]
+    chosen.sort(key=lambda spec: places.index(spec.name) if spec.name in places else len(places))
 
-    def decorate(command: Command) -> Command:
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         for spec in reversed(chosen):
             flag = option_name(spec.name)
-            extra = _extra(spec.name, _shown(spec.default))
+            more: dict[str, Any] = {"metavar": spec.metadata["metavar"]}
             if isinstance(spec.default, bool):
-                option = click.option(
-                    f"{flag}/--no-{flag[2:]}", spec.name, default=None, callback=_as_text,
-                    help=spec.metadata["help"] + extra,
-                )  # fmt: skip
-            else:
-                option = click.option(
-                    flag, spec.name, default=None, metavar=spec.metadata["metavar"],
-                    help=spec.metadata["help"] + extra,
-                )  # fmt: skip
-            command = option(command)
+                flag = f"{flag}/--no-{flag[2:]}"
+                more = {"callback": _as_text}
+            add = click.option(
+                flag, spec.name, cls=Option, default=None, env=env_name(spec.name),
+                shown_default=defaults.get(spec.name, _shown(spec.name, spec.default)),
+                group=next((name for name, group in GROUPS.items() if spec.name in group), None),
+                help=spec.metadata["help"], **more,
+            )  # fmt: skip
+            command = add(command)
         return command
 
     return decorate
 
 
 def option(
-    name: str, parse: Parse, text: str, *, metavar: str, default: str | None = None
-) -> Callable[[Command], Command]:
+    name: str, parse: Parse, text: str, *, metavar: str, default: str | None = None,
+    shown_default: str | None = None, secret: bool = False,
+) -> Decorator:  # fmt: skip
     """Add one option that is no setting of the server; the command gets the parsed value."""
 
     def check(context: click.Context, parameter: click.Parameter, given: str | None) -> Any:
-        found = read(name, parse, {name: given})
+        found = read(name, parse, {name: given}, secret=secret)
         if name in found:
             return found[name]
         return None if default is None else parse(default)
 
     return click.option(
-        option_name(name), name, default=None, metavar=metavar, callback=check,
-        help=text + _extra(name, default),
+        option_name(name), name, cls=Option, default=None, metavar=metavar, callback=check,
+        env=env_name(name), shown_default=shown_default or default or "none", group=None, help=text,
     )  # fmt: skip
 
 
-def switch(name: str, text: str) -> Callable[[Command], Command]:
+def switch(name: str, text: str) -> Decorator:
     """Add an option without a value, off by default."""
 
     def check(context: click.Context, parameter: click.Parameter, given: bool | None) -> bool:
-        from sse_labels.config import boolean
-
         found = read(name, boolean, {name: _as_text(context, parameter, given)})
         return bool(found.get(name, False))
 
     return click.option(
-        option_name(name), name, is_flag=True, default=None, callback=check,
-        help=text + _extra(name, None),
+        option_name(name), name, cls=Option, is_flag=True, default=None, callback=check,
+        env=env_name(name), shown_default="off", group=None, help=text,
     )  # fmt: skip
 
 
-def required(value: Any, name: str, expected: str) -> Any:
-    """Return `value`, or raise ConfigError when nothing was given."""
-    if value is None:
-        raise ConfigError(option_name(name), None, f"{expected} (also as {env_name(name)})")
-    return value
+def is_given(name: str) -> bool:
+    """Return whether the setting `name` was set by an option, or in the environment."""
+    return _is_written(name) or bool(read(name, str, {}))
 
 
-def _extra(name: str, default: str | None) -> str:
-    shown = f"default: {default}; " if default is not None else ""
-    return f"  [{shown}env: {env_name(name)}]"
+def key_of(name: str) -> str:
+    """Return how the user gave the setting `name`: its option, or its environment variable."""
+    in_environment = is_given(name) and not _is_written(name)
+    return env_name(name) if in_environment else option_name(name)
 
 
-def _shown(default: Any) -> str | None:
+@contextlib.contextmanager
+def named_as_given() -> Iterator[None]:
+    """Let a ConfigError of the block say SSE_LABELS_PORT where --port was not written."""
+    try:
+        yield
+    except ConfigError as error:
+        name = error.key.removeprefix("--").replace("-", "_")
+        if not error.key.startswith("--") or key_of(name) == error.key:
+            raise
+        raise type(error)(key_of(name), error.value, error.expected) from error
+
+
+def server_url(text: str) -> str:
+    """Read the address of a server or of a stream; an ending slash is dropped."""
+    try:
+        parts = urlsplit(text)
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        good = False
+    if not good or not text.isprintable() or " " in text:
+        raise Expected("an address such as http://127.0.0.1:8080")
+    return text.rstrip("/")
+
+
+def _is_written(name: str) -> bool:
+    context = click.get_current_context()
+    return context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+
+
+def _shown(name: str, default: Any) -> str:
+    if name == "data_dir":
+        return str(default_data_dir())
     if default is None:
-        return None
+        return "none"
     if isinstance(default, bool):
         return "on" if default else "off"
     if isinstance(default, tuple):
         return ",".join(default) or "none"
+    if name.endswith("_bytes"):
+        return _shown_bytes(default)
     return f"{default:g}" if isinstance(default, float) else str(default)
+
+
+def _shown_bytes(number: int) -> str:
+    for unit, factor in (("GiB", 1024**3), ("MiB", 1024**2), ("KiB", 1024)):
+        if number and number % factor == 0:
+            return f"{number // factor}{unit}"
+    return str(number)
 
 
 def _as_text(context: click.Context, parameter: click.Parameter, given: bool | None) -> str | None:

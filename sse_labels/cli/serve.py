@@ -1,7 +1,8 @@
 """`sse-labels serve` and `sse-labels migrate`.
 
 Promises: with a DSN nothing is run but this process; without one the embedded
-PostgreSQL is started before, and stopped after. SIGTERM and Ctrl-C drain.
+PostgreSQL is started before, and stopped after, whenever one is told to stop.
+SIGTERM, SIGHUP and Ctrl-C drain.
 Does not belong here: wiring (`app`).
 """
 
@@ -9,20 +10,30 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import signal
 from collections.abc import Awaitable, Callable, Iterator
+from types import FrameType
 from typing import Any, NamedTuple
 
 import click
+from psycopg2 import ProgrammingError
+from psycopg2.extensions import parse_dsn
 
 from sse_labels import app as application
 from sse_labels import migrations
-from sse_labels.cli.options import settings_options
+from sse_labels.cli.layout import Command
+from sse_labels.cli.options import key_of, named_as_given, settings_options
 from sse_labels.config import Settings, configure_logging, load
 from sse_labels.database import Database
 from sse_labels.embedded import EmbeddedPostgres, default_data_dir
-from sse_labels.errors import SseLabelsError
+from sse_labels.errors import DatabaseUnavailable, SseLabelsError
 from sse_labels.publish_token import keep_token
+
+log = logging.getLogger(__name__)
+
+#: What tells a server to stop. SIGHUP: its terminal was closed.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Place(NamedTuple):
@@ -34,20 +45,81 @@ class Place(NamedTuple):
 
 
 @contextlib.contextmanager
-def database_of(settings: Settings) -> Iterator[Place]:
+def database_of(settings: Settings, dsn_key: str = "--dsn") -> Iterator[Place]:
     """Give the DSN that was set, or that of the embedded PostgreSQL, which runs meanwhile."""
     if settings.dsn is not None:
         token = settings.publish_token
-        note = "" if token else "publishing is off: no publish token was given"
-        yield Place(settings.dsn, token, note)
+        note = "publishing is off: neither --publish-token nor SSE_LABELS_PUBLISH_TOKEN is given"
+        try:
+            yield Place(settings.dsn, token, "" if token else note)
+        except DatabaseUnavailable as error:
+            # Only a start can end like this: later on, a lost database is waited for.
+            raise DatabaseUnavailable(f"{dsn_key}: {address_in(settings.dsn)}{error}") from error
         return
     data_dir = settings.data_dir or default_data_dir()
-    with EmbeddedPostgres(data_dir) as postgres:
+    postgres = EmbeddedPostgres(data_dir)
+    try:
+        with unhurried():
+            postgres.start()
         if settings.publish_token is not None:
             yield Place(postgres.dsn, settings.publish_token, "")
         else:
             token, path = keep_token(data_dir)
             yield Place(postgres.dsn, token, f"the publish token is in {path}")
+    finally:
+        # One more Ctrl-C of an impatient user would leave PostgreSQL running.
+        on_signals(signal.SIG_IGN)
+        postgres.stop()
+
+
+def address_in(dsn: str) -> str:
+    """Return the host and port in a DSN and nothing secret; empty when there is none."""
+    try:
+        parts = parse_dsn(dsn)
+    except ProgrammingError:
+        return ""
+    host, port = parts.get("host", ""), parts.get("port", "")
+    return f"{host}{':' if port else ''}{port}: " if host or port else ""
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Let whatever tells this process to stop end the block as Ctrl-C does."""
+    on_signals(interrupt)
+    yield
+
+
+@contextlib.contextmanager
+def unhurried() -> Iterator[None]:
+    """Hold a first signal back until the block is done.
+
+    A server that was interrupted while PostgreSQL starts would leave it half started.
+    """
+    told: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if told:
+            raise KeyboardInterrupt
+        told.append(number)
+
+    on_signals(note)
+    yield
+    on_signals(interrupt)
+    if told:
+        raise KeyboardInterrupt
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """Do at any signal what Python does at SIGINT."""
+    raise KeyboardInterrupt
+
+
+def on_signals(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
+    """Set what happens from now on when this process is told to stop."""
+    for number in SIGNALS:
+        # Left alone when ignored: that is what nohup does.
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def run(
@@ -55,52 +127,82 @@ def run(
     place: Place,
     ready: Callable[[int], Awaitable[Any]] | None = None,
 ) -> None:
-    """Serve until SIGTERM or Ctrl-C; raise what ended it otherwise."""
+    """Serve until told to stop; raise what ended it otherwise."""
 
-    async def until_told() -> None:
+    async def serving() -> None:
         stop = asyncio.Event()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+
+        def drain() -> None:
+            if stop.is_set() and task is not None:
+                task.cancel()  # told twice: without waiting for anybody
+            stop.set()
+
+        def told(number: int, frame: FrameType | None) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed, we are leaving already
+                loop.call_soon_threadsafe(drain)
+
+        # Not loop.add_signal_handler: it leaves SIG_DFL behind, and a SIGTERM that came then
+        # would end us before PostgreSQL is stopped.
+        on_signals(told)
         app = application.App(settings, place.dsn, place.publish_token)
         await application.serve(app, stop, ready)
 
     try:
-        asyncio.run(until_told())
-    except* SseLabelsError as group:
+        asyncio.run(serving())
+    except asyncio.CancelledError:
+        log.warning("told twice to stop: streams were cut")
+    except BaseExceptionGroup as group:
+        ours, others = group.split(SseLabelsError)
+        if ours is None or others is not None:
+            raise
         # One task's failure ends all; its sentence is what the operator needs.
-        first: BaseException = group
+        first: BaseException = ours
         while isinstance(first, BaseExceptionGroup):
             first = first.exceptions[0]
         raise first from None
 
 
-@click.command()
+@click.command(cls=Command)
 @settings_options()
 def serve(**options: str | None) -> None:
-    """Serve the stream, publishing, queries, health and metrics."""
-    settings = load(options)
-    configure_logging(settings.log_level)
-    with database_of(settings) as place:
-        if place.note:
-            click.echo(place.note, err=True)
-        run(settings, place)
+    """Serve the stream, publishing, queries, health and metrics.
+
+    Without --dsn an embedded PostgreSQL keeps the labels in --data-dir, and a
+    publish token is made there once. Secrets are better given in the
+    environment: a command line can be seen by everybody on the machine.
+    SIGTERM and Ctrl-C end all streams in order, and then the program.
+    """
+    with named_as_given(), contextlib.suppress(KeyboardInterrupt), interruptible():
+        settings = load(options)
+        configure_logging(settings.log_level)
+        with database_of(settings, key_of("dsn")) as place:
+            if place.note:
+                click.echo(place.note, err=True)
+            run(settings, place)
 
 
-@click.command()
+@click.command(cls=Command)
 @settings_options("dsn", "data_dir", "connect_timeout_seconds", "log_level")
 def migrate(**options: str | None) -> None:
-    """Bring the schema up to date, and end. Harmless when it is."""
-    settings = load(options)
-    configure_logging(settings.log_level)
+    """Bring the schema up to date, and end. Harmless when it is.
 
-    async def apply(dsn: str) -> int:
-        database = Database(
-            dsn,
-            connect_timeout_seconds=settings.connect_timeout_seconds,
-            query_timeout_seconds=settings.query_timeout_seconds,
-            max_connections=1,
-        )
-        return await migrations.migrate(database)
+    `serve` does it too, unless --no-migrate is given: this is for a role that may
+    do it, where the one that serves may only read.
+    """
+    with named_as_given(), interruptible():
+        settings = load(options)
+        configure_logging(settings.log_level)
+        with database_of(settings, key_of("dsn")) as place:
+            click.echo(f"schema version {asyncio.run(apply_migrations(settings, place.dsn))}")
 
-    with database_of(settings) as place:
-        click.echo(f"schema version {asyncio.run(apply(place.dsn))}")
+
+async def apply_migrations(settings: Settings, dsn: str) -> int:
+    """Return the version that the schema has afterwards."""
+    database = Database(
+        dsn,
+        connect_timeout_seconds=settings.connect_timeout_seconds,
+        query_timeout_seconds=settings.query_timeout_seconds,
+        max_connections=1,
+    )
+    return await migrations.migrate(database)

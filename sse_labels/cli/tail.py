@@ -1,20 +1,21 @@
 """`sse-labels tail URL`: the stream as lines of JSON, across reconnects and runs.
 
-Promises: every event once and in order, one JSON object per line; the state
-file never claims more than what was written out; a wrong request ends it, a
-lost connection does not.
-Does not belong here: parsing event streams (httpx-sse does).
+Promises: every event once and in order, one JSON object per line, within a run
+and, with a state file, over all runs that were ended in order (Ctrl-C, SIGTERM,
+--until-head). Killed outright it loses nothing either, and the next run may
+repeat one event: the one that was written out and not yet noted. A wrong
+request ends it, a lost connection does not.
+Does not belong here: parsing event streams (httpx-sse does); the file (`state`).
 """
 
 from __future__ import annotations
 
-import fcntl
-import os
+import select
+import signal
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import FrameType
 
 import click
 import httpx
@@ -22,8 +23,10 @@ import ujson
 from httpx_sse import EventSource, ServerSentEvent, SSEError, connect_sse
 
 from sse_labels.backoff import Backoff
-from sse_labels.cli.options import option, switch
-from sse_labels.config import integer, path
+from sse_labels.cli.layout import Command
+from sse_labels.cli.options import named_as_given, option, server_url, switch
+from sse_labels.cli.state import State
+from sse_labels.config import integer, path, read
 from sse_labels.errors import ConfigError, SseLabelsError
 
 #: The server writes at least a heartbeat each 15 s; after this silence the connection is dead.
@@ -31,42 +34,13 @@ SILENCE_SECONDS = 45.0
 CONNECT_SECONDS = 10.0
 #: Answers after which asking again the same way may help.
 TEMPORARY = {408, 425, 429, 500, 502, 503, 504}
-#: Digits of the largest seq, 2^63-1: the state file has one length for ever.
-STATE_DIGITS = 19
+#: No hint of a server is followed longer than this.
+LONGEST_HINT_SECONDS = 3600.0
+SEQ_MAX = 2**63 - 1
 
 
 class Refused(SseLabelsError):
-    """The server will never answer this request with a stream."""
-
-
-class State:
-    """The cursor in a file: one number, written in place so that it is never half of one."""
-
-    def __init__(self, file: Path) -> None:
-        """Open and lock `file`; raise ConfigError when it cannot be, or holds something else."""
-        self._file = file
-        try:
-            self._descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError("--state", str(file), "a file that no other tail uses") from None
-        except OSError as error:
-            raise ConfigError(
-                "--state", str(file), f"a file to write to ({error.strerror})"
-            ) from None
-
-    def load(self) -> int | None:
-        """Return the cursor, None when the file is new."""
-        text = os.pread(self._descriptor, 64, 0).strip()
-        if not text:
-            return None
-        if text.isdigit() and len(text) <= STATE_DIGITS:
-            return int(text)
-        raise ConfigError("--state", str(self._file), "a file with a cursor in it, or a new one")
-
-    def save(self, cursor: int) -> None:
-        """Remember `cursor`; called after the event was written out."""
-        os.pwrite(self._descriptor, b"%0*d\n" % (STATE_DIGITS, cursor), 0)
+    """The server will never answer this request with a stream that can be followed."""
 
 
 class Tail:
@@ -78,23 +52,29 @@ class Tail:
         self._state = state
         self._until_head = until_head
         self._head: int | None = None
-        self._retry_seconds = 0.0
+        #: How long the server asked to wait; it holds until it says otherwise (HTML standard).
+        self._hint_seconds = 0.0
         self._backoff = Backoff(first=0.5, longest=30.0)
+        self._taking = False
+        self._told_to_stop = 0
 
     def run(self) -> None:
         """Follow for ever, or until the head that the server had at the beginning."""
         timeout = httpx.Timeout(CONNECT_SECONDS, read=SILENCE_SECONDS)
-        with httpx.Client(timeout=timeout) as client:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._stop)
+        with httpx.Client(timeout=timeout, follow_redirects=True) as client:
             while True:
                 try:
                     if self._follow(client):
                         return
                     problem = "the stream ended"
-                except (httpx.TransportError, SSEError) as error:
+                except httpx.TransportError as error:
                     problem = str(error) or type(error).__name__
-                wait = self._retry_seconds or self._backoff.next()
-                self._retry_seconds = 0.0
-                say(f"{problem}; reconnecting in {wait:.1f} s from cursor {self._cursor}")
+                # On top of the server's hint: it may be the same for all, and it does not grow.
+                wait = self._hint_seconds + self._backoff.next()
+                where = "from now" if self._cursor is None else f"after seq {self._cursor}"
+                say(f"{problem}; reconnecting {where} in {wait:.1f} s")
                 time.sleep(wait)
 
     def _follow(self, client: httpx.Client) -> bool:
@@ -105,13 +85,16 @@ class Tail:
                 self._refused(source.response)
                 return False
             if self._head is None and self._until_head:
-                self._head = head_of(source.response.headers)
-            return self._read(source)
+                self._head = head_of(source.response)
+            try:
+                return self._read(source)
+            except SSEError as error:
+                raise Refused(f"{self._url} is no event stream: {error}") from error
 
     def _read(self, source: EventSource) -> bool:
         for event in source.iter_sse():
             if event.retry is not None:
-                self._retry_seconds = event.retry / 1000
+                self._hint(event.retry / 1000)
             if event.event == "error":
                 say(f"the server ended the stream: {event.data}")
                 return False
@@ -125,14 +108,44 @@ class Tail:
 
     def _take(self, event: ServerSentEvent) -> None:
         """Write a label out, and only then move on; an id-only block just moves on."""
+        cursor = self._seq_of(event)
+        self._taking = True
         if event.data:
             sys.stdout.write(event.data + "\n")
             sys.stdout.flush()
+        elif not somebody_reads():
+            raise BrokenPipeError
+        if cursor is not None and cursor != self._cursor:
+            self._cursor = cursor
+            # The server does more than accept and close: from here on it is a new trouble.
             self._backoff.reset()
-        if event.id:
-            self._cursor = int(event.id)
             if self._state is not None:
-                self._state.save(self._cursor)
+                self._state.save(cursor)
+        self._taking = False
+        if self._told_to_stop:
+            self._stop(self._told_to_stop, None)
+
+    def _seq_of(self, event: ServerSentEvent) -> int | None:
+        """Return where the event stands; raise Refused when that is not after the one before."""
+        if not event.id:
+            return None
+        if not (event.id.isascii() and event.id.isdigit() and len(event.id) <= 19):
+            raise Refused(f"{self._url} is no stream of labels: event id {event.id[:60]!r}")
+        seq = int(event.id)
+        if self._cursor is not None and seq < self._cursor + bool(event.data):
+            raise Refused(f"the server went back: seq {seq} came after {self._cursor}")
+        return seq
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        """End, but not between an event and its note. The second signal does not wait for that."""
+        if self._taking and not self._told_to_stop:
+            self._told_to_stop = number
+            return
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        # Whoever started us sees what it would have seen without this handler.
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
 
     def _refused(self, response: httpx.Response) -> None:
         response.read()
@@ -146,15 +159,29 @@ class Tail:
             raise Refused(text)
         say(text)
         after = response.headers.get("Retry-After", "")
-        self._retry_seconds = float(after) if after.isdigit() else 0.0
+        if after.isascii() and after.isdigit():
+            self._hint(float(after))
+
+    def _hint(self, seconds: float) -> None:
+        self._hint_seconds = min(max(seconds, 0.0), LONGEST_HINT_SECONDS)
 
 
-def head_of(headers: Mapping[str, Any]) -> int:
+def head_of(response: httpx.Response) -> int:
     """Return the server's head when the stream began."""
-    value = headers.get("Sse-Labels-Head", "")
-    if not value.isdigit():
+    value = response.headers.get("Sse-Labels-Head", "")
+    if not (value.isascii() and value.isdigit()):
         raise Refused("--until-head: this server does not tell its head (no Sse-Labels-Head)")
     return int(value)
+
+
+def somebody_reads() -> bool:
+    """Return whether the reader of our pipe is still there; asked when there is nothing to write.
+
+    Without it `tail … | head -1` would end only with the next label.
+    """
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return not any(seen & select.POLLERR for _, seen in poll.poll(0))
 
 
 def say(text: str) -> None:
@@ -162,22 +189,46 @@ def say(text: str) -> None:
     click.echo(f"sse-labels tail: {text}", err=True)
 
 
-@click.command()
-@click.argument("url", envvar="SSE_LABELS_URL")
-@option("cursor", integer(0, 2**63 - 1), "Start after this seq; 0: everything.", metavar="N")
+def stream_url(given: str) -> str:
+    """Return the stream's URL: a server's address alone gets its path."""
+    parts = httpx.URL(server_url(given))
+    return str(parts.copy_with(path="/stream")) if parts.path in ("", "/") else str(parts)
+
+
+def url_of(context: click.Context, parameter: click.Parameter, given: str | None) -> str:
+    """Read the argument, or its environment variable."""
+    try:
+        found = read("url", stream_url, {"url": given})
+    except ConfigError as error:
+        raise ConfigError(error.key.replace("--url", "URL"), error.value, error.expected) from None
+    return str(found.get("url", "http://127.0.0.1:8080/stream"))
+
+
+@click.command(cls=Command)
+@click.argument("url", required=False, callback=url_of)
+@option("cursor", integer(0, SEQ_MAX), "Start after this seq; 0: everything.",
+        metavar="SEQ", shown_default="none, only what comes from now on")  # fmt: skip
 @option(
-    "state", path, "File that keeps the cursor across runs; it wins over --cursor.", metavar="FILE"
-)
+    "state", path, "File that keeps the cursor across runs; once it has one, --cursor is not used.",
+    metavar="FILE",
+)  # fmt: skip
 @switch("until_head", "End when the newest label of the moment it started has been read.")
 def tail(url: str, cursor: int | None, state: Path | None, until_head: bool) -> None:
-    """Write the events of the stream at URL as lines of JSON.
+    """Write the labels of the stream at URL, one JSON object per line.
 
-    URL is the stream's, e.g. http://127.0.0.1:8080/stream, filters included. A
-    lost connection is made anew from the last event, with growing pauses.
+    URL is a server's address, or its stream's with filters; also SSE_LABELS_URL.
+    Without, it is http://127.0.0.1:8080/stream.
+
+    A lost connection is made anew, after the last label, with growing pauses.
+    With --state, runs continue one another: each label is written once, and none
+    is left out. Only after a SIGKILL the last one may be written a second time.
+
+    \b
+    All spam labels so far:
+      sse-labels tail --cursor 0 --until-head \\
+        'http://127.0.0.1:8080/stream?values=spam'
     """
-    kept = None if state is None else State(state)
-    known = None if kept is None else kept.load()
-    try:
-        Tail(url, cursor if known is None else known, kept, until_head).run()
-    except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
-        raise ConfigError("URL", url, f"the address of a stream ({error})") from None
+    with named_as_given():
+        kept = None if state is None else State(state)
+        known = None if kept is None else kept.load()
+    Tail(url, cursor if known is None else known, kept, until_head).run()

@@ -1,0 +1,88 @@
+"""Labels as lines of JSON, gathered into the batches that are sent.
+
+Promises: a batch keeps to the file's order and to both limits; each label knows
+its line's number; what is not JSON is named by that number. Lines are sent as
+they are: nothing is reformatted.
+Does not belong here: sending; what makes a label valid.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Iterator
+from typing import BinaryIO, NamedTuple
+
+from sse_labels.errors import SseLabelsError
+
+_PREFIX, _SEPARATOR, _SUFFIX = b'{"labels":[', b",", b"]}"
+
+
+class NotJson(SseLabelsError):
+    """A line that cannot be sent; the message says which."""
+
+
+class Batch(NamedTuple):
+    """Labels of one request."""
+
+    #: The number of each label's line, from 1.
+    numbers: list[int]
+    labels: list[bytes]
+    #: How far the input has been read, in bytes from where reading began.
+    position: int
+
+    @property
+    def where(self) -> str:
+        """Return the lines in words."""
+        first, last = self.numbers[0], self.numbers[-1]
+        return f"line {first}" if first == last else f"lines {first} to {last}"
+
+    def body(self) -> bytes:
+        """Return the request's body."""
+        return _PREFIX + _SEPARATOR.join(self.labels) + _SUFFIX
+
+
+def read_batches(file: BinaryIO, *, max_labels: int, max_bytes: int, first: int) -> Iterator[Batch]:
+    """Yield batches of at most `max_labels` whose bodies have at most `max_bytes`.
+
+    Begins with line `first`; empty lines are skipped. Raises NotJson for the first line that is
+    not JSON or too long to be sent; labels that were read before it, but not yielded, are not.
+    """
+    # A line that is longer cannot be sent anyway, and a file may have no line ends at all.
+    room = max_bytes - len(_PREFIX) - len(_SUFFIX)
+    numbers: list[int] = []
+    labels: list[bytes] = []
+    position = number = filled = 0
+    while raw := file.readline(room + len(codecs.BOM_UTF8) + 2):
+        number += 1
+        line = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
+        line = line.strip()
+        if line and number >= first:
+            if len(line) > room:
+                raise NotJson(f"line {number}: got more than {room} bytes, expected one label")
+            _check(number, line)
+            if len(labels) == max_labels or filled + len(line) > room:
+                yield Batch(numbers, labels, position)
+                numbers, labels, filled = [], [], 0
+            numbers.append(number)
+            labels.append(line)
+            filled += len(line) + len(_SEPARATOR)
+        position += len(raw)
+        if len(labels) == max_labels:
+            # At once, not with the next line: that one may be long in coming.
+            yield Batch(numbers, labels, position)
+            numbers, labels, filled = [], [], 0
+    if labels:
+        yield Batch(numbers, labels, position)
+
+
+def _check(number: int, line: bytes) -> None:
+    # The standard library's parser: it says the column. The server has the last word.
+    try:
+        json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise NotJson(f"line {number}: not UTF-8: {error.reason}, byte {error.start + 1}") from None
+    except json.JSONDecodeError as error:
+        raise NotJson(f"line {number}: not JSON: {error.msg}, column {error.colno}") from None
+    except (ValueError, RecursionError) as error:
+        raise NotJson(f"line {number}: not JSON: {error}") from None

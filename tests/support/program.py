@@ -1,0 +1,236 @@
+"""The program as a user starts it: a child process, its output captured line by line.
+
+`with running("serve", "--port", "0") as server:` ends it when the block is left. All waiting has
+a deadline and none of it sleeps: it wakes with the line that comes, or with the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+REPOSITORY = Path(__file__).parents[2]
+#: No test waits longer than this for what must come; then it fails.
+PATIENCE_SECONDS = 30.0
+#: Where there is no console script.
+_CALL = [sys.executable, "-c", "from sse_labels.cli import main; main()"]
+
+#: Settings of a server that tests wait for.
+QUICK_SERVER = (
+    "--port=0",
+    "--poll-seconds=0.2",
+    "--retry-min-seconds=0.01",
+    "--retry-max-seconds=0.02",
+)
+
+
+def installed() -> Path | None:
+    """The console script beside this interpreter."""
+    script = Path(sys.executable).with_name("sse-labels")
+    return script if script.exists() else None
+
+
+def command() -> list[str]:
+    """The console script, else the same call on the checkout's code."""
+    script = installed()
+    return _CALL if script is None else [str(script)]
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """This process's environment without any setting of ours, and `variables`."""
+    kept = {name: text for name, text in os.environ.items() if not name.startswith("SSE_LABELS_")}
+    if installed() is None:
+        # Not otherwise: it would hide the package that is installed.
+        kept["PYTHONPATH"] = str(REPOSITORY)
+    return {**kept, "COLUMNS": "80", "TERM": "dumb", **variables}
+
+
+class Program:
+    """One run of `sse-labels`."""
+
+    def __init__(
+        self,
+        *arguments: str,
+        env: dict[str, str] | None = None,
+        stdin: int | IO[Any] = subprocess.DEVNULL,
+        stdout: int | IO[Any] = subprocess.PIPE,
+        stderr: int | IO[Any] = subprocess.PIPE,
+    ) -> None:
+        self.process = subprocess.Popen(
+            [*command(), *arguments],
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
+            env=environment(**(env or {})),
+            cwd="/",
+            # A group of its own: Ctrl-C at a terminal reaches every process of the group.
+            start_new_session=True,
+        )
+        #: What it wrote so far, without line ends.
+        self.out: list[str] = []
+        self.err: list[str] = []
+        self._changed = threading.Condition()
+        self._readers = [
+            threading.Thread(target=self._read, args=(pipe, lines), daemon=True)
+            for pipe, lines in (
+                (self.process.stdout, self.out),
+                (self.process.stderr, self.err),
+            )
+            if pipe is not None
+        ]
+        for reader in self._readers:
+            reader.start()
+
+    @property
+    def output(self) -> str:
+        """Standard output."""
+        return "".join(f"{line}\n" for line in self.out)
+
+    @property
+    def errors(self) -> str:
+        """Standard error."""
+        return "".join(f"{line}\n" for line in self.err)
+
+    def wait_for(self, pattern: str) -> re.Match[str]:
+        """Wait for a line of either output that holds `pattern`; fail when it ends before."""
+
+        def found() -> re.Match[str] | None:
+            return next(
+                (match for line in [*self.err, *self.out] if (match := re.search(pattern, line))),
+                None,
+            )
+
+        self.wait_until(lambda: found() is not None, pattern)
+        match = found()
+        assert match is not None
+        return match
+
+    def wait_until(self, enough: Callable[[], bool], what: str = "what was expected") -> None:
+        """Wait until `enough()` holds; it is asked again with every line."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        with self._changed:
+            while not enough():
+                ended = not any(reader.is_alive() for reader in self._readers)
+                if ended or not self._changed.wait(deadline - time.monotonic()):
+                    if enough():
+                        return
+                    raise AssertionError(
+                        f"no line with {what!r} came; {'it ended' if ended else 'it still runs'}\n"
+                        f"--- standard output\n{self.output[-2000:]}\n"
+                        f"--- standard error\n{self.errors[-4000:]}"
+                    )
+
+    def url(self) -> str:
+        """The address of a server, once it serves."""
+        return self.wait_for(r"serving: address=(http://\S+)")[1]
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal to this process alone."""
+        self.process.send_signal(number)
+
+    def press_ctrl_c(self) -> None:
+        """Send what a terminal sends: SIGINT, to the whole group."""
+        os.killpg(self.process.pid, signal.SIGINT)
+
+    def wait(self) -> int:
+        """Wait for the end; return the exit status, all output read."""
+        status = self.process.wait(PATIENCE_SECONDS)
+        for reader in self._readers:
+            # Ends with the last process that has the pipe: none that we started may stay behind.
+            reader.join(PATIENCE_SECONDS)
+            assert not reader.is_alive(), "a process that was left running holds the output open"
+        return status
+
+    def end(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Send a signal and wait for the end."""
+        self.send(number)
+        return self.wait()
+
+    def _read(self, pipe: IO[bytes], lines: list[str]) -> None:
+        with pipe:
+            for raw in pipe:
+                with self._changed:
+                    lines.append(raw.decode(errors="replace").rstrip("\r\n"))
+                    self._changed.notify_all()
+        with self._changed:
+            self._changed.notify_all()
+
+
+@contextlib.contextmanager
+def running(*arguments: str, **options: Any) -> Iterator[Program]:
+    """Start the program; when the block is left it is told to end, and killed if it does not."""
+    program = Program(*arguments, **options)
+    try:
+        yield program
+    finally:
+        if program.process.poll() is None:
+            program.send(signal.SIGTERM)
+        try:
+            program.process.wait(PATIENCE_SECONDS)
+        except subprocess.TimeoutExpired:
+            program.process.kill()
+        program.wait()
+
+
+def ran(*arguments: str, text: str | bytes | None = None, **options: Any) -> Program:
+    """Run the program to its end; `text` is its standard input."""
+    stdin = subprocess.DEVNULL if text is None else subprocess.PIPE
+    with running(*arguments, stdin=stdin, **options) as program:
+        if program.process.stdin is not None:
+            # It may end before it has read all of it.
+            with contextlib.suppress(BrokenPipeError), program.process.stdin as pipe:
+                pipe.write(text.encode() if isinstance(text, str) else text or b"")
+        program.wait()
+    return program
+
+
+def ran_all(calls: Iterable[tuple[tuple[str, ...], dict[str, str]]]) -> list[Program]:
+    """Run several programs, given as (arguments, environment), a few at a time."""
+    ended: list[Program] = []
+    waiting = list(calls)
+    while waiting:
+        with contextlib.ExitStack() as stack:
+            few = [
+                stack.enter_context(running(*arguments, env=env)) for arguments, env in waiting[:4]
+            ]
+            for program in few:
+                program.wait()
+            ended += few
+        del waiting[:4]
+    return ended
+
+
+def failure(program: Program) -> tuple[int, str]:
+    """The status and the message of a run that was refused: no traceback, nothing else."""
+    status = program.process.returncode
+    assert "Traceback" not in program.errors, program.errors
+    assert program.out == []
+    assert program.err[-1:], "it said nothing"
+    return status, program.err[-1]
+
+
+def free_port() -> int:
+    """A port that was free a moment ago; take --port 0 where the number does not matter."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def postgres_runs_in(data_dir: Path) -> bool:
+    """Whether an embedded server is alive in a data directory."""
+    try:
+        pid = int((data_dir / "postgres" / "postmaster.pid").read_text().splitlines()[0])
+        return Path(f"/proc/{pid}/cwd").samefile(data_dir / "postgres")
+    except (OSError, ValueError, IndexError):
+        return False
