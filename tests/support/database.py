@@ -6,6 +6,7 @@ and turned into events here, without the service's code.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import shutil
 import tempfile
@@ -38,9 +39,9 @@ class TestDatabase:
     name: str
     _connections: list[Any] = field(default_factory=list)
 
-    def connect(self, *, autocommit: bool = True) -> Any:
+    def connect(self, dsn: str | None = None, *, autocommit: bool = True) -> Any:
         """A plain psycopg2 connection, closed with the test; the writers of the tests."""
-        connection = psycopg2.connect(self.dsn)
+        connection = psycopg2.connect(dsn or self.dsn)
         connection.autocommit = autocommit
         self._connections.append(connection)
         return connection
@@ -80,9 +81,41 @@ class TestDatabase:
         )
         return [expected_event(*row) for row in rows]
 
+    def backends(self, query: str = "") -> list[int]:
+        """The service's sessions whose last statement matches a regular expression."""
+        rows = self.execute(
+            "SELECT pid FROM pg_stat_activity WHERE datname = current_database()"
+            " AND application_name = 'sse-labels' AND query ~ %s ORDER BY pid",
+            (query,),
+        )
+        return [pid for (pid,) in rows]
+
+    def terminate(self, pids: list[int]) -> None:
+        """End sessions, and return when they are gone."""
+        for pid in pids:
+            assert self.execute("SELECT pg_terminate_backend(%s, 10000)", (pid,)) == [(True,)]
+
+    def waiting_for_locks(self) -> int:
+        """How many sessions of this database wait for a lock."""
+        [(count,)] = self.execute(
+            "SELECT count(*) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        )
+        return int(count)
+
     def close(self) -> None:
         for connection in self._connections:
             connection.close()
+
+
+async def until(state: Callable[[], Any], seconds: float = 20.0) -> Any:
+    """Ask for a state until it is reached, and return it; the event loop turns meanwhile."""
+    async with asyncio.timeout(seconds):
+        while True:
+            reached = state()
+            if reached:
+                return reached
+            await asyncio.sleep(0.01)
 
 
 def insert_with(execute: Callable[..., Any], number: int = 0, **columns: Any) -> int:

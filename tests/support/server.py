@@ -1,13 +1,21 @@
-"""The whole application in the test's own process, with short times."""
+"""The whole application in the test's own process, with short times, and where to stop it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
+import psycopg2
+from psycopg2.extensions import make_dsn
+
 from sse_labels.app import App
+from sse_labels.chunk import Chunk
+
+from support.database import TestDatabase
+from support.reading import PATIENCE_SECONDS
 
 PUBLISH_TOKEN = "test-publish-token"
 
@@ -32,3 +40,99 @@ class Server:
 
 #: `async with run_server(**settings) as server`
 RunServer = Callable[..., AbstractAsyncContextManager[Server]]
+
+
+@asynccontextmanager
+async def serving(app: App) -> AsyncIterator[Server]:
+    """Run an app that the test made, without waiting for its sequencer."""
+    async with app.running() as port:
+        url = f"http://127.0.0.1:{port}"
+        yield Server(app, url, f"{url}/stream")
+
+
+@dataclass
+class Gate:
+    """Holds whoever comes by until it is opened."""
+
+    #: Set once somebody stands here.
+    reached: asyncio.Event = field(default_factory=asyncio.Event)
+    opened: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def hold(self) -> None:
+        self.reached.set()
+        await self.opened.wait()
+
+    def before(self, call: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+        """Return `call` with this gate in front of it."""
+
+        async def held(*args: Any, **kwargs: Any) -> Any:
+            await self.hold()
+            return await call(*args, **kwargs)
+
+        return held
+
+    def after(self, call: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+        """Return `call` with this gate behind it: what it returns is held back."""
+
+        async def held(*args: Any, **kwargs: Any) -> Any:
+            result = await call(*args, **kwargs)
+            await self.hold()
+            return result
+
+        return held
+
+
+class AtSeq:
+    """A subscriber that says when the sequencer has handed out a seq."""
+
+    def __init__(self, seq: int) -> None:
+        self._seq = seq
+        self.reached = asyncio.Event()
+
+    def push(self, chunk: Chunk) -> None:
+        if chunk.end >= self._seq:
+            self.reached.set()
+
+
+async def until_head(server: Server, seq: int) -> None:
+    """Return when the sequencer has handed everything up to `seq` to its subscribers."""
+    sequencer = server.app.sequencer
+    if sequencer.head >= seq:
+        return
+    watcher = AtSeq(seq)
+    sequencer.subscribe(watcher, None)
+    try:
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            await watcher.reached.wait()
+    finally:
+        sequencer.unsubscribe(watcher, None)
+
+
+@contextmanager
+def away(database: TestDatabase) -> Iterator[None]:
+    """Inside the block the database drops its connections and accepts none."""
+    admin = psycopg2.connect(make_dsn(database.dsn, dbname="postgres"))
+    admin.autocommit = True
+    try:
+        with admin.cursor() as cursor:
+            cursor.execute(f"ALTER DATABASE {database.name} ALLOW_CONNECTIONS false")
+            cursor.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s",
+                (database.name,),
+            )
+            try:
+                yield
+            finally:
+                cursor.execute(f"ALTER DATABASE {database.name} ALLOW_CONNECTIONS true")
+    finally:
+        admin.close()
+
+
+def insert_large(database: TestDatabase, count: int) -> None:
+    """Store labels of 8 KiB: a hundred fill all buffers between the server and its reader."""
+    database.execute(
+        "INSERT INTO label (src, uri, cid, val, cts)"
+        " SELECT 'did:plc:aaaaaaaaaaaaaaaaaaaaaaaa', 'at://x/' || n || repeat('x', 8000), '',"
+        " 'spam', '2026-01-01T00:00:00.000Z' FROM generate_series(1, %s) AS n",
+        (count,),
+    )
