@@ -18,6 +18,7 @@ import asyncio
 import contextlib
 import logging
 import socket
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -40,6 +41,8 @@ KEEPALIVE = {
     "keepalives_count": "3",
     "tcp_user_timeout": "15000",
 }
+#: An idle connection of the pool that was used so recently is taken for alive.
+TRUSTED_SECONDS = 1.0
 #: The settled rule needs each statement to see what has been committed since the one before.
 SESSION = "-c default_transaction_isolation=read\\ committed"
 
@@ -58,8 +61,11 @@ class Database:
         """Raise ConfigError when `dsn` is not one that libpq can read."""
         try:
             self._dsn: dict[str, str] = parse_dsn(dsn)
-        except psycopg2.ProgrammingError as error:
-            raise ConfigError("--dsn", "(not shown)", f"a DSN: {str(error).strip()}") from None
+        except psycopg2.ProgrammingError:
+            # libpq's own message repeats parts of the DSN, and a password may be one of them.
+            raise ConfigError(
+                "--dsn", "(not shown)", "a connection URI postgresql://…, or host=… dbname=…"
+            ) from None
         self._connect_timeout = connect_timeout_seconds
         self._query_timeout = query_timeout_seconds
         self._slots = asyncio.Semaphore(max_connections)
@@ -82,19 +88,35 @@ class Database:
     async def borrow(self) -> AsyncIterator[Connection]:
         """Lend a connection of the pool; waits while all of them are lent."""
         async with self._slots:
-            connection = None
-            while self._idle and connection is None:
-                candidate = self._idle.pop()
-                connection = None if candidate.closed else candidate
-            if connection is None:
-                connection = await self.connect()
+            connection = await self._rested() or await self.connect()
             try:
                 yield connection
             finally:
                 if self._closed:
                     connection.close()
                 elif not connection.closed:
+                    connection.returned_at = time.monotonic()
                     self._idle.append(connection)
+
+    async def _rested(self) -> Connection | None:
+        """Return an idle connection that is alive, None when there is none."""
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.closed:
+                continue
+            if time.monotonic() - connection.returned_at < TRUSTED_SECONDS:
+                return connection
+            try:
+                # Its server may be gone since, and the one who asks next should not find out.
+                await connection.fetch("ping", timeout_seconds=self._connect_timeout)
+            except DatabaseUnavailable:
+                connection.close()
+            except BaseException:
+                connection.close()
+                raise
+            else:
+                return connection
+        return None
 
     async def fetch(self, name: str, **parameters: Any) -> list[tuple[Any, ...]]:
         """Return the rows of one named block, run on a connection of the pool."""
@@ -109,10 +131,8 @@ class Database:
 
     async def _connect_to(self, address: Mapping[str, str]) -> Connection:
         options = f"{self._dsn.get('options', '')} {SESSION}".strip()
-        dsn = make_dsn(
-            **{"application_name": "sse-labels", **KEEPALIVE, **self._dsn, **address},
-            options=options,
-        )
+        mine = {"application_name": "sse-labels", **KEEPALIVE}
+        dsn = make_dsn(**{**mine, **self._dsn, **address, "options": options})
         async with asyncio.timeout(self._connect_timeout):
             connecting = aiopg.connect(
                 dsn,
@@ -126,9 +146,15 @@ class Database:
 
     async def _addresses(self) -> list[dict[str, str]]:
         """Return what to add to the DSN for each address, in the order to try them."""
-        hosts = self._dsn.get("host", "").split(",")
-        given = self._dsn.get("hostaddr", "")
+        given = self._dsn.get("hostaddr", "").split(",")
+        hosts = self._dsn.get("host", "," * (len(given) - 1)).split(",")
         ports = self._dsn.get("port", "").split(",")
+        if len(given) == 1:
+            given *= len(hosts)
+        if len(given) != len(hosts):
+            raise ConfigError(
+                "--dsn", ",".join(given), f"as many addresses as hosts, which are {len(hosts)}"
+            )
         if len(ports) not in (1, len(hosts)):
             raise ConfigError(
                 "--dsn", ",".join(ports), f"one port, or {len(hosts)} as for the hosts"
@@ -136,11 +162,13 @@ class Database:
         if len(ports) == 1:
             ports *= len(hosts)
         found: list[dict[str, str]] = []
-        for host, port in zip(hosts, ports, strict=True):
+        for host, address, port in zip(hosts, given, ports, strict=True):
             place = {"host": host} if host else {}
+            if address:
+                place["hostaddr"] = address
             if port:
                 place["port"] = port
-            if given or not host or host.startswith(("/", "@")):
+            if address or not host or host.startswith(("/", "@")):
                 found.append(place)
                 continue
             try:
@@ -162,6 +190,8 @@ class Connection:
     def __init__(self, raw: aiopg.Connection, query_timeout_seconds: float) -> None:
         self._raw = raw
         self._timeout = query_timeout_seconds
+        #: When the pool got it back, by the monotonic clock.
+        self.returned_at = 0.0
 
     @property
     def closed(self) -> bool:
@@ -236,7 +266,12 @@ async def keep_cancellation(
     """
     task = asyncio.current_task()
     before = 0 if task is None else task.cancelling()
-    result = await waiting
+    try:
+        result = await waiting
+    except Exception as error:
+        if task is not None and task.cancelling() > before:
+            raise asyncio.CancelledError from error
+        raise
     if task is not None and task.cancelling() > before:
         undo(result)
         raise asyncio.CancelledError

@@ -2,10 +2,12 @@
 -- sql/migrations/0001_labels.sql; its judgement is sse_labels/settled.py.
 
 -- name: describe
--- One row: is this a standby; name and cache of the id sequence; table and state table exist; timestamps kept.
+-- One row: is this a standby; name and cache of the id sequence; have we a label table,
+-- and our own state beside it to read; are commit timestamps kept.
 SELECT pg_is_in_recovery() AS standby,
        to_regclass('label') IS NOT NULL AS has_label,
-       to_regclass('label_stream') IS NOT NULL AS has_state,
+       (SELECT has_table_privilege(attrelid, 'SELECT') FROM pg_attribute
+         WHERE attrelid = to_regclass('label_stream') AND attname = 'floor') IS TRUE AS has_state,
        sequence.name,
        (SELECT seqcache FROM pg_sequence WHERE seqrelid = sequence.name::regclass) AS cache,
        current_setting('track_commit_timestamp') = 'on' AS has_commit_time

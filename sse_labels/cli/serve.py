@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import signal
 from collections.abc import Awaitable, Callable, Iterator
 from types import FrameType
@@ -29,8 +28,6 @@ from sse_labels.database import Database
 from sse_labels.embedded import EmbeddedPostgres, default_data_dir
 from sse_labels.errors import DatabaseUnavailable, SseLabelsError
 from sse_labels.publish_token import keep_token
-
-log = logging.getLogger(__name__)
 
 #: What tells a server to stop. SIGHUP: its terminal was closed.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -132,10 +129,17 @@ def run(
     async def serving() -> None:
         stop = asyncio.Event()
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        serves = False
+
+        async def up(port: int) -> None:
+            nonlocal serves
+            serves = True
+            if ready is not None:
+                await ready(port)
 
         def drain() -> None:
-            if stop.is_set() and task is not None:
-                task.cancel()  # told twice: without waiting for anybody
+            if task is not None and (stop.is_set() or not serves):
+                task.cancel()  # told twice, or nothing to drain yet: wait for nobody
             stop.set()
 
         def told(number: int, frame: FrameType | None) -> None:
@@ -146,12 +150,12 @@ def run(
         # would end us before PostgreSQL is stopped.
         on_signals(told)
         app = application.App(settings, place.dsn, place.publish_token)
-        await application.serve(app, stop, ready)
+        await application.serve(app, stop, up)
 
     try:
         asyncio.run(serving())
     except asyncio.CancelledError:
-        log.warning("told twice to stop: streams were cut")
+        pass  # by `drain`
     except BaseExceptionGroup as group:
         ours, others = group.split(SseLabelsError)
         if ours is None or others is not None:

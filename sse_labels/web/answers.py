@@ -89,23 +89,32 @@ def allow_origins(app: web.Application, origins: tuple[str, ...]) -> None:
         return
 
     async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
+        if "*" not in origins:
+            response.headers.add(hdrs.VARY, hdrs.ORIGIN)
         origin = request.headers.get(hdrs.ORIGIN)
         if origin is None or ("*" not in origins and origin not in origins):
             return
         response.headers[hdrs.ACCESS_CONTROL_ALLOW_ORIGIN] = "*" if "*" in origins else origin
         response.headers[hdrs.ACCESS_CONTROL_EXPOSE_HEADERS] = "Sse-Labels-Head, Retry-After"
-        if "*" not in origins:
-            response.headers.add(hdrs.VARY, hdrs.ORIGIN)
-
-    async def preflight(request: web.Request) -> web.Response:
-        return web.Response(
-            status=204,
-            headers={
-                hdrs.ACCESS_CONTROL_ALLOW_METHODS: "GET, POST, OPTIONS",
-                hdrs.ACCESS_CONTROL_ALLOW_HEADERS: "Authorization, Content-Type, Last-Event-ID",
-                hdrs.ACCESS_CONTROL_MAX_AGE: str(PREFLIGHT_SECONDS),
-            },
-        )
 
     app.on_response_prepare.append(add_headers)
-    app.router.add_route("OPTIONS", "/{path:.*}", preflight)
+    # A middleware and no route: a route for every path would make each 404 a 405.
+    app.middlewares.insert(0, preflight)
+
+
+@web.middleware
+async def preflight(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Answer a browser's question whether it may ask; `add_headers` says for whom."""
+    if (
+        request.method != hdrs.METH_OPTIONS
+        or hdrs.ACCESS_CONTROL_REQUEST_METHOD not in request.headers
+    ):
+        return await handler(request)
+    return web.Response(
+        status=204,
+        headers={
+            hdrs.ACCESS_CONTROL_ALLOW_METHODS: "GET, POST, OPTIONS",
+            hdrs.ACCESS_CONTROL_ALLOW_HEADERS: "Authorization, Content-Type, Last-Event-ID",
+            hdrs.ACCESS_CONTROL_MAX_AGE: str(PREFLIGHT_SECONDS),
+        },
+    )

@@ -24,6 +24,7 @@ from aiohttp.abc import AbstractStreamWriter
 from sse_labels.config import Settings
 from sse_labels.errors import (
     BrokenPromise,
+    DatabaseUnavailable,
     FutureCursor,
     NotReady,
     RequestError,
@@ -132,7 +133,10 @@ class StreamHandler:
             return self._sequencer.head
         if cursor > self._sequencer.head:
             # From a neighbour that is ahead of this process? Then the database knows it already.
-            newest = await self._store.newest()
+            try:
+                newest = await self._store.newest()
+            except DatabaseUnavailable as error:
+                raise NotReady("the database is away: the cursor cannot be looked up") from error
             if cursor > max(newest, self._sequencer.head):
                 raise FutureCursor(f"cursor {cursor} is beyond the newest seq, which is {newest}")
         return cursor
@@ -273,13 +277,16 @@ class Stream:
         seconds = self._settings.send_timeout_seconds
         if self._outbox.closed is not None:
             seconds = min(seconds, self._settings.slow_grace_seconds)
-        async with asyncio.timeout(seconds) as self._deadline:
-            await self._writer.drain()
-        self._deadline = None
+        try:
+            async with asyncio.timeout(seconds) as self._deadline:
+                await self._writer.drain()
+        finally:
+            self._deadline = None
 
     def _hurry(self) -> None:
         """The outbox closed: the write that may be stuck gets its grace and no more."""
-        if self._deadline is not None:
+        # An expiring time-out cannot be moved any more, and need not be.
+        if self._deadline is not None and not self._deadline.expired():
             grace = self._now() + self._settings.slow_grace_seconds
             when = self._deadline.when()
             self._deadline.reschedule(grace if when is None else min(when, grace))
@@ -288,7 +295,9 @@ class Stream:
         await self._drain()
         retry = retry_ms(self._settings)
         self._send_block(encode_error(name, message, cursor=self._told, retry_ms=retry))
-        await self._response.write_eof()
+        # aiohttp waits here too, and without a bound of its own.
+        async with asyncio.timeout(self._settings.slow_grace_seconds):
+            await self._response.write_eof()
         await self._drain()
         self._response.force_close()
 

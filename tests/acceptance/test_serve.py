@@ -138,12 +138,7 @@ def test_usage_errors_end_with_2_and_name_the_program() -> None:
     "dsn",
     [
         "postgres://me:geheim@db:5432/labels?sslmod=require",
-        pytest.param(
-            "postgress://me:geheim@db/labels",
-            marks=pytest.mark.xfail(
-                reason="Database shows what libpq could not parse", strict=True
-            ),
-        ),
+        "postgress://me:geheim@db/labels",
     ],
 )
 def test_malformed_dsn_is_refused_and_not_shown(dsn: str) -> None:
@@ -240,6 +235,24 @@ def test_settings_come_from_the_environment(database: TestDatabase) -> None:
         assert server.end() == 0
     assert TOKEN not in server.errors
     assert "Traceback" not in server.errors
+
+
+def test_told_to_stop_while_another_server_migrates_it_ends_at_once(
+    database: TestDatabase,
+) -> None:
+    other = database.connect()
+    with other.cursor() as holding:
+        holding.execute("SELECT pg_advisory_lock(hashtext('sse-labels'))")
+    with running("serve", *QUICK_SERVER, "--dsn", database.dsn) as server:
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not database.execute(
+            "SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+        ):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert server.end() == 0
+    assert "Traceback" not in server.errors
+    assert "serving" not in server.errors
 
 
 async def test_stream_resumed_over_a_killed_server_loses_nothing(database: TestDatabase) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -145,11 +144,6 @@ class TestTimeouts:
                 lost += await cancelled_after(turns, asking)
         assert lost == []
 
-    @pytest.mark.xfail(
-        sys.version_info < (3, 12),
-        strict=True,
-        reason="keep_cancellation looks after a result, and not after an exception",
-    )
     async def test_cancellation_that_comes_together_with_a_failure_is_not_lost(
         self, database: TestDatabase
     ) -> None:
@@ -227,7 +221,6 @@ class TestErrors:
                 shown = await connection.execute("SHOW transaction_isolation")
                 assert shown == [("read committed",)]
 
-    @pytest.mark.xfail(strict=True, reason="make_dsn gets `options` twice: TypeError")
     async def test_options_of_the_dsn_hold_too(self, database: TestDatabase) -> None:
         with opened(make_dsn(database.dsn, options="-c work_mem=1234kB")) as edge:
             async with edge.borrow() as connection:
@@ -294,7 +287,6 @@ class TestAddresses:
         ):
             await edge.connect()
 
-    @pytest.mark.xfail(strict=True, reason="the list of hostaddr is not split with the hosts")
     async def test_several_numeric_addresses_are_tried_one_by_one(
         self, database: TestDatabase, closed_port: int, silent_port: int
     ) -> None:
@@ -319,19 +311,16 @@ class TestAddresses:
 
 
 #: libpq's own message quotes the part of the DSN that it could not read.
-QUOTED = pytest.mark.xfail(strict=True, reason="ConfigError repeats libpq's message")
-
-
 @pytest.mark.parametrize(
     "dsn",
     [
-        pytest.param("postgresql://label:hunter2%zz@db.example/labels", marks=QUOTED),
-        pytest.param("postgresql://label:hunter2@[::1/labels", marks=QUOTED),
+        "postgresql://label:hunter2%zz@db.example/labels",
+        "postgresql://label:hunter2@[::1/labels",
         "host=db.example password='hunter2",
         "host=db.example password hunter2",
-        pytest.param("host=db.example hunter2", marks=QUOTED),
-        pytest.param("postgresql://db.example/labels?hunter2", marks=QUOTED),
-        pytest.param("hunter2", marks=QUOTED),
+        "host=db.example hunter2",
+        "postgresql://db.example/labels?hunter2",
+        "hunter2",
     ],
 )
 def test_a_malformed_dsn_is_refused_and_not_shown(dsn: str) -> None:

@@ -689,7 +689,6 @@ class TestRoles:
                 await reader.until_events(5)
                 assert reader.events == database.stored()
 
-    @pytest.mark.xfail(strict=True, reason="Store.floor asks for a table it may not read")
     async def test_a_reader_that_may_only_select_reads_history_that_begins_with_a_hole(
         self, run_server: RunServer, database: TestDatabase
     ) -> None:

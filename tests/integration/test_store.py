@@ -178,7 +178,6 @@ class TestFloor:
         database.insert()
         assert (await store.page(0, 6, 10, None)).floor == 1
 
-    @pytest.mark.xfail(strict=True, reason="has_state says the table exists, not that it is ours")
     async def test_who_may_not_read_the_floor_reads_history_all_the_same(
         self, database: TestDatabase
     ) -> None:

@@ -285,7 +285,6 @@ async def test_a_cursor_beyond_what_the_database_knows_is_refused(
         assert "5" in answer.json()["message"]
 
 
-@pytest.mark.xfail(strict=True, reason="stream.py: a browser gets DatabaseUnavailable as 503")
 async def test_a_browser_is_told_to_come_back_when_its_cursor_cannot_be_looked_up(
     server: Server, database: TestDatabase
 ) -> None:
@@ -606,7 +605,6 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> list[stream_module.Stream]:
     return opened
 
 
-@pytest.mark.xfail(strict=True, reason="stream.py: write_eof drains without a time-out")
 async def test_the_last_event_is_not_waited_for_longer_than_the_grace(
     run_server: RunServer, streams: list[stream_module.Stream]
 ) -> None:
@@ -633,7 +631,6 @@ async def test_the_last_event_is_not_waited_for_longer_than_the_grace(
         await until_reset(client)
 
 
-@pytest.mark.xfail(strict=True, reason="stream.py: an expiring time-out is rescheduled")
 async def test_an_overflow_in_the_moment_of_the_send_timeout_disturbs_nobody(
     run_server: RunServer, database: TestDatabase, streams: list[stream_module.Stream]
 ) -> None:
