@@ -240,14 +240,15 @@ class Connection:
         try:
             async with asyncio.timeout(timeout_seconds):
                 await self._raw.notifies.get()
+            with contextlib.suppress(asyncio.QueueEmpty):
+                while True:
+                    # Raises the loss of the connection too, when it came with the notification.
+                    self._raw.notifies.get_nowait()
         except TimeoutError:
             return False
         except psycopg2.Error as error:
             self.close()
             raise DatabaseUnavailable(str(error).strip() or "the connection was lost") from error
-        with contextlib.suppress(asyncio.QueueEmpty):
-            while True:
-                self._raw.notifies.get_nowait()
         return True
 
     def close(self) -> None:

@@ -302,7 +302,7 @@ def test_refused_request_ends_with_the_servers_message(database: TestDatabase) -
     for run, message in (
         (bad, "answered 400, InvalidRequest: sources: "),
         (future, "answered 400, FutureCursor: cursor 99 is beyond the newest seq, which is 0"),
-        (missing, "/streams answered 40"),
+        (missing, "/streams answered 404, NotFound: "),
         (no_stream, "/health/live is no event stream: "),
     ):
         status, said = failure(run)
