@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import gc
 import logging
+import os
 import resource
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -109,28 +110,26 @@ class App:
         Raises ConfigError or SchemaError when it cannot start, DatabaseUnavailable when the
         database does not answer. A task that fails later ends the block with its error.
         """
-        settings = self.settings
+        # First of all: a port that is taken should not cost a migration.
+        sockets = listening_sockets(self.settings)
         try:
-            if settings.migrate:
+            if self.settings.migrate:
                 await migrate(self.database)
             await self.store.check()
-            sockets = listening_sockets(settings)
-            try:
-                async with asyncio.TaskGroup() as tasks:
-                    following = tasks.create_task(self.sequencer.run(), name="sequencer")
-                    listening = tasks.create_task(self.listener.run(), name="listener")
-                    floor = tasks.create_task(self._watch_floor(), name="floor")
-                    try:
-                        async with self._http(sockets):
-                            yield sockets[0].getsockname()[1]
-                    finally:
-                        for task in (following, listening, floor):
-                            task.cancel()
-            finally:
-                for listener in sockets:
-                    listener.close()
-                await self.pages.close()
+            async with asyncio.TaskGroup() as tasks:
+                following = tasks.create_task(self.sequencer.run(), name="sequencer")
+                listening = tasks.create_task(self.listener.run(), name="listener")
+                floor = tasks.create_task(self._watch_floor(), name="floor")
+                try:
+                    async with self._http(sockets):
+                        yield sockets[0].getsockname()[1]
+                finally:
+                    for task in (following, listening, floor):
+                        task.cancel()
         finally:
+            for listener in sockets:
+                listener.close()
+            await self.pages.close()
             self.database.close()
 
     @contextlib.asynccontextmanager
@@ -180,8 +179,10 @@ def listening_sockets(settings: Settings) -> list[socket.socket]:
         except OSError as error:
             for other in sockets:
                 other.close()
+            # asyncio's and socket's own text repeats the address.
+            reason = os.strerror(error.errno or 0)
             raise ConfigError(
-                option_name("port"), port, f"a free port on {address[0]} ({error.strerror})"
+                option_name("port"), port, f"a free port on {address[0]} ({reason})"
             ) from error
         port = listener.getsockname()[1]
         # Inherited by every connection: readers that stall hold this much kernel memory, not 4 MiB.

@@ -85,7 +85,7 @@ def boolean(text: str) -> bool:
 def words(text: str) -> str:
     """Read any text that is not empty."""
     if text.strip():
-        return text
+        return text.strip()
     raise Expected("a value that is not empty")
 
 

@@ -41,9 +41,9 @@ async def _apply_missing(connection: Connection) -> int:
     if not recorded and has_label:
         raise SchemaError(
             "--migrate",
-            "true",
+            "on",
             "a database without a label table, or one that sse-labels made; this one belongs to "
-            "another program (Ozone?): --migrate=false reads it as it is",
+            "another program (Ozone?): --no-migrate reads it as it is",
         )
     version = 0
     if recorded:

@@ -146,6 +146,7 @@ class Sequencer:
                     f"{self.head} has been streamed (restored from a backup?)"
                 )
             self._rule.renew(holders)
+            self.following = True
             return
         # All that is at or below `newest` is settled once today's holders have ended.
         since, due = self._clock(), HOLE_LOG_SECONDS
@@ -163,6 +164,7 @@ class Sequencer:
             waiting &= await self._store.sequence_holders(connection)
         self._rule = SettledRule(newest, self._clock)
         self.ring = Ring(newest, self._ring_max_bytes)
+        self.following = True
         self.started.set()
         log.info("following: head=%s", newest)
 

@@ -44,7 +44,7 @@ class Store:
         )
         if not has_label:
             raise SchemaError(
-                "--dsn", "a database without a label table", "run with --migrate=true"
+                "--dsn", "a database without a label table", "one that has it; --migrate makes it"
             )
         if standby:
             # A standby does not show the primary's locks: the settled rule would be blind there.

@@ -115,6 +115,9 @@ class Cluster:
         if self.account.first_closed(needed) is None:
             return package / programs
         copy = self.path / f"postgres.programs-{wheel.version}"
+        if not set(str(copy)).isdisjoint('"$`\\'):
+            # pg_ctl and initdb run one another through a shell, by their full path in quotes.
+            raise self.refusal("a path without quotes, $ and backslashes")
         if not copy.exists():
             with self._new(copy) as new:
                 # The programs find each other, share/ and the libraries ($ORIGIN/../../../…libs)

@@ -156,7 +156,7 @@ def test_database_that_does_not_answer_is_named_without_its_password() -> None:
         port = silent.getsockname()[1]
         dsns = [f"postgresql://me:geheim@127.0.0.1:{at}/labels" for at in (free_port(), port)]
         refused, waited = ran_all([
-            (("serve", "--dsn", dsns[0]), {}),
+            (("serve", "--port=0", "--dsn", dsns[0]), {}),
             (("migrate", "--connect-timeout-seconds=0.2"), {"SSE_LABELS_DSN": dsns[1]}),
         ])  # fmt: skip
     assert "sse-labels: --dsn: 127.0.0.1:" in refused.errors
