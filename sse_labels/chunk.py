@@ -91,13 +91,23 @@ class Chunk:
         uris = 0 if self._keys is None else sum(len(key.uri) for key in self._keys)
         return len(self.wire) + uris + EVENT_OVERHEAD_BYTES * (len(self) + 1)
 
-    def after(self, cursor: int) -> Chunk:
-        """Return the part that a consumer at `cursor` has not seen; self when that is all of it."""
-        if cursor <= self.start:
-            return self
+    def after(self, cursor: int, max_events: int | None = None) -> Chunk:
+        """Return the part that a consumer at `cursor` has not seen, its first `max_events`.
+
+        Returns self when that is all of it; a part that is cut short ends at its last event.
+        """
         first = bisect_right(self.seqs, cursor)
-        keys = None if self._keys is None else self._keys[first:]
-        return Chunk(min(cursor, self.end), self.end, self.seqs[first:], self._frames(first), keys)
+        last = len(self) if max_events is None else min(len(self), first + max_events)
+        if cursor <= self.start and last == len(self):
+            return self
+        keys = None if self._keys is None else self._keys[first:last]
+        start = min(max(cursor, self.start), self.end)
+        end = self.end if last == len(self) else self.seqs[last - 1]
+        return Chunk(start, end, self.seqs[first:last], self._frames(first, last), keys)
+
+    def count_after(self, cursor: int) -> int:
+        """Return how many events a consumer at `cursor` has not seen."""
+        return len(self) - bisect_right(self.seqs, cursor)
 
     def select(self, narrowed: Filter | None) -> Chunk:
         """Return the events that `narrowed` lets through, over the same positions."""
@@ -109,12 +119,12 @@ class Chunk:
         kept = [i for i, key in enumerate(self._keys) if matches(key.src, key.uri, key.val)]
         if len(kept) == len(self):
             return self
-        frames = self._frames(0)
+        view, offsets = self._view(), self._offsets
         return Chunk(
             self.start,
             self.end,
             array("q", [self.seqs[i] for i in kept]),
-            [frames[i] for i in kept],
+            [bytes(view[offsets[i] : offsets[i + 1]]) for i in kept],
             [self._keys[i] for i in kept],
         )
 
@@ -122,9 +132,9 @@ class Chunk:
         head = self.wire.find(b"\n") + 1
         return memoryview(self.wire)[head : head + self._offsets[-1]]
 
-    def _frames(self, first: int) -> list[bytes]:
+    def _frames(self, first: int, last: int) -> list[bytes]:
         view = self._view()
-        return [bytes(view[begin:end]) for begin, end in pairwise(self._offsets[first:])]
+        return [bytes(view[begin:end]) for begin, end in pairwise(self._offsets[first : last + 1])]
 
 
 def encode_rows(
@@ -154,6 +164,8 @@ def encode_rows(
 
 def merge(chunks: Sequence[Chunk]) -> Chunk:
     """Return one chunk of several that follow each other, so that few objects hold many events."""
+    if len(chunks) == 1:
+        return chunks[0]
     for left, right in pairwise(chunks):
         if left.end != right.start:
             raise BrokenPromise(f"{right!r} does not continue {left!r}")
@@ -162,7 +174,7 @@ def merge(chunks: Sequence[Chunk]) -> Chunk:
     keys: list[Key] = []
     for chunk in chunks:
         seqs.extend(chunk.seqs)
-        frames.extend(chunk._frames(0))
+        frames.extend(chunk._frames(0, len(chunk)))
         keys.extend(chunk._keys or ())
     with_keys = all(chunk._keys is not None for chunk in chunks)
     return Chunk(chunks[0].start, chunks[-1].end, seqs, frames, keys if with_keys else None)

@@ -16,13 +16,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
+import os
+import select
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import aiopg
+import aiopg.connection
 import psycopg2
 from psycopg2.extensions import QueryCanceledError, make_dsn, parse_dsn
 
@@ -45,6 +49,29 @@ KEEPALIVE = {
 TRUSTED_SECONDS = 1.0
 #: The settled rule needs each statement to see what has been committed since the one before.
 SESSION = "-c default_transaction_isolation=read\\ committed"
+
+
+class SelectByPoll:
+    """What aiopg asks `select` for: whether a descriptor is still open, beyond 1,023 too.
+
+    `select.select` raises ValueError there, which aiopg does not expect: a lost connection would
+    end the server as soon as it holds a thousand streams.
+    """
+
+    @staticmethod
+    def select(
+        readers: list[int], writers: list[int], others: list[int], timeout: float
+    ) -> tuple[list[int], list[int], list[int]]:
+        """Raise OSError(EBADF) when one of `readers` is closed; nobody looks at the answer."""
+        poll = select.poll()
+        for descriptor in readers:
+            poll.register(descriptor, select.POLLIN)
+        if any(seen & select.POLLNVAL for _, seen in poll.poll(1000 * timeout)):
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        return [], [], []
+
+
+aiopg.connection.select = SelectByPoll  # type: ignore[attr-defined,assignment]
 
 
 class Database:
@@ -79,7 +106,7 @@ class Database:
         for address in await self._addresses():
             try:
                 return await self._connect_to(address)
-            except (psycopg2.Error, TimeoutError, OSError) as error:
+            except (psycopg2.Error, TimeoutError, OSError, DatabaseUnavailable) as error:
                 cause = error
                 reasons.append(str(error).strip() or f"no answer in {self._connect_timeout:g} s")
         raise DatabaseUnavailable("cannot connect: " + "; ".join(reasons)) from cause
@@ -142,7 +169,20 @@ class Database:
                 enable_uuid=False,
             )
             raw = await keep_cancellation(connecting, undo=aiopg.Connection.close)
-        return Connection(raw, self._query_timeout)
+        connection = Connection(raw, self._query_timeout)
+        try:
+            [(standby,)] = await connection.fetch(
+                "is_standby", timeout_seconds=self._connect_timeout
+            )
+        except BaseException:
+            connection.close()
+            raise
+        if standby:
+            # It may lag, and shows none of the primary's locks: the settled rule would be blind,
+            # and a page read here would end too early. Another host of the DSN may be the primary.
+            connection.close()
+            raise DatabaseUnavailable("this server is a standby")
+        return connection
 
     async def _addresses(self) -> list[dict[str, str]]:
         """Return what to add to the DSN for each address, in the order to try them."""

@@ -75,7 +75,7 @@ class AuthRequired(RequestError):
 
     status = 401
     name = "AuthRequired"
-    headers = MappingProxyType({"WWW-Authenticate": 'Bearer realm="sse-labels"'})
+    headers: Mapping[str, str] = MappingProxyType({"WWW-Authenticate": 'Bearer realm="sse-labels"'})
 
 
 class Forbidden(RequestError):

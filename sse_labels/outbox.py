@@ -90,7 +90,12 @@ class Outbox:
             # Backfill: from the ring when it reaches back that far, else from the database.
             while (waiting := self._cut_over()) is None:
                 if self._sequencer.ring.covers(self.position):
-                    chunks = self._ring_page()
+                    # Others get their turn, also when the filter hides all and nothing is written.
+                    await asyncio.sleep(0)
+                    ring = self._sequencer.ring
+                    if not ring.covers(self.position):
+                        continue
+                    chunks = [ring.page(self.position, self._page_max_events, self._narrowed)]
                 else:
                     from_ring = False
                     while not await self._page_arrived():
@@ -147,27 +152,12 @@ class Outbox:
         ring = self._sequencer.ring
         if not ring.covers(self.position):
             return None
-        waiting: list[Chunk] = []
-        events = 0
-        for chunk in ring.after(self.position):
-            events += len(chunk)
-            if events > self._page_max_events:
-                return None
-            waiting.append(chunk.select(self._narrowed))
+        if ring.count_after(self.position, self._page_max_events) > self._page_max_events:
+            return None
+        waiting = [chunk.select(self._narrowed) for chunk in ring.after(self.position)]
         self._sequencer.subscribe(self, self._narrowed)
         self.caught_up = True
         return waiting
-
-    def _ring_page(self) -> list[Chunk]:
-        """Return about a page from the ring, so that a slow reader does not hold much of it."""
-        page: list[Chunk] = []
-        events = 0
-        for chunk in self._sequencer.ring.after(self.position):
-            page.append(chunk.select(self._narrowed))
-            events += len(chunk)
-            if events >= self._page_max_events:
-                break
-        return page
 
     async def _page_arrived(self) -> bool:
         """Wait for the next page from the database, at most for `heartbeat_seconds`."""

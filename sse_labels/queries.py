@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-_NAME = re.compile(r"^-- name: (?P<name>\w+)\n-- (?P<returns>.+)\n", re.MULTILINE)
+_NAME = re.compile(r"^-- name: (?P<name>\w+)\n(?P<returns>(-- .+\n)+)", re.MULTILINE)
 _MIGRATION = re.compile(r"^(?P<number>\d{4})_(?P<name>\w+)\.sql$")
 
 

@@ -3,17 +3,18 @@
 Promises: its chunks continue each other without a gap up to the head; it never
 holds more than `max_bytes` (or one chunk, when that alone is larger).
 Stands in the corridor beside the sequencer, which alone appends.
-Does not belong here: subscriptions, filters, reading rows.
+Does not belong here: subscriptions, reading rows.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 
 from sse_labels.chunk import Chunk, merge
 from sse_labels.errors import BrokenPromise
+from sse_labels.filters import Filter
 
 #: As many small chunks at the young end are merged into one, so that a quiet
 #: stream's ring is hundreds of chunks and not a hundred thousand.
@@ -21,6 +22,9 @@ MERGE_COUNT = 64
 #: A chunk with fewer events than this is small. A merged one leaves the ring in one piece:
 #: 64 x 63 events are about 3 MB.
 SMALL_EVENTS = 64
+
+#: As many pages that were cut out are kept for the next who asks for them.
+PAGES_KEPT = 32
 
 
 class Ring:
@@ -30,6 +34,7 @@ class Ring:
         self._chunks: deque[Chunk] = deque()
         self._young = 0
         self._max_bytes = max_bytes
+        self._pages: OrderedDict[tuple[int, int, Filter | None], Chunk] = OrderedDict()
         self.nbytes = 0
         self.start = start
         self.end = start
@@ -57,15 +62,55 @@ class Ring:
         """Say whether everything after `cursor` is here; true for a cursor beyond the head."""
         return cursor >= self.start
 
+    def count_after(self, cursor: int, enough: int) -> int:
+        """Return how many events come after `cursor`; more than `enough` are not counted on."""
+        count = 0
+        for chunk in self._from(cursor):
+            count += chunk.count_after(cursor)
+            if count > enough:
+                break
+        return count
+
     def after(self, cursor: int) -> Iterator[Chunk]:
         """Yield what comes after `cursor`, which must be covered; the first may be a slice."""
+        for whole in self._from(cursor):
+            chunk = whole.after(cursor)
+            if chunk.end > cursor:
+                yield chunk
+
+    def page(self, cursor: int, max_events: int, narrowed: Filter | None) -> Chunk:
+        """Return at most `max_events` events after `cursor`, less what `narrowed` hides.
+
+        Full pages are shared by those who ask for the same: after a restart many stand at the
+        same cursor. One page and no more, because whoever does not read holds it.
+        """
+        key = (cursor, max_events, narrowed)
+        page = self._pages.get(key)
+        if page is not None:
+            return page
+        parts: list[Chunk] = []
+        events = 0
+        for whole in self._from(cursor):
+            part = whole.after(cursor, max_events - events)
+            if part.end > cursor:
+                parts.append(part)
+                events += len(part)
+            if events >= max_events:
+                break
+        page = merge(parts).select(narrowed)
+        if events >= max_events:
+            self._pages[key] = page
+            while len(self._pages) > PAGES_KEPT:
+                self._pages.popitem(last=False)
+        return page
+
+    def _from(self, cursor: int) -> Iterator[Chunk]:
+        """Yield the chunks from the one in which `cursor` stands."""
         if not self.covers(cursor):
             raise BrokenPromise(f"the ring starts at {self.start}, after cursor {cursor}")
         first = max(0, bisect_right(self._chunks, cursor, key=_start) - 1)
         for index in range(first, len(self._chunks)):
-            chunk = self._chunks[index].after(cursor)
-            if chunk.end > cursor:
-                yield chunk
+            yield self._chunks[index]
 
     def _merge_young(self) -> None:
         young = [self._chunks.pop() for _ in range(self._young)][::-1]

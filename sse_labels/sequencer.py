@@ -172,19 +172,22 @@ class Sequencer:
         while True:
             # Cleared before the table is read: a wake that comes meanwhile is not lost.
             self._wake.clear()
+            begun = self._clock()
             chunk, more = await self._look(connection)
             self.following = True
+            assert self._rule is not None  # noqa: S101 - `_start` made it
             if chunk is not None:
-                begun = self._clock()
                 self.publish(chunk)
                 await self._sample(connection, chunk)
-                if not more:
-                    # At most one small chunk per gather_seconds, whatever it gathers under load;
-                    # after a pause the first label goes at once. Full pages are not held back.
-                    await asyncio.sleep(max(0.0, begun + self._gather_seconds - self._clock()))
-            if not more:
-                assert self._rule is not None  # noqa: S101 - `_start` made it
-                await self._pause(None if self._rule.hole is None else self.hole_age_seconds())
+            if more:
+                # Full pages are not held back.
+                continue
+            if chunk is not None or self._rule.hole is not None:
+                # At most one small chunk per gather_seconds, whatever it gathers under load;
+                # after a pause the first label goes at once. While a hole is open,
+                # notifications of what waits behind it come no faster either.
+                await asyncio.sleep(max(0.0, begun + self._gather_seconds - self._clock()))
+            await self._pause(None if self._rule.hole is None else self.hole_age_seconds())
 
     async def _look(self, connection: Connection) -> tuple[Chunk | None, bool]:
         """Read the table once; return what is settled, and whether there may be more at once."""

@@ -39,16 +39,16 @@ class Store:
 
     async def check(self) -> None:
         """Raise SchemaError when nothing can be streamed from this database without loss."""
-        [(standby, has_label, has_state, sequence, cache, has_time)] = await self._database.fetch(
-            "describe"
-        )
+        [row] = await self._database.fetch("describe")
+        has_label, has_state, sequence, cache, has_time, version = row
         if not has_label:
             raise SchemaError(
                 "--dsn", "a database without a label table", "one that has it; --migrate makes it"
             )
-        if standby:
-            # A standby does not show the primary's locks: the settled rule would be blind there.
-            raise SchemaError("--dsn", "a standby", "the primary server")
+        if 130000 <= version <= 130004 or version == 140000:
+            # There PREPARE TRANSACTION changes the name under which a transaction holds its locks:
+            # it would seem to have ended (release notes of 13.5 and 14.1).
+            raise SchemaError("the PostgreSQL server", version, "13.5, 14.1 or newer")
         if sequence is None:
             raise SchemaError("label.id", "no sequence", "an id that is filled by its own sequence")
         if cache != 1:

@@ -2,17 +2,21 @@
 -- sql/migrations/0001_labels.sql; its judgement is sse_labels/settled.py.
 
 -- name: describe
--- One row: is this a standby; name and cache of the id sequence; have we a label table,
--- and our own state beside it to read; are commit timestamps kept.
-SELECT pg_is_in_recovery() AS standby,
-       to_regclass('label') IS NOT NULL AS has_label,
+-- One row: have we a label table; and our own state beside it to read; name and cache of the id
+-- sequence; are commit timestamps kept; the server's version as a number.
+SELECT to_regclass('label') IS NOT NULL AS has_label,
        (SELECT has_table_privilege(attrelid, 'SELECT') FROM pg_attribute
          WHERE attrelid = to_regclass('label_stream') AND attname = 'floor') IS TRUE AS has_state,
        sequence.name,
        (SELECT seqcache FROM pg_sequence WHERE seqrelid = sequence.name::regclass) AS cache,
-       current_setting('track_commit_timestamp') = 'on' AS has_commit_time
+       current_setting('track_commit_timestamp') = 'on' AS has_commit_time,
+       current_setting('server_version_num')::integer AS version
   FROM (SELECT CASE WHEN to_regclass('label') IS NOT NULL
                     THEN pg_get_serial_sequence('label', 'id') END AS name) AS sequence;
+
+-- name: is_standby
+-- One row: does this server follow another one.
+SELECT pg_is_in_recovery();
 
 -- name: newest
 -- One row: the newest seq that the database knows, 0 when there never was one.

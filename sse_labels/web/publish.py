@@ -30,7 +30,11 @@ class PublishHandler:
     async def handle(self, request: web.Request) -> web.Response:
         """Answer `201 {"seqs": […]}`, in the order of the labels given."""
         self._authorize(request)
-        labels = self._labels(await request.read())
+        try:
+            body = await request.read()
+        except web.RequestPayloadError as error:
+            raise InvalidRequest(f"the body cannot be decoded: {error}") from None
+        labels = self._labels(body)
         return json_response({"seqs": await self._publisher.publish(labels)}, status=201)
 
     def _authorize(self, request: web.Request) -> None:
@@ -41,7 +45,11 @@ class PublishHandler:
             raise AuthRequired("expected the header Authorization: Bearer <token>")
         # Digests have one length: the time of the comparison tells nothing, not even that.
         if not hmac.compare_digest(_digest(token.strip()), self._token):
-            raise AuthRequired("this token is not known here")
+            refusal = AuthRequired("this token is not known here")
+            refusal.headers = {
+                "WWW-Authenticate": 'Bearer realm="sse-labels", error="invalid_token"'
+            }
+            raise refusal
 
     def _labels(self, body: bytes) -> list[object]:
         try:

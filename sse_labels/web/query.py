@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from aiohttp import web
 
-from sse_labels.errors import InvalidRequest
+from sse_labels.errors import InvalidRequest, NotReady
 from sse_labels.labels import label_json
 from sse_labels.sequencer import Sequencer
 from sse_labels.store import Store
@@ -34,6 +34,9 @@ class QueryHandler:
             raise InvalidRequest("uriPatterns: expected at least one, e.g. uriPatterns=*")
         narrowed = request_filter(request)
         limit = whole_number(request, "limit", LIMIT_DEFAULT, 1, LIMIT_MAX)
+        if not self._sequencer.started.is_set():
+            # Nothing is known to be settled yet: an empty answer would be a wrong one.
+            raise NotReady("the sequencer has no head yet")
         cursor = whole_number(request, "cursor", 0, 0, SEQ_MAX)
         # One more than asked for says whether there is a next page.
         rows = await self._store.query(narrowed, cursor, self._sequencer.head, limit + 1)

@@ -276,7 +276,7 @@ class Stream:
             return
         seconds = self._settings.send_timeout_seconds
         if self._outbox.closed is not None:
-            seconds = min(seconds, self._settings.slow_grace_seconds)
+            seconds = min(seconds, self._grace_seconds())
         try:
             async with asyncio.timeout(seconds) as self._deadline:
                 await self._writer.drain()
@@ -287,19 +287,27 @@ class Stream:
         """The outbox closed: the write that may be stuck gets its grace and no more."""
         # An expiring time-out cannot be moved any more, and need not be.
         if self._deadline is not None and not self._deadline.expired():
-            grace = self._now() + self._settings.slow_grace_seconds
+            grace = self._now() + self._grace_seconds()
             when = self._deadline.when()
             self._deadline.reschedule(grace if when is None else min(when, grace))
 
     async def _end(self, name: str, message: str) -> None:
-        await self._drain()
-        retry = retry_ms(self._settings)
-        self._send_block(encode_error(name, message, cursor=self._told, retry_ms=retry))
-        # aiohttp waits here too, and without a bound of its own.
-        async with asyncio.timeout(self._settings.slow_grace_seconds):
+        # One bound for all of it; aiohttp's write_eof waits without one of its own.
+        async with asyncio.timeout(self._grace_seconds()):
+            await self._writer.drain()
+            retry = retry_ms(self._settings)
+            self._send_block(encode_error(name, message, cursor=self._told, retry_ms=retry))
             await self._response.write_eof()
-        await self._drain()
+            await self._writer.drain()
         self._response.force_close()
+
+    def _grace_seconds(self) -> float:
+        """Return how long the last bytes may wait: when the server stops, others wait for it."""
+        grace = self._settings.slow_grace_seconds
+        if isinstance(self._outbox.closed, ServerStopping):
+            # A write that is stuck now and the last event after it share what draining has.
+            return min(grace, self._settings.drain_seconds / 2)
+        return grace
 
     def _cut(self) -> None:
         """Reset the connection: the kernel frees what it holds, the client sees a close.

@@ -38,7 +38,7 @@ class TestReading:
             "-- name: first\n-- One row: 1.\nSELECT 1;\n\n"
             "-- name: second\n-- Rows (a),\n-- by a.\nSELECT a\n  FROM b;\n"
         )
-        assert blocks() == {"first": "SELECT 1", "second": "-- by a.\nSELECT a\n  FROM b"}
+        assert blocks() == {"first": "SELECT 1", "second": "SELECT a\n  FROM b"}
 
     def test_a_name_that_does_not_exist_is_a_key_error(self) -> None:
         with pytest.raises(KeyError):
