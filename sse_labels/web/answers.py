@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 
 #: How long a client that was told "not now" should wait, in seconds.
 RETRY_AFTER_SECONDS = 5
+#: What a page of another origin may read of our headers.
+EXPOSED_HEADERS = "Sse-Labels-Head, Sse-Labels-Epoch, Retry-After, WWW-Authenticate"
 #: What a browser may remember of a preflight, in seconds.
 PREFLIGHT_SECONDS = 86_400
 
@@ -54,6 +56,9 @@ def errors_as_json(metrics: Metrics) -> Middleware:
         except RequestError as error:
             answer = error_response(error)
             name = error.name
+        except ConnectionResetError:
+            # The client left while it was answered: nobody reads this, and nothing is wrong here.
+            return web.Response(status=400)
         except DatabaseUnavailable as error:
             log.warning("a request needs the database: path=%s error=%s", request.path, error)
             answer = error_response(NotReady("the database is away; try again soon"))
@@ -95,7 +100,7 @@ def allow_origins(app: web.Application, origins: tuple[str, ...]) -> None:
         if origin is None or ("*" not in origins and origin not in origins):
             return
         response.headers[hdrs.ACCESS_CONTROL_ALLOW_ORIGIN] = "*" if "*" in origins else origin
-        response.headers[hdrs.ACCESS_CONTROL_EXPOSE_HEADERS] = "Sse-Labels-Head, Retry-After"
+        response.headers[hdrs.ACCESS_CONTROL_EXPOSE_HEADERS] = EXPOSED_HEADERS
 
     app.on_response_prepare.append(add_headers)
     # A middleware and no route: a route for every path would make each 404 a 405.
