@@ -13,7 +13,13 @@ import logging
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
-from sse_labels.errors import DatabaseUnavailable, NotReady, PayloadTooLarge, RequestError
+from sse_labels.errors import (
+    DatabaseUnavailable,
+    InvalidRequest,
+    NotReady,
+    PayloadTooLarge,
+    RequestError,
+)
 from sse_labels.metrics import Metrics
 from sse_labels.sse import dumps
 
@@ -70,6 +76,28 @@ def errors_as_json(metrics: Metrics) -> Middleware:
         return answer
 
     return middleware
+
+
+_handle_error = web.RequestHandler.handle_error
+
+
+def answer_unreadable(
+    handler: web.RequestHandler, request: web.BaseRequest, status: int = 500,
+    exc: BaseException | None = None, message: str | None = None,
+) -> web.StreamResponse:  # fmt: skip
+    """Answer what aiohttp could not read as HTTP like every other bad request, in JSON.
+
+    No middleware sees such a request. The message does not repeat it: it may hold a token.
+    """
+    if status != 400 or request.writer.output_size > 0:
+        return _handle_error(handler, request, status, exc, message)
+    log.info("a request cannot be read: peer=%s error=%s", request.remote, type(exc).__name__)
+    unreadable = error_response(InvalidRequest("this is no HTTP request that can be read"))
+    unreadable.force_close()
+    return unreadable
+
+
+web.RequestHandler.handle_error = answer_unreadable  # type: ignore[method-assign,assignment]
 
 
 def _from_aiohttp(error: web.HTTPException) -> tuple[web.Response, str]:

@@ -159,3 +159,16 @@ async def test_filtered_catch_up_from_the_ring_lets_others_run(
         counting.cancel()
     assert reader.events == []
     assert turns >= 30
+
+
+@pytest.mark.parametrize("line", ["GET /stream?cursor=\u0661 HTTP/1.1", "nonsense"])
+async def test_what_is_no_http_is_refused_in_json_and_not_repeated(
+    server: Server, line: str
+) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(server.url.rpartition(":")[2]))
+    writer.write(f"{line}\r\nHost: test\r\n\r\n".encode())
+    answer = (await reader.read()).decode()
+    writer.close()
+    assert " 400 " in answer.partition("\r\n")[0]
+    assert answer.partition("\r\n\r\n")[2].startswith('{"error":"InvalidRequest"')
+    assert "\u0661" not in answer
