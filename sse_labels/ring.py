@@ -1,7 +1,8 @@
 """The ring: the recent chunks, from which a consumer catches up without the database.
 
 Promises: its chunks continue each other without a gap up to the head; it never
-holds more than `max_bytes` (or one chunk, when that alone is larger).
+holds more than `max_bytes` (or one chunk, when that alone is larger), and an
+eighth of that in pages cut out for consumers.
 Stands in the corridor beside the sequencer, which alone appends.
 Does not belong here: subscriptions, reading rows.
 """
@@ -23,8 +24,8 @@ MERGE_COUNT = 64
 #: 64 x 63 events are about 3 MB.
 SMALL_EVENTS = 64
 
-#: As many pages that were cut out are kept for the next who asks for them.
-PAGES_KEPT = 32
+#: What share of `max_bytes` pages that were cut out may hold, for the next who asks for them.
+PAGES_SHARE = 8
 
 
 class Ring:
@@ -35,6 +36,7 @@ class Ring:
         self._young = 0
         self._max_bytes = max_bytes
         self._pages: OrderedDict[tuple[int, int, Filter | None], Chunk] = OrderedDict()
+        self._pages_nbytes = 0
         self.nbytes = 0
         self.start = start
         self.end = start
@@ -100,8 +102,10 @@ class Ring:
         page = merge(parts).select(narrowed)
         if events >= max_events:
             self._pages[key] = page
-            while len(self._pages) > PAGES_KEPT:
-                self._pages.popitem(last=False)
+            self._pages_nbytes += page.nbytes
+            while self._pages_nbytes > self._max_bytes // PAGES_SHARE:
+                _, oldest = self._pages.popitem(last=False)
+                self._pages_nbytes -= oldest.nbytes
         return page
 
     def _from(self, cursor: int) -> Iterator[Chunk]:

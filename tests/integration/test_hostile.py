@@ -82,6 +82,18 @@ def test_ring_page_is_a_page_of_a_large_chunk_and_shared() -> None:
     assert (hidden.start, hidden.end, len(hidden)) == (0, 500, 0)
 
 
+def test_pages_kept_by_the_ring_are_bounded_in_bytes() -> None:
+    rows = [row(seq) for seq in range(1, 1001)]
+    whole = encode_rows(rows, start=0, end=1000, with_keys=True)
+    ring = Ring(0, whole.nbytes)
+    ring.append(whole)
+    for cursor in range(900):
+        page = ring.page(cursor, 100, None)
+        assert (page.start, page.end, len(page)) == (cursor, cursor + 100, 100)
+        assert sum(kept.nbytes for kept in ring._pages.values()) <= whole.nbytes // 8
+    assert ring.page(899, 100, None) is page
+
+
 def test_page_cut_from_several_chunks_ends_at_its_last_event() -> None:
     ring = Ring(0, 2**30)
     for seq in range(1, 11):
