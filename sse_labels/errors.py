@@ -13,14 +13,19 @@ Does not belong here: turning an error into bytes (`web.errors`, `sse`).
     ├── RequestError              has .status and .name, becomes the JSON answer
     │   ├── InvalidRequest 400, FutureCursor 400
     │   ├── AuthRequired 401, Forbidden 403, PayloadTooLarge 413
-    │   └── InvalidLabel 422, TooManyConnections 503, NotReady 503
+    │   ├── EpochChanged 409, InvalidLabel 422, IdempotencyKeyReused 422
+    │   ├── RequestTimeout 408, HeadTooLarge 431
+    │   ├── ComeBackLater 429         says when
+    │   │   └── TooManyFromAddress, RateLimited
+    │   └── TooManyConnections 503, NotReady 503
     └── StreamClosed              has .name, becomes the stream's last event
-        ├── ConsumerTooSlow
+        ├── ConsumerTooSlow, TokenExpired
         └── ServerStopping
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -110,11 +115,66 @@ class InvalidLabel(RequestError):
         return InvalidLabel(self.field, self.problem, index)
 
 
+class IdempotencyKeyReused(RequestError):
+    """An Idempotency-Key came back with other labels (draft-ietf-httpapi-idempotency-key)."""
+
+    status = 422
+    name = "IdempotencyKeyReused"
+
+
+class EpochChanged(RequestError):
+    """The cursor is from another life of the database: its seqs name other labels now."""
+
+    status = 409
+    name = "EpochChanged"
+
+
 class TooManyConnections(RequestError):
     """The server holds as many streams as it may."""
 
     status = 503
     name = "TooManyConnections"
+
+
+class RequestTimeout(RequestError):
+    """The request did not become whole in time (RFC 9110, section 15.5.9)."""
+
+    status = 408
+    name = "RequestTimeout"
+    # What is left of the body is not waited for, so the connection cannot be used again.
+    headers = MappingProxyType({"Connection": "close"})
+
+
+class HeadTooLarge(RequestError):
+    """The request's head is over the limit (RFC 6585, section 5)."""
+
+    status = 431
+    name = "HeadTooLarge"
+
+
+class ComeBackLater(RequestError):
+    """Too much from one client (RFC 6585, section 4); `Retry-After` says when to come back."""
+
+    status = 429
+    name = "TooManyRequests"
+
+    def __init__(self, message: str, after_seconds: float) -> None:
+        super().__init__(message)
+        #: Whole seconds, rounded up, at least 1 (RFC 9110, section 10.2.3).
+        self.after_seconds = max(1, math.ceil(after_seconds))
+        self.headers = {"Retry-After": str(self.after_seconds)}
+
+
+class TooManyFromAddress(ComeBackLater):
+    """One address holds as many streams or connections as it may."""
+
+    name = "TooManyFromAddress"
+
+
+class RateLimited(ComeBackLater):
+    """A publisher is over its rate; nothing was stored."""
+
+    name = "RateLimited"
 
 
 class NotReady(RequestError):
@@ -134,6 +194,12 @@ class ConsumerTooSlow(StreamClosed):
     """More events waited for the consumer than its outbox may hold."""
 
     name = "ConsumerTooSlow"
+
+
+class TokenExpired(StreamClosed):
+    """The token that opened the stream is no longer valid."""
+
+    name = "TokenExpired"
 
 
 class ServerStopping(StreamClosed):

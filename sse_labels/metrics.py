@@ -32,7 +32,8 @@ COUNTERS = {
     "backfill_page_hits": "Pages that a backfill found in the page cache.",
     "ring_hits": "Streams that caught up from the ring alone.",
     "queue_overflows": "Consumers that were too slow for their outbox.",
-    "labels_published": "Labels stored by POST /labels.",
+    "labels_published": "Labels that POST /labels answered with seqs, repeated requests included.",
+    "labels_deleted": "Labels deleted by retention.",
     "labels_refused": "Labels refused by POST /labels.",
     "holes": "Holes that made the sequencer wait for open transactions.",
     "database_reconnects": "Connections to the database that were lost and made anew.",
@@ -41,6 +42,7 @@ COUNTERS = {
 GAUGES = {
     "head_seq": "The newest settled seq.",
     "floor_seq": "The oldest seq still kept.",
+    "connections": "TCP connections open now, streams included.",
     "streams": "Streams open now.",
     "streams_backfilling": "Streams that are reading history now.",
     "holes_open": "Whether the sequencer waits for a hole: 1 or 0.",

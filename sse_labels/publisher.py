@@ -8,9 +8,10 @@ Does not belong here: HTTP, tokens, streaming.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
-from sse_labels.errors import InvalidLabel
+from sse_labels.errors import IdempotencyKeyReused, InvalidLabel
 from sse_labels.labels import Label, parse_label
 from sse_labels.metrics import Metrics
 from sse_labels.store import Store
@@ -23,11 +24,13 @@ class Publisher:
         self._store = store
         self._metrics = metrics
 
-    async def publish(self, given: Sequence[object]) -> list[int]:
+    async def publish(self, given: Sequence[object], key: bytes | None = None) -> list[int]:
         """Return one seq per label, in the same order.
 
-        Raises InvalidLabel for the first label that is wrong, DatabaseUnavailable when nothing
-        was stored, or when the connection was lost before the database could say.
+        With a `key` the same labels are stored once, however often this is called within a day.
+        Raises InvalidLabel for the first label that is wrong, IdempotencyKeyReused when the key
+        belongs to other labels, DatabaseUnavailable when nothing was stored, or when the
+        connection was lost before the database could say (then a key makes trying again safe).
         """
         labels: list[Label] = []
         for index, item in enumerate(given):
@@ -36,6 +39,9 @@ class Publisher:
             except InvalidLabel as error:
                 self._metrics.count["labels_refused"] += len(given)
                 raise error.at(index) from None
-        seqs = await self._store.insert(labels)
+        fingerprint = hashlib.sha256(repr(labels).encode()).digest()
+        seqs = await self._store.publish(labels, key, fingerprint)
+        if seqs is None:
+            raise IdempotencyKeyReused("this Idempotency-Key was used for other labels")
         self._metrics.count["labels_published"] += len(seqs)
         return seqs

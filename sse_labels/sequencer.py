@@ -69,6 +69,8 @@ class Sequencer:
         self._rule: SettledRule | None = None
         self._sampled = -SAMPLE_SECONDS
         self.ring = Ring(0, ring_max_bytes)
+        #: Which seqs belong together; None when the database does not say.
+        self.epoch: str | None = None
         self.started = asyncio.Event()
         #: Whether the last look at the table succeeded.
         self.following = False
@@ -137,17 +139,19 @@ class Sequencer:
     async def _start(self, connection: Connection) -> None:
         """Find the head, or after a reconnect make sure that the rule still holds."""
         await self._store.check()
+        epoch = (await self._store.state()).epoch
         newest = await self._store.newest(connection)
         holders = await self._store.sequence_holders(connection)
         if self._rule is not None:
-            if newest < self.head:
+            if newest < self.head or epoch != self.epoch:
                 raise BrokenPromise(
-                    f"the database went back: its newest seq is {newest}, "
-                    f"{self.head} has been streamed (restored from a backup?)"
+                    f"the database went back or was rebuilt: its newest seq is {newest} in epoch "
+                    f"{epoch}, {self.head} has been streamed in epoch {self.epoch}"
                 )
             self._rule.renew(holders)
             self.following = True
             return
+        self.epoch = epoch
         # All that is at or below `newest` is settled once today's holders have ended.
         since, due = self._clock(), HOLE_LOG_SECONDS
         waiting = holders

@@ -8,6 +8,7 @@ Does not belong here: when to ask, how often to try again, what is settled.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,8 @@ from sse_labels.database import Connection, Database
 from sse_labels.errors import SchemaError
 from sse_labels.filters import Filter
 from sse_labels.labels import Label
+
+log = logging.getLogger(__name__)
 
 #: As many characters of a URI are in the index; the SQL says why.
 INDEXED_URI_CHARS = 600
@@ -29,6 +32,13 @@ class Page(NamedTuple):
     floor: int
 
 
+class State(NamedTuple):
+    """The oldest seq still kept, and which seqs belong together (None: not kept here)."""
+
+    floor: int
+    epoch: str | None
+
+
 class Store:
     """Typed access to the labels; uses the pool, except for the sequencer's own connection."""
 
@@ -36,11 +46,12 @@ class Store:
         self._database = database
         self.has_state = False
         self.has_commit_time = False
+        self.may_delete = False
 
     async def check(self) -> None:
         """Raise SchemaError when nothing can be streamed from this database without loss."""
         [row] = await self._database.fetch("describe")
-        has_label, has_state, sequence, cache, has_time, version = row
+        has_label, has_state, sequence, cache, has_commit_time, version, may_delete = row
         if not has_label:
             raise SchemaError(
                 "--dsn", "a database without a label table", "one that has it; --migrate makes it"
@@ -59,7 +70,8 @@ class Store:
                 f"ALTER SEQUENCE {sequence} CACHE 1",
             )
         self.has_state = has_state
-        self.has_commit_time = has_time
+        self.has_commit_time = has_commit_time
+        self.may_delete = has_state and may_delete
 
     async def dedicated(self) -> Connection:
         """Return a connection that is the caller's own; the caller closes it."""
@@ -87,12 +99,35 @@ class Store:
         rows = await connection.fetch("commit_age", seq=seq)
         return rows[0][0] if rows else None
 
-    async def floor(self) -> int:
-        """Return the oldest seq still kept."""
+    async def state(self) -> State:
+        """Return what readers must know beside the labels."""
         if not self.has_state:
-            return 1
-        [(floor,)] = await self._database.fetch("floor")
-        return int(floor)
+            return State(floor=1, epoch=None)
+        [(floor, epoch, _)] = await self._database.fetch("state")
+        return State(floor, epoch)
+
+    async def claim_epoch(self) -> str | None:
+        """Return the epoch; a new one when this database was rebuilt since it was last claimed.
+
+        Needs UPDATE on label_stream.
+        """
+        if not self.has_state:
+            return None
+        before = await self.state()
+        [(identity,)] = await self._database.fetch("identity")
+        [(epoch,)] = await self._database.fetch("claim_identity", identity=identity)
+        if epoch != before.epoch:
+            log.warning(
+                "this database was rebuilt: consumers that name the old epoch are told so. If it "
+                "is older than what they have seen, run `sse-labels reseed` before anything is "
+                "published: old_epoch=%s new_epoch=%s", before.epoch, epoch,
+            )  # fmt: skip
+        return str(epoch)
+
+    async def reseed(self, above: int) -> tuple[int, str]:
+        """Use no seq up to `above` again and begin a new epoch; return the seq and the epoch."""
+        [(seq, epoch)] = await self._database.fetch("reseed", above=above)
+        return int(seq), str(epoch)
 
     async def page(self, cursor: int, head: int, limit: int, narrowed: Filter | None) -> Page:
         """Return what comes after `cursor`, at most `limit` rows and never beyond `head`."""
@@ -105,7 +140,7 @@ class Store:
         if self.has_state and (not rows or rows[0][0] != cursor + 1):
             # Retention takes rows from the old end and raises the floor before: rows it took
             # show as a gap at the page's beginning, and a floor read now is as new as the page.
-            floor = await self.floor()
+            floor = (await self.state()).floor
         end = rows[-1][0] if full else head
         return Page(encode_rows(rows, start=cursor, end=end, narrowed=narrowed), full, floor)
 
@@ -134,14 +169,56 @@ class Store:
         # Each block returned its first `limit`: the first `limit` of all are among them.
         return sorted({row[0]: row for row in rows if row[0] <= head}.values())[:limit]
 
-    async def insert(self, labels: Sequence[Label]) -> list[int]:
-        """Store all labels or none; return their seqs in the same order."""
+    async def publish(
+        self, labels: Sequence[Label], key: bytes | None, fingerprint: bytes
+    ) -> list[int] | None:
+        """Store all labels or none; return their seqs in the same order.
+
+        With a `key` that stored labels of the same `fingerprint` before, return those seqs and
+        store nothing; None when that key belongs to other labels.
+        """
         columns = {
             name: [getattr(label, name) for label in labels]
             for name in ("src", "uri", "cid", "val", "neg", "cts", "exp", "sig")
         }
-        rows = await self._database.fetch("insert_labels", **columns)
-        return sorted(row[0] for row in rows)
+        [(seqs,)] = await self._database.fetch(
+            "publish_labels", key=key, fingerprint=fingerprint, **columns
+        )
+        return None if seqs is None else list(seqs)
+
+    async def try_lock_retention(self, connection: Connection) -> bool:
+        """Say whether this session may delete now; it keeps the right until it is closed."""
+        [(locked,)] = await connection.fetch("lock_retention")
+        return bool(locked)
+
+    async def note_time(self, connection: Connection, head: int) -> None:
+        """Remember that the head stands here now."""
+        await connection.fetch("note_time", head=head)
+
+    async def oldest_by_age(self, connection: Connection, seconds: float) -> int | None:
+        """Return the first seq that may be younger than `seconds`; None when not known."""
+        [(seq,)] = await connection.fetch("oldest_by_age", seconds=seconds)
+        return None if seq is None else int(seq)
+
+    async def oldest_by_count(self, connection: Connection, head: int, labels: int) -> int | None:
+        """Return the oldest of the newest `labels`; None when there are fewer."""
+        rows = await connection.fetch("oldest_by_count", head=head, labels=labels)
+        return int(rows[0][0]) if rows else None
+
+    async def raise_floor(self, connection: Connection, floor: int) -> int:
+        """Raise the floor, committed when this returns; return where it stands."""
+        [(raised,)] = await connection.fetch("raise_floor", floor=floor)
+        return int(raised)
+
+    async def delete_below_floor(self, connection: Connection, limit: int) -> int:
+        """Delete at most `limit` labels below the floor; return how many."""
+        [(deleted,)] = await connection.fetch("delete_below_floor", limit=limit)
+        return int(deleted)
+
+    async def forget(self, connection: Connection, requests_seconds: float) -> None:
+        """Delete what retention and repeated requests have no use for any more."""
+        await connection.fetch("forget_times")
+        await connection.fetch("forget_requests", seconds=requests_seconds)
 
 
 def _like(prefix: str) -> str:

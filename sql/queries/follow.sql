@@ -3,14 +3,17 @@
 
 -- name: describe
 -- One row: have we a label table; and our own state beside it to read; name and cache of the id
--- sequence; are commit timestamps kept; the server's version as a number.
+-- sequence; are commit timestamps kept; the server's version as a number; may this role delete
+-- old labels.
 SELECT to_regclass('label') IS NOT NULL AS has_label,
        (SELECT has_table_privilege(attrelid, 'SELECT') FROM pg_attribute
-         WHERE attrelid = to_regclass('label_stream') AND attname = 'floor') IS TRUE AS has_state,
+         WHERE attrelid = to_regclass('label_stream') AND attname = 'epoch') IS TRUE AS has_state,
        sequence.name,
        (SELECT seqcache FROM pg_sequence WHERE seqrelid = sequence.name::regclass) AS cache,
        current_setting('track_commit_timestamp') = 'on' AS has_commit_time,
-       current_setting('server_version_num')::integer AS version
+       current_setting('server_version_num')::integer AS version,
+       coalesce(has_table_privilege(to_regclass('label_stream'), 'UPDATE')
+                AND has_table_privilege(to_regclass('label'), 'DELETE'), false) AS may_delete
   FROM (SELECT CASE WHEN to_regclass('label') IS NOT NULL
                     THEN pg_get_serial_sequence('label', 'id') END AS name) AS sequence;
 

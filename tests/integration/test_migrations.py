@@ -15,7 +15,7 @@ from sse_labels.database import Database
 from sse_labels.errors import DatabaseUnavailable, SchemaError
 from sse_labels.migrations import migrate
 from sse_labels.queries import Migration, migrations
-from sse_labels.store import Store
+from sse_labels.store import State, Store
 
 from support.database import TestDatabase, until
 
@@ -122,7 +122,7 @@ class TestMigrate:
         # Served as it is: nothing of ours is needed to read it.
         store = Store(empty)
         await store.check()
-        assert (await store.floor(), await store.newest()) == (1, 3)
+        assert (await store.state(), await store.newest()) == (State(1, None), 3)
 
     async def test_the_next_migration_keeps_the_labels(
         self, migrated: Database, database: TestDatabase, monkeypatch: pytest.MonkeyPatch

@@ -350,12 +350,12 @@ def stored_labels(labels: Iterable[Label]) -> list[dict[str, Any]]:
     return [dict(label_json(*given)) for given in labels]
 
 
-class TestInsert:
+class TestPublish:
     async def test_seqs_come_in_the_order_of_the_labels(
         self, store: Store, database: TestDatabase
     ) -> None:
         labels = [label(number) for number in random.Random(3).sample(range(1000), 500)]
-        seqs = await store.insert(labels)
+        seqs = await store.publish(labels, None, b"")
         assert seqs == list(range(1, 501))
         stored = database.stored()
         assert [event["seq"] for event in stored] == seqs
@@ -370,7 +370,7 @@ class TestInsert:
             label(val='it\'s \\ "odd" {NULL,%s} %(x)s ünï \U0001f600', src="did:web:a%3A8080"),
             *(label(uri=uri) for uri in ODD),
         ]
-        await store.insert(labels)
+        await store.publish(labels, None, b"")
         stored = database.stored()
         assert [event["labels"][0] for event in stored] == stored_labels(labels)
         assert database.execute("SELECT id FROM label WHERE neg IS NULL") == []
@@ -381,12 +381,12 @@ class TestInsert:
         labels = [label(number) for number in range(50)]
         labels[40] = labels[40]._replace(cts=None)  # type: ignore[arg-type]
         with pytest.raises(DatabaseUnavailable) as caught:
-            await store.insert(labels)
+            await store.publish(labels, None, b"")
         assert isinstance(caught.value.__cause__, psycopg2.IntegrityError)
         assert database.stored() == before
 
     async def test_no_label_is_no_seq(self, store: Store, database: TestDatabase) -> None:
-        assert await store.insert([]) == []
+        assert await store.publish([], None, b"") == []
         assert database.stored() == []
 
 

@@ -22,6 +22,7 @@ from sse_labels.errors import BrokenPromise, DatabaseUnavailable
 from sse_labels.metrics import Metrics
 from sse_labels.sequencer import Sequencer
 from sse_labels.settled import SettledRule
+from sse_labels.store import State
 
 
 def rule_at(head: int, clock: Callable[[], float] = lambda: 0.0) -> SettledRule:
@@ -508,6 +509,9 @@ class WorldStore:
 
     async def check(self) -> None:
         self.world.pass_time()
+
+    async def state(self) -> State:
+        return State(floor=1, epoch=None)
 
     async def dedicated(self) -> Any:
         self.world.connected = True

@@ -1,0 +1,288 @@
+"""Who may publish: several tokens at a time, kept as digests, changed without a restart.
+
+Promises: a token is compared with every one that is known, in constant time and
+without an early exit; what stands in the file, in memory and in the log cannot be
+used as a token; a file that went bad changes nothing.
+Stands beside the corridor, at the door for publishers.
+Does not belong here: HTTP, what a right opens (`web`), the embedded server's one
+token (`publish_token`).
+
+The digest is a plain SHA-256. A slow hash (argon2, scrypt) makes guessing dear where
+people choose the secret; these are 256 random bits, of which nobody guesses any, and a
+slow hash would let whoever sends wrong tokens buy our CPU with theirs.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import hmac
+import logging
+import os
+import re
+import secrets
+import stat
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from sse_labels.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+PUBLISH = "publish"
+ADMIN = "admin"
+#: What a token may be given; several are joined by a comma.
+RIGHTS = (PUBLISH, ADMIN)
+#: Written for no right at all: a token that is known, and refused with 403.
+NO_RIGHTS = "none"
+#: The name of the one token that is a setting.
+SETTING_NAME = "publish-token"
+FILE_SETTING = "--publish-tokens-file"
+#: Far more than any list of tokens or keys; a wrong path is not read into memory.
+FILE_MAX_BYTES = 1024**2
+#: A file as young as this may change again without its times telling: ext4 counts in ticks of
+#: 4 ms, FAT in steps of 2 s. Git calls such a file racy, and looks again as well.
+YOUNG_SECONDS = 2.0
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
+_DIGEST = re.compile(r"sha256:([0-9a-fA-F]{64})")
+_EXPECTED_NAME = (
+    "1 to 64 of the characters A-Z a-z 0-9 . _ @ -, a letter or digit first, "
+    f"and not {SETTING_NAME!r}, which is the setting's"
+)
+_EXPECTED_RIGHTS = f"{' or '.join(RIGHTS)}, both joined by a comma, or {NO_RIGHTS}"
+_EXPECTED_LINE = f"name sha256:<64 hex digits> [rights], the rights {_EXPECTED_RIGHTS}"
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Who a token was made for, and what it may do."""
+
+    name: str
+    rights: frozenset[str]
+
+
+class PublishTokens:
+    """All publish tokens: the one that is a setting, and those of the file as it is now."""
+
+    def __init__(self, token: str | None = None, file: Path | None = None) -> None:
+        """Read `file`; raise ConfigError naming the line when it cannot be used.
+
+        A line is `name sha256:<64 hex digits>` and, after it, the rights: `publish` (the
+        default), `admin`, both joined by a comma, or `none`. `#` begins a comment.
+        """
+        holder = Holder(SETTING_NAME, frozenset({PUBLISH}))
+        self._setting = () if token is None else (Known(holder, digest_of(token)),)
+        self._file = None
+        if file is not None:
+            parse = partial(parse_tokens, others=self._setting)
+            self._file = WatchedFile(FILE_SETTING, file, parse)
+
+    @property
+    def empty(self) -> bool:
+        """Return whether nobody can publish, because no token is known."""
+        return not self._known()
+
+    def who(self, token: str) -> Holder | None:
+        """Return whom `token` belongs to, None when nobody here knows it."""
+        given = digest_of(token)
+        found = None
+        for known in self._known():
+            # No break: how long it takes must not tell which token was nearly, or really, hit.
+            # (test_a_token_is_compared_with_every_one_that_is_known)
+            if hmac.compare_digest(given, known.digest):
+                found = known.holder
+        return found
+
+    def _known(self) -> tuple[Known, ...]:
+        return self._setting if self._file is None else self._setting + self._file.value()
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """One token that is known, without the token."""
+
+    holder: Holder
+    digest: bytes = field(repr=False)
+
+
+class Unusable(Exception):
+    """Raised when a text cannot be used: its message says what was expected, and quotes nothing."""
+
+
+class WatchedFile(Generic[T]):
+    """What a small file says, read again when the file was changed.
+
+    A file that goes bad (or away) later on is logged once, and what it said before stays in use:
+    a slip of the editor must not lock everybody out. It costs one `stat` to ask, so that a
+    change works at the next request.
+    """
+
+    def __init__(self, setting: str, path: Path, parse: Callable[[bytes], T]) -> None:
+        """Read `path` with `parse`, which raises Unusable; raise ConfigError under `setting`."""
+        self._setting = setting
+        self._path = path
+        self._parse = parse
+        self._stamp: tuple[int, ...] | None = None
+        self._complaint = ""
+        self._value: T
+        self._refresh()
+
+    def value(self) -> T:
+        """Return what the file says now, or said when it was last good."""
+        try:
+            self._refresh()
+        except ConfigError as error:
+            if str(error) != self._complaint:
+                self._complaint = str(error)
+                log.error("a file went bad, what it said before stays in use: %s", error)
+        return self._value
+
+    def _refresh(self) -> None:
+        try:
+            status = self._path.stat()
+            # Taken before reading: a write in between changes the stamp, and is read next time.
+            stamp = stamp_of(status)
+            if stamp == self._stamp:
+                return
+            # A pipe could be read only once, and could make the whole server wait.
+            if not stat.S_ISREG(status.st_mode) or status.st_size > FILE_MAX_BYTES:
+                raise Unusable(f"a file of at most {FILE_MAX_BYTES} bytes")
+            content = self._path.read_bytes()
+            young = time.time() - status.st_mtime < YOUNG_SECONDS
+            self._stamp = None if young else stamp
+            self._value = self._parse(content)
+        except OSError as error:
+            self._stamp = None
+            raise ConfigError(
+                self._setting, str(self._path), f"a file to read ({error.strerror})"
+            ) from error
+        except Unusable as error:
+            raise ConfigError(self._setting, str(self._path), str(error)) from None
+        self._complaint = ""
+
+
+def stamp_of(status: os.stat_result) -> tuple[int, ...]:
+    """Return what changes when a file is written or replaced."""
+    return (
+        status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns,
+    )  # fmt: skip
+
+
+def digest_of(token: str) -> bytes:
+    """Return a token's SHA-256, 32 bytes whatever was sent."""
+    return hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
+
+
+def new_token() -> str:
+    """Return a token of 256 random bits, 43 characters that fit a header, a URL and a shell."""
+    return secrets.token_urlsafe(32)
+
+
+def line_for(name: str, token: str, rights: Iterable[str] = (PUBLISH,)) -> str:
+    """Return the line for `token`, without a line end; raise ConfigError for a wrong name."""
+    if not _NAME.fullmatch(name) or name == SETTING_NAME:
+        raise ConfigError("NAME", name, _EXPECTED_NAME)
+    written = ",".join(right for right in RIGHTS if right in set(rights)) or NO_RIGHTS
+    return f"{name} sha256:{digest_of(token).hex()} {written}"
+
+
+def parse_rights(text: str) -> frozenset[str]:
+    """Return the rights written as `publish,admin` or `none`; raise Unusable for others."""
+    if text == NO_RIGHTS:
+        return frozenset()
+    rights = text.split(",")
+    if not set(rights) <= set(RIGHTS) or len(set(rights)) < len(rights):
+        raise Unusable(_EXPECTED_RIGHTS)
+    return frozenset(rights)
+
+
+def parse_tokens(content: bytes, others: tuple[Known, ...] = ()) -> tuple[Known, ...]:
+    """Return the tokens of a file; raise Unusable with the number of the first bad line.
+
+    Names and tokens stand once, also among `others`: of two lines for one token, which has
+    other rights, neither can be believed.
+    """
+    found: list[Known] = []
+    names: set[str] = set()
+    digests = {known.digest for known in others}
+    for number, raw in enumerate(content.split(b"\n"), start=1):
+        try:
+            known = _parse_line(raw)
+            if known is None:
+                continue
+            if known.holder.name in names:
+                raise Unusable("a name that no other line has")
+            if known.digest in digests:
+                raise Unusable("a token that stands nowhere else, in the file or as the setting")
+        except Unusable as error:
+            # Never the line itself: who pastes a token in place of its digest is not to find it
+            # in the log.
+            raise Unusable(f"in line {number}: {error}") from None
+        names.add(known.holder.name)
+        digests.add(known.digest)
+        found.append(known)
+    return tuple(found)
+
+
+def _parse_line(raw: bytes) -> Known | None:
+    try:
+        words = raw.decode("utf-8").partition("#")[0].split()
+    except UnicodeDecodeError:
+        raise Unusable("UTF-8") from None
+    if not words:
+        return None
+    digest = _DIGEST.fullmatch(words[1]) if len(words) in (2, 3) else None
+    if digest is None:
+        raise Unusable(_EXPECTED_LINE)
+    if not _NAME.fullmatch(words[0]) or words[0] == SETTING_NAME:
+        raise Unusable(f"as the name {_EXPECTED_NAME}")
+    rights = frozenset({PUBLISH}) if len(words) == 2 else parse_rights(words[2])
+    return Known(Holder(words[0], rights), bytes.fromhex(digest[1]))
+
+
+def add_token(file: Path, name: str, rights: Iterable[str] = (PUBLISH,)) -> str:
+    """Make a token, append its line to `file`, return the token: it stands nowhere else.
+
+    The file is made when there is none, for its owner alone. Raises ConfigError, and leaves the
+    file as it was, when the name exists there or the file is not one of tokens.
+    """
+    token = new_token()
+    line = line_for(name, token, rights)
+    try:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        with os.fdopen(descriptor, "r+b", buffering=0) as opened:
+            # Two that add the same name at once: the second finds the first one's line.
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            content = opened.read()
+            known = parse_tokens(content)
+            if any(one.holder.name == name for one in known):
+                raise ConfigError("NAME", name, f"a name that does not stand in {file} yet")
+            start = b"\n" if content and not content.endswith(b"\n") else b""
+            _append(descriptor, start + line.encode("ascii") + b"\n", len(content))
+    except Unusable as error:
+        raise ConfigError(FILE_SETTING, str(file), str(error)) from None
+    except OSError as error:
+        raise ConfigError(
+            FILE_SETTING, str(file), f"a file to write to ({error.strerror})"
+        ) from error
+    return token
+
+
+def _append(descriptor: int, added: bytes, length: int) -> None:
+    """Write in one call, so that a server never reads half a line; undo what did not fit."""
+    try:
+        whole = os.write(descriptor, added) == len(added)
+        os.fsync(descriptor)
+    except OSError:
+        os.ftruncate(descriptor, length)
+        raise
+    if not whole:
+        os.ftruncate(descriptor, length)
+        raise OSError(0, "the disk is full")
