@@ -1,0 +1,405 @@
+"""Who may read a stream: everybody, or whoever brings a JSON Web Token (RFC 7519).
+
+Promises: a token is taken only when its signature, its times, its issuer, its
+audience and the shape of its claims are right; the key alone says the algorithm;
+no token, nor any part of one, is in a message, in a log line or in a repr.
+Stands at the edge of the corridor, before the status line is sent.
+Does not belong here: ending a stream when its token expires (`web.stream`), who
+may publish (`publish_tokens`), making tokens.
+
+Sources: RFC 6750 (bearer tokens), RFC 7519 (claims), RFC 8725 (best practice).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from urllib.parse import unquote_plus
+
+import jwt
+from aiohttp import hdrs, web
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, EllipticCurvePublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from cryptography.hazmat.primitives.serialization import load_pem_public_key
+from jwt.algorithms import HMACAlgorithm
+
+from sse_labels.errors import AuthRequired, ConfigError, Forbidden, InvalidRequest, RequestError
+from sse_labels.filters import Filter
+from sse_labels.labels import is_did
+from sse_labels.publish_tokens import Unusable, WatchedFile
+
+COOKIE = "sse_labels_token"
+QUERY = "access_token"
+SOURCES_CLAIM = "sources"
+#: The longest life (exp - iat) of a token in a URL. URLs end up in logs, in histories and in what
+#: people paste: what is found there must be of no use any more. A page needs it for one connect.
+QUERY_TOKEN_MAX_SECONDS = 300
+#: How far the issuer's clock may be off. RFC 7519, 4.1.4: "usually no more than a few minutes";
+#: clocks are kept by NTP now.
+LEEWAY_SECONDS = 10
+#: RFC 7518, 3.2: an HS256 key has at least the size of the hash.
+SECRET_MIN_BYTES = 32
+#: 9999-12-31T23:59:59Z. A time beyond it is a mistake (milliseconds), not a plan.
+TIME_MAX = 253_402_300_799
+
+_REDACTED = "redacted"
+#: Everything that may stand between two parameters, for servers and for people.
+_BETWEEN_PARAMETERS = re.compile(r"([?&;#])")
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """What a request may see: labels of `sources` (None: of all) until `expires_at`."""
+
+    sources: frozenset[str] | None = None
+    #: Epoch seconds from which on the same token would be refused; None: never.
+    expires_at: float | None = None
+    #: The claim `sub`: chosen by others, log it with %r.
+    subject: str | None = None
+
+
+PUBLIC = Grant()
+
+
+class StreamAuth:
+    """Tells what a request may read; without a key everybody may read everything."""
+
+    def __init__(
+        self,
+        *,
+        jwt_secret: str | None = None,
+        jwt_secret_file: Path | None = None,
+        jwt_key_file: Path | None = None,
+        jwt_issuer: str | None = None,
+        jwt_audience: str | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """Read the key: one secret (HS256), or one file with a public key (PEM) or several (JWKS).
+
+        Raises ConfigError when there are two, when one cannot be used, and when an issuer or an
+        audience is given without one: who set it thinks that streams are protected.
+        """
+        given = {
+            "--jwt-secret": jwt_secret,
+            "--jwt-secret-file": jwt_secret_file,
+            "--jwt-key-file": jwt_key_file,
+        }
+        keys = [name for name, value in given.items() if value is not None]
+        if len(keys) > 1:
+            raise ConfigError(keys[1], "(not shown)", f"none beside {keys[0]}: there is one key")
+        if not keys:
+            for name, value in (("--jwt-issuer", jwt_issuer), ("--jwt-audience", jwt_audience)):
+                if value is not None:
+                    raise ConfigError(name, value, f"one of {', '.join(given)} beside it")
+        self._issuer = jwt_issuer
+        self._audience = jwt_audience
+        self._clock = clock
+        self._keys: Callable[[], Keys] | None = None
+        if jwt_secret is not None:
+            try:
+                secret = parse_secret(jwt_secret.encode("utf-8", "surrogateescape"))
+            except Unusable as error:
+                raise ConfigError("--jwt-secret", "(not shown)", str(error)) from None
+            self._keys = lambda: secret
+        elif jwt_secret_file is not None:
+            self._keys = WatchedFile("--jwt-secret-file", jwt_secret_file, parse_secret).value
+        elif jwt_key_file is not None:
+            self._keys = WatchedFile("--jwt-key-file", jwt_key_file, parse_keys).value
+
+    @property
+    def protected(self) -> bool:
+        """Return whether reading needs a token."""
+        return self._keys is not None
+
+    def authorize(self, request: web.Request) -> Grant:
+        """Return what `request` may read.
+
+        Raises AuthRequired without a token or with one that does not hold, InvalidRequest when
+        the request carries two (RFC 6750, 2).
+        """
+        if self._keys is None:
+            return PUBLIC
+        token, in_query = _token_of(request)
+        if token is None:
+            # RFC 6750, 3.1: without any token, no error code.
+            raise AuthRequired(
+                f"expected a token: Authorization: Bearer, the cookie {COOKIE}, or {QUERY}"
+            )
+        return self._grant(self._claims(token, self._keys()), in_query)
+
+    def _claims(self, token: str, keys: Keys) -> Mapping[str, object]:
+        """Return what the token says, once its signature, issuer and audience are right."""
+        if not token.isascii():
+            # aiohttp reads headers with surrogateescape, and PyJWT cannot encode what comes of it.
+            raise _refused("the token is malformed")
+        try:
+            key = keys if isinstance(keys, Key) else _named(keys, token)
+            claims: Mapping[str, object] = jwt.decode(
+                token,
+                key.material,
+                # Of the key, never of the token's header: a public key would else serve as an
+                # HMAC secret that everybody knows, or "none" as a signature (RFC 8725, 3.1).
+                algorithms=[key.algorithm],
+                options={
+                    "require": ["exp"],
+                    # PyJWT asks the system's clock, and takes true and "1" for times.
+                    "verify_exp": False,
+                    "verify_nbf": False,
+                    "verify_iat": False,
+                    "enforce_minimum_key_length": True,
+                },
+                issuer=self._issuer,
+                audience=self._audience,
+            )
+        except jwt.PyJWTError as error:
+            # PyJWT's messages may quote the token; `from None` keeps them out of tracebacks too.
+            raise _refused(_reason(error)) from None
+        return claims
+
+    def _grant(self, claims: Mapping[str, object], in_query: bool) -> Grant:
+        now = self._clock()
+        expires = _time(claims, "exp")
+        not_before = _time(claims, "nbf")
+        issued = _time(claims, "iat")
+        assert expires is not None  # noqa: S101 - it is required above
+        if now >= expires + LEEWAY_SECONDS:
+            raise _refused("the token has expired")
+        if max(not_before or 0, issued or 0) > now + LEEWAY_SECONDS:
+            raise _refused("the token is not valid yet")
+        if in_query and (issued is None or expires - issued > QUERY_TOKEN_MAX_SECONDS):
+            raise _refused(
+                f"a token in the URL may live {QUERY_TOKEN_MAX_SECONDS} seconds at most, "
+                "from iat to exp"
+            )
+        subject = claims.get("sub")
+        return Grant(
+            _sources(claims),
+            # From here on the token would be refused: not earlier, or a stream that the leeway
+            # let in would end at once.
+            expires + LEEWAY_SECONDS,
+            subject if isinstance(subject, str) else None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """A key, and the one algorithm that it is for."""
+
+    algorithm: str
+    material: bytes | EllipticCurvePublicKey | Ed25519PublicKey = field(repr=False)
+
+
+#: One key, or several by their `kid`.
+Keys = Key | Mapping[str, Key]
+
+
+def narrow(asked: Filter | None, grant: Grant) -> Filter | None:
+    """Return the filter for what was asked and may be seen; raise Forbidden when asked for more."""
+    if grant.sources is None:
+        return asked
+    if asked is None or not asked.sources:
+        return replace(asked or Filter(), sources=grant.sources)
+    outside = sorted(asked.sources - grant.sources)
+    if outside:
+        raise _challenged(
+            Forbidden(f"sources: this token may not read {outside[0][:60]!r}"),
+            "insufficient_scope",
+            "a source is not among those of the token",
+        )
+    return asked
+
+
+def redact(path_qs: str) -> str:
+    """Return a path with its query for a log: the value of `access_token` is not in it."""
+    parts = _BETWEEN_PARAMETERS.split(path_qs)
+    for place, part in enumerate(parts):
+        name, equals, _ = part.partition("=")
+        # Names may be percent-encoded too, and are decoded before they are looked up.
+        if equals and unquote_plus(name).strip().lower() == QUERY:
+            parts[place] = f"{name}={_REDACTED}"
+    return "".join(parts)
+
+
+def parse_secret(content: bytes) -> Key:
+    """Return the HS256 key that is `content` without line ends; raise Unusable."""
+    secret = content.strip(b"\r\n")
+    if len(secret) < SECRET_MIN_BYTES:
+        raise Unusable(f"a secret of at least {SECRET_MIN_BYTES} bytes (RFC 7518, 3.2)")
+    try:
+        HMACAlgorithm(HMACAlgorithm.SHA256).prepare_key(secret)
+    except jwt.InvalidKeyError:
+        # A public key taken for a secret is a secret that everybody has.
+        raise Unusable("a secret, not a PEM, SSH or JWK key; those go to --jwt-key-file") from None
+    return Key("HS256", secret)
+
+
+def parse_keys(content: bytes) -> Keys:
+    """Return the public key of a PEM file, or those of a JWKS file (RFC 7517); raise Unusable."""
+    if content.lstrip().startswith(b"{"):
+        return _parse_key_set(content)
+    expected = "one public key, PEM, P-256 (ES256) or Ed25519 (EdDSA), or a JWKS"
+    if b"PRIVATE KEY-----" in content:
+        raise Unusable(f"{expected}; the private key is the issuer's alone")
+    # Of several, the first would be taken and the others silently left.
+    if content.count(b"-----BEGIN ") != 1:
+        raise Unusable(expected)
+    try:
+        key = _key(load_pem_public_key(content))
+    except (ValueError, UnsupportedAlgorithm):
+        key = None
+    if key is None:
+        raise Unusable(expected)
+    return key
+
+
+def _parse_key_set(content: bytes) -> Mapping[str, Key]:
+    try:
+        parsed = json.loads(content)
+    except (ValueError, RecursionError):
+        raise Unusable("JSON") from None
+    members = parsed.get("keys")
+    if not isinstance(members, list):
+        raise Unusable('a JWKS, {"keys": […]}')
+    keys: dict[str, Key] = {}
+    for place, member in enumerate(members):
+        if not isinstance(member, dict):
+            raise Unusable(f"keys[{place}] to be an object")
+        if "d" in member or member.get("kty") == "oct":
+            raise Unusable(f"keys[{place}] to be a public key; the secret is the issuer's alone")
+        key = _parse_jwk(member)
+        if key is None:
+            # RFC 7517, 5: keys of a kind that is not understood should be ignored.
+            continue
+        kid = member.get("kid")
+        if not isinstance(kid, str) or not kid or kid in keys:
+            raise Unusable(f"keys[{place}] to have a kid, and one of its own")
+        keys[kid] = key
+    if not keys:
+        raise Unusable("at least one key that signs with ES256 or EdDSA (Ed25519)")
+    return keys
+
+
+def _parse_jwk(member: Mapping[str, object]) -> Key | None:
+    """Return the key, None when it is of another kind or for another purpose."""
+    algorithm = {"P-256": "ES256", "Ed25519": "EdDSA"}.get(str(member.get("crv")))
+    operations = member.get("key_ops", ["verify"])
+    if (
+        algorithm is None
+        or member.get("alg", algorithm) != algorithm
+        or member.get("use", "sig") != "sig"
+        or not (isinstance(operations, list) and "verify" in operations)
+    ):
+        return None
+    try:
+        return _key(jwt.PyJWK(dict(member), algorithm).key)
+    except (jwt.PyJWTError, ValueError, TypeError):
+        raise Unusable(f"{algorithm} keys with the coordinates of a point") from None
+
+
+def _key(material: object) -> Key | None:
+    """Return a public key with the algorithm of its type, None when we take none such."""
+    if isinstance(material, Ed25519PublicKey):
+        return Key("EdDSA", material)
+    if isinstance(material, EllipticCurvePublicKey) and isinstance(material.curve, SECP256R1):
+        return Key("ES256", material)
+    return None
+
+
+def _named(keys: Mapping[str, Key], token: str) -> Key:
+    """Return the key that the token's header names; the header is not to be trusted beyond."""
+    kid = jwt.get_unverified_header(token).get("kid")
+    key = keys.get(kid) if isinstance(kid, str) else None
+    if key is None:
+        raise _refused("the token names no key (kid) that is known here")
+    return key
+
+
+def _token_of(request: web.Request) -> tuple[str | None, bool]:
+    """Return the token and whether it stood in the URL.
+
+    What the client put there itself wins over the cookie, which a browser sends unasked and a
+    page may not be able to delete. Two that were put there are refused: neither is meant less.
+    """
+    bearers = [
+        credentials.strip()
+        for scheme, _, credentials in (
+            value.partition(" ") for value in request.headers.getall(hdrs.AUTHORIZATION, [])
+        )
+        if scheme.lower() == "bearer"
+    ]
+    queries = request.query.getall(QUERY, [])
+    given = bearers + queries
+    if len(given) > 1:
+        raise _challenged(
+            InvalidRequest(
+                f"got {len(given)} tokens, expected one: {hdrs.AUTHORIZATION} or {QUERY}"
+            ),
+            "invalid_request",
+            "more than one token",
+        )
+    if given:
+        if not given[0]:
+            raise _challenged(InvalidRequest("the token is empty"), "invalid_request", "no token")
+        return given[0], bool(queries)
+    # Emptied is how a cookie is often deleted.
+    return request.cookies.get(COOKIE) or None, False
+
+
+def _time(claims: Mapping[str, object], name: str) -> float | None:
+    """Return a NumericDate (RFC 7519, 2), None when there is none."""
+    if name not in claims:
+        return None
+    value = claims[name]
+    # bool is an int, and Python's JSON knows NaN and Infinity: none of them is a time.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= TIME_MAX:
+        raise _refused(f"the claim {name} is not a time in seconds")
+    return value
+
+
+def _sources(claims: Mapping[str, object]) -> frozenset[str] | None:
+    if SOURCES_CLAIM not in claims:
+        return None
+    value = claims[SOURCES_CLAIM]
+    # An empty array must not pass: a filter without sources lets all of them through.
+    if (
+        not isinstance(value, list)
+        or not value
+        or not all(isinstance(source, str) and is_did(source) for source in value)
+    ):
+        raise _refused(f"the claim {SOURCES_CLAIM} is not an array of DIDs")
+    return frozenset(value)
+
+
+def _reason(error: jwt.PyJWTError) -> str:
+    """Return why PyJWT refused a token, in words that quote nothing of it."""
+    reasons: tuple[tuple[type[jwt.PyJWTError], str], ...] = (
+        (jwt.InvalidSignatureError, "the signature does not fit the key"),
+        (jwt.InvalidAlgorithmError, "the algorithm is not the one of the key"),
+        (jwt.InvalidAudienceError, "the audience is not this service"),
+        (jwt.InvalidIssuerError, "the issuer is not the one expected"),
+    )
+    if isinstance(error, jwt.MissingRequiredClaimError):
+        return f"the claim {error.claim} is missing"
+    return next(
+        (text for kind, text in reasons if isinstance(error, kind)), "the token is malformed"
+    )
+
+
+def _refused(reason: str) -> AuthRequired:
+    error = AuthRequired(reason)
+    _challenged(error, "invalid_token", reason)
+    return error
+
+
+def _challenged(error: RequestError, code: str, description: str) -> RequestError:
+    """Return `error` with the challenge of RFC 6750, 3; `description` is ASCII without quotes."""
+    error.headers = {
+        hdrs.WWW_AUTHENTICATE: f'Bearer realm="sse-labels", error="{code}", '
+        f'error_description="{description}"'
+    }
+    return error
