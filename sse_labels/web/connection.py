@@ -1,0 +1,300 @@
+"""One TCP connection: aiohttp's protocol, and beside it what its client owes us.
+
+Promises: a request that does not become whole, and an answer that nobody takes, end
+in bounded time and hold bounded memory; what is not HTTP is answered in JSON; an open
+stream is never ended here, and costs no timer.
+Stands in front of the corridor's end, between the guard and the handlers.
+Does not belong here: how many connections there are, what a request means.
+
+aiohttp 3.14 bounds the time for a head by `keepalive_timeout` alone, which must outlast
+the one of a proxy; a client that does not take its answer holds its connection for ever;
+32 heads of 800 kB may be sent ahead and wait behind a stream; and a traceback is logged
+for each request that is none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import struct
+from collections.abc import Callable
+from itertools import takewhile
+from typing import Any
+
+from aiohttp import StreamReader, hdrs, web
+from aiohttp.http import RawRequestMessage
+from aiohttp.http_exceptions import LineTooLong
+
+from sse_labels.errors import HeadTooLarge, InvalidRequest, RequestError, RequestTimeout
+from sse_labels.web.refusal import encode_answer, error_body
+
+log = logging.getLogger(__name__)
+
+#: One header line with its name, and the request line: aiohttp's default, as in Apache and nginx.
+MAX_FIELD_BYTES = 8190
+#: Header lines: Apache's default.
+MAX_FIELDS = 100
+#: A head that is not whole by then, or whole ones sent ahead while a request is handled.
+MAX_HEAD_BYTES = 64 * 1024
+#: How long what is left of an unwanted body is read, so that no reset overtakes the answer.
+LINGERING_SECONDS = 2.0
+
+
+class Connection(web.RequestHandler):
+    """aiohttp's protocol with manners."""
+
+    __slots__ = ("_body", "_handling", "_held", "_key", "_tail", "_terms", "_unread", "_wire")
+
+    def __init__(
+        self, terms: Terms, key: str | None, server: web.Server, loop: asyncio.AbstractEventLoop
+    ) -> None:
+        """`terms.ended` will be called with `key`, once."""
+        super().__init__(server, loop=loop, **terms.options)
+        self._terms = terms
+        self._key = key
+        self._held = True
+        #: aiohttp forgets its transport while closing; a client that does not read still has it.
+        self._wire: asyncio.Transport | None = None
+        #: Whether a handler runs, and the body of its request, or of the one before.
+        self._handling = False
+        self._body: StreamReader | None = None
+        #: Bytes that came since the last request was known.
+        self._unread = 0
+        #: The last bytes of an incomplete head, None once it is complete.
+        self._tail: bytes | None = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin; the first head is due."""
+        assert isinstance(transport, asyncio.Transport)  # noqa: S101 - what asyncio gives for TCP
+        self._wire = transport
+        self._terms.heads.start(self)
+        super().connection_made(transport)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """End; the connection counts no more."""
+        self._terms.heads.stop(self)
+        self._terms.answers.stop(self)
+        self._wire = None
+        self.release()
+        super().connection_lost(exc)
+
+    def release(self) -> None:
+        """Count this connection no more."""
+        if self._held:
+            self._held = False
+            self._terms.ended(self._key)
+
+    def data_received(self, data: bytes) -> None:
+        """Pass bytes on, unless they are too many for what they are."""
+        # aiohttp calls this itself, with nothing, to go on after a pause.
+        if not data or self._admit(data):
+            super().data_received(data)
+
+    def _admit(self, data: bytes) -> bool:
+        if self._body is not None and not self._body.is_eof():
+            # aiohttp reads it at the handler's pace, or drops it after an answer came early.
+            return True
+        if not self._unread and not self._handling:
+            self._terms.heads.start(self)
+        self._unread += len(data)
+        if self._handling:
+            if self._unread <= MAX_HEAD_BYTES:
+                return True
+            # Sent ahead of the answer: nobody who streams labels does that.
+            log.info("a connection is cut, it sends on and on: peer=%s", self.peername)
+            self.cut()
+            return False
+        if self._tail is not None:
+            seen = self._tail + data
+            self._tail = None if b"\r\n\r\n" in seen else seen[-3:]
+            if self._tail is not None and self._unread > MAX_HEAD_BYTES:
+                self._answer(HeadTooLarge(f"expected a head of at most {MAX_HEAD_BYTES} bytes"))
+                return False
+        return True
+
+    def request_began(self, body: StreamReader) -> None:
+        """The head is whole and will be handled: from here on time is the handler's."""
+        self._terms.heads.stop(self)
+        self._terms.answers.stop(self)
+        self._handling = True
+        self._body = body
+        self._unread = 0
+        self._tail = b""
+
+    async def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> tuple[web.StreamResponse, bool]:
+        """Send the rest of an answer; called by aiohttp when its handler is done.
+
+        From here on it must be taken, or the next request come.
+        """
+        self._handling = False
+        if self._wire is not None:
+            self._terms.answers.start(self)
+            if self._unread:
+                self._terms.heads.start(self)
+        return await super().finish_response(request, resp, start_time)
+
+    def head_is_late(self) -> None:
+        """Answer 408, or end a connection that never said anything."""
+        if self._wire is None:
+            return
+        if self._wire.is_closing() or self._wire.get_write_buffer_size():
+            self.cut()
+        elif self._unread:
+            seconds = self._terms.heads.seconds
+            self._answer(RequestTimeout(f"expected the whole head within {seconds:g} s"))
+        else:
+            self.force_close()
+
+    def answer_is_late(self) -> None:
+        """End a connection whose client does not read."""
+        log.info("a connection is cut, its client does not read: peer=%s", self.peername)
+        self.cut()
+
+    def cut(self) -> None:
+        """Reset: the kernel frees at once what it holds for a client that does not read."""
+        if self._wire is None:
+            return
+        raw = self._wire.get_extra_info("socket")
+        if raw is not None:
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self._wire.abort()
+
+    def _answer(self, error: RequestError) -> None:
+        """Answer between requests, where nobody else writes, and close."""
+        self._terms.refused(error)
+        if self._wire is not None:
+            self._wire.write(encode_answer(error))
+        self.force_close()
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """Answer what is not a request; called by aiohttp.
+
+        What was sent is not repeated: an answer must not say what a stranger chose.
+        """
+        error: RequestError
+        if isinstance(exc, LineTooLong):
+            error = HeadTooLarge(f"expected lines of at most {MAX_FIELD_BYTES} bytes")
+        elif status < 500:
+            error = InvalidRequest(
+                f"expected a request in HTTP/1.1 or HTTP/1.0 with at most {MAX_FIELDS} header lines"
+            )
+        else:
+            return super().handle_error(request, status, exc, message)
+        # Its class alone: the text repeats what was sent, and a token may be in it.
+        log.debug("not a request: peer=%s error=%s", self.peername, type(exc).__name__)
+        self._terms.refused(error)
+        response = web.Response(
+            status=error.status,
+            text=error_body(error),
+            content_type="application/json",
+            headers={hdrs.CONNECTION: "close", hdrs.CACHE_CONTROL: "no-store"},
+        )
+        response.force_close()
+        return response
+
+
+class Terms:
+    """What is the same for all connections, and whom they tell."""
+
+    def __init__(
+        self,
+        *,
+        request_seconds: float,
+        keepalive_seconds: float,
+        refused: Callable[[RequestError], None],
+        ended: Callable[[str | None], None],
+    ) -> None:
+        #: What aiohttp's protocol is told.
+        self.options: dict[str, Any] = {
+            "access_log": None,
+            "keepalive_timeout": keepalive_seconds,
+            "lingering_time": LINGERING_SECONDS,
+            "max_line_size": MAX_FIELD_BYTES,
+            "max_field_size": MAX_FIELD_BYTES,
+            "max_headers": MAX_FIELDS,
+        }
+        self.refused = refused
+        self.ended = ended
+        #: Since the connection was made, or since the first byte of a later head.
+        self.heads = Deadlines(request_seconds, Connection.head_is_late)
+        #: Since a handler ended. aiohttp ends idle connections by itself, after
+        #: `keepalive_seconds`, so what is left then is a client that does not read.
+        self.answers = Deadlines(keepalive_seconds + request_seconds, Connection.answer_is_late)
+
+
+def tell_connections(server: web.Server) -> None:
+    """Let `server` tell its connections when a request is known.
+
+    A middleware could do that, too, but would stay on the stack of every stream: 0.5 KiB each.
+    """
+    make_request: Callable[..., web.BaseRequest] = server.request_factory
+
+    def make_and_tell(
+        message: RawRequestMessage, payload: StreamReader, protocol: web.RequestHandler, *rest: Any
+    ) -> web.BaseRequest:
+        if isinstance(protocol, Connection):
+            protocol.request_began(payload)
+        return make_request(message, payload, protocol, *rest)
+
+    server.request_factory = make_and_tell
+
+
+class Deadlines:
+    """Connections that must do something within the same time; one timer for all."""
+
+    def __init__(self, seconds: float, late: Callable[[Connection], None]) -> None:
+        self.seconds = seconds
+        self._late = late
+        # Every entry waits equally long, so the order of insertion is the order of time.
+        self._due: dict[Connection, float] = {}
+        self._timer: asyncio.TimerHandle | None = None
+
+    def __len__(self) -> int:
+        """Return how many connections are waited for."""
+        return len(self._due)
+
+    def start(self, connection: Connection) -> None:
+        """Wait for `connection`; one that is waited for already keeps its time."""
+        loop = asyncio.get_running_loop()
+        self._due.setdefault(connection, loop.time() + self.seconds)
+        if self._timer is None:
+            self._timer = loop.call_later(self.seconds, self._sweep, loop)
+
+    def stop(self, connection: Connection) -> None:
+        """Wait no more."""
+        self._due.pop(connection, None)
+
+    def _sweep(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._timer = None
+        now = loop.time()
+        late = [one for one, when in takewhile(lambda due: due[1] <= now, self._due.items())]
+        for connection in late:
+            del self._due[connection]
+        if self._due:
+            # Not for each one: a tenth later is soon enough, and then for many.
+            when = max(next(iter(self._due.values())), now + self.seconds / 10)
+            self._timer = loop.call_at(when, self._sweep, loop)
+        for connection in late:
+            self._late(connection)
+
+
+async def read_body(request: web.Request, seconds: float) -> bytes:
+    """Return the body; raise RequestTimeout when it is not whole in time.
+
+    aiohttp waits for a body as long as its sender likes; over `client_max_size` it
+    raises HTTPRequestEntityTooLarge.
+    """
+    try:
+        async with asyncio.timeout(seconds):
+            return await request.read()
+    except TimeoutError:
+        raise RequestTimeout(f"expected the whole body within {seconds:g} s") from None

@@ -1,0 +1,125 @@
+"""How a client is refused before aiohttp knows it: plain bytes on a plain socket.
+
+Promises: the client gets an HTTP answer and a proper end of the connection, not a
+reset; an `EventSource` gets one that lets it come back; a refused client costs a
+socket for a second and nothing else.
+Stands beside the guard, in front of the corridor's end.
+Does not belong here: who is refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Callable
+from http import HTTPStatus
+
+from aiohttp import hdrs
+
+from sse_labels.errors import RequestError
+from sse_labels.sse import dumps, encode_error
+from sse_labels.web.answers import RETRY_AFTER_SECONDS
+
+#: How long a refused client may take to ask, and then to read its answer.
+REFUSAL_SECONDS = 1.0
+#: Read at once from a client whose request nobody needs.
+READ_BYTES = 64 * 1024
+
+
+class Refusal:
+    """One client that is told to come back later."""
+
+    def __init__(
+        self,
+        raw: socket.socket,
+        error: RequestError,
+        busy_retry_ms: int,
+        ended: Callable[[Refusal], None],
+    ) -> None:
+        """Own the socket `raw`; call `ended` when it is closed."""
+        self._raw = raw
+        self._error = error
+        self._busy_retry_ms = busy_retry_ms
+        self._ended = ended
+        self._answered = False
+        self._loop = asyncio.get_running_loop()
+        raw.setblocking(False)
+        self._loop.add_reader(raw, self._read)
+        self._timer = self._loop.call_later(REFUSAL_SECONDS, self.end)
+
+    def end(self) -> None:
+        """Close; whoever asked nothing so far is answered first."""
+        if not self._answered:
+            self._answer(encode_answer(self._error))
+        self._timer.cancel()
+        self._loop.remove_reader(self._raw)
+        self._raw.close()
+        self._ended(self)
+
+    def _read(self) -> None:
+        # Read on after the answer, too: closing a socket with unread bytes in it sends a reset,
+        # and that may overtake the answer.
+        try:
+            data = self._raw.recv(READ_BYTES)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self.end()
+        elif not self._answered:
+            # A browser takes any other status than 200 for final, and never comes back.
+            if b"text/event-stream" in data.lower():
+                self._answer(encode_busy(self._error, self._busy_retry_ms))
+            else:
+                self._answer(encode_answer(self._error))
+
+    def _answer(self, answer: bytes) -> None:
+        self._answered = True
+        with contextlib.suppress(OSError):
+            self._raw.send(answer)
+            self._raw.shutdown(socket.SHUT_WR)
+
+
+def refuse_at_once(raw: socket.socket, error: RequestError) -> None:
+    """Answer and close, without waiting for anything."""
+    with contextlib.suppress(OSError):
+        raw.setblocking(False)
+        raw.send(encode_answer(error))
+        raw.shutdown(socket.SHUT_WR)
+        raw.recv(READ_BYTES)
+    raw.close()
+
+
+def error_body(error: RequestError) -> str:
+    """Return the JSON that says what is wrong."""
+    return dumps({"error": error.name, "message": str(error)})
+
+
+def encode_answer(error: RequestError) -> bytes:
+    """Return a whole HTTP response with the error, after which the connection closes."""
+    more = {hdrs.RETRY_AFTER: str(RETRY_AFTER_SECONDS)} if error.status == 503 else {}
+    kind = "application/json; charset=utf-8"
+    return _encode(error.status, kind, error_body(error), more | dict(error.headers))
+
+
+def encode_busy(error: RequestError, retry_ms: int) -> bytes:
+    """Return the same as an event stream that ends at once, for an `EventSource`."""
+    event = encode_error(error.name, str(error), cursor=None, retry_ms=retry_ms).decode("ascii")
+    return _encode(200, "text/event-stream; charset=utf-8", event, {})
+
+
+def _encode(status: int, kind: str, body: str, more: dict[str, str]) -> bytes:
+    headers = {
+        hdrs.CONTENT_TYPE: kind,
+        hdrs.CONTENT_LENGTH: str(len(body)),
+        hdrs.CACHE_CONTROL: "no-store",
+        # Nothing in it is anybody's secret, and a page of any origin shall know what to do.
+        hdrs.ACCESS_CONTROL_ALLOW_ORIGIN: "*",
+        **more,
+        hdrs.CONNECTION: "close",
+    }
+    lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}"]
+    lines += [f"{name}: {value}" for name, value in headers.items()]
+    return "\r\n".join([*lines, "", body]).encode("ascii")
