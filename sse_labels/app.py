@@ -22,20 +22,26 @@ from aiohttp import web
 
 from sse_labels.config import Settings, option_name
 from sse_labels.database import Database
-from sse_labels.errors import ConfigError, DatabaseUnavailable
+from sse_labels.errors import ConfigError
 from sse_labels.listener import Listener
 from sse_labels.metrics import Metrics
 from sse_labels.migrations import migrate
 from sse_labels.pages import Pages
+from sse_labels.publish_tokens import PublishTokens
 from sse_labels.publisher import Publisher
+from sse_labels.retention import Retention
 from sse_labels.sequencer import Sequencer
 from sse_labels.store import Store
-from sse_labels.web.answers import allow_origins, errors_as_json
+from sse_labels.web.addresses import PerAddress, TrustedProxies
+from sse_labels.web.answers import add_security_headers, allow_origins, errors_as_json
+from sse_labels.web.auth import StreamAuth
 from sse_labels.web.dashboard import dashboard
+from sse_labels.web.guard import Guard, most_connections
 from sse_labels.web.health import HealthHandlers
 from sse_labels.web.publish import PublishHandler
 from sse_labels.web.query import QueryHandler
-from sse_labels.web.stream import StreamHandler
+from sse_labels.web.rate import PublishRate
+from sse_labels.web.stream import BUSY_RETRY_FACTOR, StreamHandler, retry_ms
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +49,8 @@ log = logging.getLogger(__name__)
 BACKLOG = 4096
 #: Connections to PostgreSQL beside the backfills' reads: queries, publishing.
 REQUEST_CONNECTIONS = 6
+#: And those that are kept for one purpose: following, listening, retention.
+OWN_CONNECTIONS = 3
 #: The collector was a third of the cost of accepting connections with CPython's defaults.
 GC_THRESHOLD = (100_000, 50, 100)
 
@@ -78,14 +86,35 @@ class App:
             max_reads=settings.backfill_max_reads,
             cache_max_bytes=settings.page_cache_max_bytes,
         )
-        self.streams = StreamHandler(self.sequencer, self.pages, self.store, self.metrics, settings)
+        self.proxies = TrustedProxies(settings.trusted_proxies)
+        self.auth = StreamAuth(
+            jwt_secret=settings.jwt_secret,
+            jwt_secret_file=settings.jwt_secret_file,
+            jwt_key_file=settings.jwt_key_file,
+            jwt_issuer=settings.jwt_issuer,
+            jwt_audience=settings.jwt_audience,
+        )
+        self.streams = StreamHandler(
+            self.sequencer, self.pages, self.store, self.metrics, self.proxies, self.auth, settings
+        )
+        self.retention = Retention(
+            self.store,
+            lambda: self.sequencer.head,
+            self.metrics,
+            max_age_seconds=settings.retention_max_age_seconds,
+            max_labels=settings.retention_max_labels,
+            sweep_seconds=settings.retention_sweep_seconds,
+            batch_labels=settings.retention_batch_labels,
+        )
         self.health = HealthHandlers(self.sequencer, self.listener, self.metrics)
         self.publish = PublishHandler(
             Publisher(self.store, self.metrics),
-            publish_token,
+            PublishTokens(publish_token, settings.publish_tokens_file),
+            PublishRate(settings.publish_rate_labels, settings.publish_burst_labels),
             max_labels=settings.publish_max_labels,
+            body_seconds=settings.request_seconds,
         )
-        self.query = QueryHandler(self.store, self.sequencer)
+        self.query = QueryHandler(self.store, self.sequencer, self.auth)
 
     def routes(self) -> web.Application:
         """Return the HTTP side."""
@@ -100,6 +129,7 @@ class App:
         app.router.add_get("/health/live", self.health.live)
         app.router.add_get("/health/ready", self.health.ready)
         app.router.add_get("/metrics", self.health.metrics)
+        app.on_response_prepare.append(add_security_headers)
         allow_origins(app, self.settings.cors_origins)
         return app
 
@@ -116,15 +146,18 @@ class App:
             if self.settings.migrate:
                 await migrate(self.database)
             await self.store.check()
+            if self.settings.migrate:
+                await self.store.claim_epoch()
+            self._check_retention()
             async with asyncio.TaskGroup() as tasks:
                 following = tasks.create_task(self.sequencer.run(), name="sequencer")
                 listening = tasks.create_task(self.listener.run(), name="listener")
-                floor = tasks.create_task(self._watch_floor(), name="floor")
+                retaining = tasks.create_task(self.retention.run(), name="retention")
                 try:
                     async with self._http(sockets):
                         yield sockets[0].getsockname()[1]
                 finally:
-                    for task in (following, listening, floor):
+                    for task in (following, listening, retaining):
                         task.cancel()
         finally:
             for listener in sockets:
@@ -138,27 +171,39 @@ class App:
             self.routes(),
             # Off by default in aiohttp: 10,000 clients that hung up left 10,000 handlers.
             handler_cancellation=True,
-            access_log=None,
             shutdown_timeout=self.settings.drain_seconds,
         )
         await runner.setup()
+        assert runner.server is not None  # noqa: S101 - setup made it
         try:
-            for listener in sockets:
-                await web.SockSite(runner, listener, backlog=BACKLOG).start()
-            yield
+            async with self._guard().serving(runner.server, sockets):
+                yield
         finally:
             self.health.stopping = True
             self.streams.stop()
             await runner.cleanup()
 
-    async def _watch_floor(self) -> None:
-        """Keep the floor's gauge near the truth; nothing acts on it."""
-        floor = 0
-        self.metrics.gauges["floor_seq"] = lambda: floor
-        while True:
-            with contextlib.suppress(DatabaseUnavailable):
-                floor = await self.store.floor()
-            await asyncio.sleep(10 * self.settings.poll_seconds)
+    def _guard(self) -> Guard:
+        settings = self.settings
+        others = settings.backfill_max_reads + REQUEST_CONNECTIONS + OWN_CONNECTIONS
+        return Guard(
+            self.metrics,
+            PerAddress(settings.max_per_address, exempt=self.proxies.trusts),
+            max_connections=most_connections(settings.max_connections, others),
+            request_seconds=settings.request_seconds,
+            keepalive_seconds=settings.keepalive_seconds,
+            busy_retry_ms=lambda: BUSY_RETRY_FACTOR * retry_ms(settings),
+        )
+
+    def _check_retention(self) -> None:
+        for name in ("retention_max_age_seconds", "retention_max_labels"):
+            value = getattr(self.settings, name)
+            if value is not None and not self.store.may_delete:
+                raise ConfigError(
+                    option_name(name), value,
+                    "a table made by `sse-labels migrate`, and a role that may DELETE from label "
+                    "and UPDATE label_stream",
+                )  # fmt: skip
 
 
 def listening_sockets(settings: Settings) -> list[socket.socket]:
@@ -197,7 +242,7 @@ async def serve(
     ready: Callable[[int], Awaitable[Any]] | None = None,
 ) -> None:
     """Run `app` until `stop` is set; `ready` is awaited with the port once it serves."""
-    tune_process(app.settings)
+    tune_process()
     async with app.running() as port:
         log.info("serving: address=%s", base_url(app.settings.host, port))
         if ready is not None:
@@ -211,16 +256,11 @@ def base_url(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def tune_process(settings: Settings) -> None:
+def tune_process() -> None:
     """Raise the limit of open files to what is allowed, and calm the garbage collector."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    if hard < settings.max_streams + 100:
-        log.warning(
-            "fewer files may be open than streams are allowed: files=%s max_streams=%s",
-            hard, settings.max_streams,
-        )  # fmt: skip
     gc.set_threshold(*GC_THRESHOLD)
     gc.collect()
     gc.freeze()

@@ -16,6 +16,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,18 @@ def origins(text: str) -> tuple[str, ...]:
     return listed
 
 
+def networks(text: str) -> tuple[IPv4Network | IPv6Network, ...]:
+    """Read a comma-separated list of IP addresses and networks, or `none`."""
+    if text.strip().lower() == "none":
+        return ()
+    try:
+        return tuple(ip_network(part.strip()) for part in text.split(",") if part.strip())
+    except ValueError as error:
+        raise Expected(
+            f"addresses or networks such as 10.0.0.0/8, separated by commas, or none ({error})"
+        ) from None
+
+
 def setting(default: Any, parse: Parse, text: str, *, metavar: str, secret: bool = False) -> Any:
     """Declare one setting; its name in `Settings` is its option and its environment variable."""
     return field(
@@ -146,6 +159,28 @@ class Settings:
         None, words, "Token that may publish; none with a DSN: no publishing.",
         metavar="TOKEN", secret=True,
     )  # fmt: skip
+    publish_tokens_file: Path | None = setting(
+        None, path, "File of more publish tokens, as digests; read again when changed.",
+        metavar="FILE",
+    )  # fmt: skip
+    jwt_secret: str | None = setting(
+        None, words, "Secret of the tokens that streams need (HS256); no key: streams are public.",
+        metavar="SECRET", secret=True,
+    )  # fmt: skip
+    jwt_secret_file: Path | None = setting(
+        None, path, "File with that secret; read again when changed.", metavar="FILE"
+    )
+    jwt_key_file: Path | None = setting(
+        None, path,
+        "Public key (PEM: ES256, EdDSA) or keys (JWKS) of those tokens; read again when changed.",
+        metavar="FILE",
+    )  # fmt: skip
+    jwt_issuer: str | None = setting(
+        None, words, "Issuer (iss) that tokens must have.", metavar="ISSUER"
+    )
+    jwt_audience: str | None = setting(
+        None, words, "Audience (aud) that tokens must have.", metavar="AUDIENCE"
+    )
     cors_origins: tuple[str, ...] = setting(
         ("*",), origins, "Web origins that may read, separated by commas.", metavar="ORIGINS"
     )
@@ -208,9 +243,57 @@ class Settings:
     publish_max_labels: int = setting(
         10_000, integer(1, 1_000_000), "Most labels in one POST.", metavar="LABELS"
     )
+    retention_max_age_seconds: float | None = setting(
+        None, seconds(1, 10 * 365 * 86_400), "Labels older than this are deleted; none: never.",
+        metavar="SECONDS",
+    )  # fmt: skip
+    retention_max_labels: int | None = setting(
+        None, integer(1, 10**15), "Labels beyond the newest so many are deleted; none: never.",
+        metavar="LABELS",
+    )  # fmt: skip
+    retention_sweep_seconds: float = setting(
+        60.0, seconds(0.05, 86_400), "Time between two rounds of deleting.", metavar="SECONDS"
+    )
+    retention_batch_labels: int = setting(
+        1_000, integer(1, 100_000), "Labels deleted at once.", metavar="LABELS"
+    )
     max_streams: int = setting(
         15_000, integer(1, 1_000_000), "Streams open at the same time.", metavar="STREAMS"
     )
+    max_connections: int = setting(
+        16_000, integer(1, 1_000_000),
+        "TCP connections open at the same time; fewer when fewer files may be open.",
+        metavar="CONNECTIONS",
+    )  # fmt: skip
+    max_per_address: int = setting(
+        1_000, integer(1, 1_000_000),
+        "Connections, and streams, that one address may hold; trusted proxies are not limited.",
+        metavar="CONNECTIONS",
+    )  # fmt: skip
+    trusted_proxies: tuple[IPv4Network | IPv6Network, ...] = setting(
+        (ip_network("127.0.0.0/8"), ip_network("::1")), networks,
+        "Addresses and networks whose X-Forwarded-For is believed, separated by commas, or none.",
+        metavar="NETWORKS",
+    )  # fmt: skip
+    request_seconds: float = setting(
+        20.0, seconds(0.05, 3600),
+        "How long a request's head may take to arrive, and then its body.",
+        metavar="SECONDS",
+    )  # fmt: skip
+    keepalive_seconds: float = setting(
+        75.0, seconds(0.05, 3600),
+        "How long a connection may be idle between requests; longer than a proxy keeps it.",
+        metavar="SECONDS",
+    )  # fmt: skip
+    publish_rate_labels: int | None = setting(
+        None, integer(1, 1_000_000),
+        "Labels per second that one publisher may publish in the long run; none: no limit.",
+        metavar="LABELS",
+    )  # fmt: skip
+    publish_burst_labels: int = setting(
+        10_000, integer(1, 10_000_000), "Labels that it may publish at once, under that rate.",
+        metavar="LABELS",
+    )  # fmt: skip
     send_buffer_bytes: int = setting(
         64 * 1024, size(4096, 1024**3), "Kernel send buffer of each connection.", metavar="BYTES"
     )

@@ -35,7 +35,21 @@ GROUPS = {
         "outbox_max_events", "send_timeout_seconds", "slow_grace_seconds", "drain_seconds",
     ),
     "Memory": ("ring_max_bytes", "page_cache_max_bytes", "send_buffer_bytes"),
-    "Publishing": ("publish_token", "publish_max_labels", "body_max_bytes"),
+    "Publishing": (
+        "publish_token", "publish_tokens_file", "publish_max_labels", "body_max_bytes",
+        "publish_rate_labels", "publish_burst_labels",
+    ),
+    "Who may read": (
+        "jwt_secret", "jwt_secret_file", "jwt_key_file", "jwt_issuer", "jwt_audience",
+    ),
+    "Limits of connections": (
+        "max_connections", "max_per_address", "trusted_proxies", "request_seconds",
+        "keepalive_seconds",
+    ),
+    "Retention": (
+        "retention_max_age_seconds", "retention_max_labels", "retention_sweep_seconds",
+        "retention_batch_labels",
+    ),
 }  # fmt: skip
 
 
@@ -146,7 +160,7 @@ def _shown(name: str, default: Any) -> str:
     if isinstance(default, bool):
         return "on" if default else "off"
     if isinstance(default, tuple):
-        return ",".join(default) or "none"
+        return ",".join(map(str, default)) or "none"
     if name.endswith("_bytes"):
         return _shown_bytes(default)
     return f"{default:g}" if isinstance(default, float) else str(default)

@@ -99,7 +99,8 @@ class Tail:
                 say(f"the server ended the stream: {event.data}")
                 return False
             if event.event == "info":
-                say(f"news: {event.data}")
+                if "StreamOpened" not in event.data:
+                    say(f"news: {event.data}")
             elif event.event == "message":
                 self._take(event)
                 if self._head is not None and (self._cursor or 0) >= self._head:

@@ -15,7 +15,6 @@ from aiohttp.typedefs import Handler, Middleware
 
 from sse_labels.errors import (
     DatabaseUnavailable,
-    InvalidRequest,
     NotReady,
     PayloadTooLarge,
     RequestError,
@@ -27,6 +26,15 @@ log = logging.getLogger(__name__)
 
 #: How long a client that was told "not now" should wait, in seconds.
 RETRY_AFTER_SECONDS = 5
+#: What a page of another origin may read of our headers.
+EXPOSED_HEADERS = "Sse-Labels-Head, Sse-Labels-Epoch, Retry-After, WWW-Authenticate"
+#: On every answer: no other type than the one said, no frame around it, nothing loaded by it, and
+#: its address, in which a token may stand, is not told to others (OWASP Secure Headers Project).
+SECURITY_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+}
 #: What a browser may remember of a preflight, in seconds.
 PREFLIGHT_SECONDS = 86_400
 
@@ -60,6 +68,9 @@ def errors_as_json(metrics: Metrics) -> Middleware:
         except RequestError as error:
             answer = error_response(error)
             name = error.name
+        except ConnectionResetError:
+            # The client left while it was answered: nobody reads this, and nothing is wrong here.
+            return web.Response(status=400)
         except DatabaseUnavailable as error:
             log.warning("a request needs the database: path=%s error=%s", request.path, error)
             answer = error_response(NotReady("the database is away; try again soon"))
@@ -78,28 +89,6 @@ def errors_as_json(metrics: Metrics) -> Middleware:
     return middleware
 
 
-_handle_error = web.RequestHandler.handle_error
-
-
-def answer_unreadable(
-    handler: web.RequestHandler, request: web.BaseRequest, status: int = 500,
-    exc: BaseException | None = None, message: str | None = None,
-) -> web.StreamResponse:  # fmt: skip
-    """Answer what aiohttp could not read as HTTP like every other bad request, in JSON.
-
-    No middleware sees such a request. The message does not repeat it: it may hold a token.
-    """
-    if status != 400 or request.writer.output_size > 0:
-        return _handle_error(handler, request, status, exc, message)
-    log.info("a request cannot be read: peer=%s error=%s", request.remote, type(exc).__name__)
-    unreadable = error_response(InvalidRequest("this is no HTTP request that can be read"))
-    unreadable.force_close()
-    return unreadable
-
-
-web.RequestHandler.handle_error = answer_unreadable  # type: ignore[method-assign,assignment]
-
-
 def _from_aiohttp(error: web.HTTPException) -> tuple[web.Response, str]:
     if isinstance(error, web.HTTPRequestEntityTooLarge):
         too_large = PayloadTooLarge("the body is over the limit")
@@ -109,6 +98,12 @@ def _from_aiohttp(error: web.HTTPException) -> tuple[web.Response, str]:
     if hdrs.ALLOW in error.headers:
         answer.headers[hdrs.ALLOW] = error.headers[hdrs.ALLOW]
     return answer, name
+
+
+async def add_security_headers(request: web.Request, response: web.StreamResponse) -> None:
+    """Add what every answer carries, unless its handler said it otherwise."""
+    for name, value in SECURITY_HEADERS.items():
+        response.headers.setdefault(name, value)
 
 
 def allow_origins(app: web.Application, origins: tuple[str, ...]) -> None:
@@ -123,7 +118,7 @@ def allow_origins(app: web.Application, origins: tuple[str, ...]) -> None:
         if origin is None or ("*" not in origins and origin not in origins):
             return
         response.headers[hdrs.ACCESS_CONTROL_ALLOW_ORIGIN] = "*" if "*" in origins else origin
-        response.headers[hdrs.ACCESS_CONTROL_EXPOSE_HEADERS] = "Sse-Labels-Head, Retry-After"
+        response.headers[hdrs.ACCESS_CONTROL_EXPOSE_HEADERS] = EXPOSED_HEADERS
 
     app.on_response_prepare.append(add_headers)
     # A middleware and no route: a route for every path would make each 404 a 405.

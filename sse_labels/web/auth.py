@@ -13,12 +13,10 @@ Sources: RFC 6750 (bearer tokens), RFC 7519 (claims), RFC 8725 (best practice).
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from urllib.parse import unquote_plus
 
 import jwt
 from aiohttp import hdrs, web
@@ -46,10 +44,6 @@ LEEWAY_SECONDS = 10
 SECRET_MIN_BYTES = 32
 #: 9999-12-31T23:59:59Z. A time beyond it is a mistake (milliseconds), not a plan.
 TIME_MAX = 253_402_300_799
-
-_REDACTED = "redacted"
-#: Everything that may stand between two parameters, for servers and for people.
-_BETWEEN_PARAMETERS = re.compile(r"([?&;#])")
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,17 +206,6 @@ def narrow(asked: Filter | None, grant: Grant) -> Filter | None:
             "a source is not among those of the token",
         )
     return asked
-
-
-def redact(path_qs: str) -> str:
-    """Return a path with its query for a log: the value of `access_token` is not in it."""
-    parts = _BETWEEN_PARAMETERS.split(path_qs)
-    for place, part in enumerate(parts):
-        name, equals, _ = part.partition("=")
-        # Names may be percent-encoded too, and are decoded before they are looked up.
-        if equals and unquote_plus(name).strip().lower() == QUERY:
-            parts[place] = f"{name}={_REDACTED}"
-    return "".join(parts)
 
 
 def parse_secret(content: bytes) -> Key:

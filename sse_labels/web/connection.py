@@ -27,6 +27,7 @@ from aiohttp.http import RawRequestMessage
 from aiohttp.http_exceptions import LineTooLong
 
 from sse_labels.errors import HeadTooLarge, InvalidRequest, RequestError, RequestTimeout
+from sse_labels.web.answers import SECURITY_HEADERS
 from sse_labels.web.refusal import encode_answer, error_body
 
 log = logging.getLogger(__name__)
@@ -196,7 +197,7 @@ class Connection(web.RequestHandler):
             status=error.status,
             text=error_body(error),
             content_type="application/json",
-            headers={hdrs.CONNECTION: "close", hdrs.CACHE_CONTROL: "no-store"},
+            headers={hdrs.CONNECTION: "close", hdrs.CACHE_CONTROL: "no-store", **SECURITY_HEADERS},
         )
         response.force_close()
         return response

@@ -40,8 +40,10 @@ ACCEPTS_AT_ONCE = 64
 MAX_REFUSALS = 256
 #: When nothing can be accepted: how long until the next try (asyncio waits as long).
 ACCEPT_PAUSE_SECONDS = 1.0
-#: Descriptors beside connections, pools and refusals: files being read, name look-ups.
+#: Descriptors beside connections, pools and refusals: files being read, name look-ups, and …
 SPARE_DESCRIPTORS = 32
+#: … those that are kept to be given up, so that clients can be refused when there are no others.
+KEPT_DESCRIPTORS = 8
 
 _NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
@@ -75,7 +77,7 @@ class Guard:
         self._max_connections = max_connections
         self._busy_retry_ms = busy_retry_ms
         self._refusals: set[Refusal] = set()
-        self._spare: socket.socket | None = None
+        self._kept: list[socket.socket] = []
         self._complain_at = 0.0
         metrics.gauges["connections"] = lambda: self.open
 
@@ -89,7 +91,7 @@ class Guard:
         """
         loop = asyncio.get_running_loop()
         tell_connections(server)
-        self._spare = _spare()
+        self._keep_descriptors()
         doors = [Door(self, server, listener) for listener in listeners]
         try:
             for door in doors:
@@ -100,8 +102,8 @@ class Guard:
                 await door.close(loop)
             for refusal in tuple(self._refusals):
                 refusal.end()
-            if self._spare is not None:
-                self._spare.close()
+            for kept in self._kept:
+                kept.close()
 
     def take(self, address: str) -> str | None:
         """Count a new connection; raise TooManyConnections or TooManyFromAddress."""
@@ -119,11 +121,11 @@ class Guard:
     def refuse(self, raw: socket.socket, error: RequestError) -> None:
         """Answer a connection that is one too many, and end it."""
         self._count_refused(error)
-        if len(self._refusals) < MAX_REFUSALS:
-            ended = self._refusals.discard
-            self._refusals.add(Refusal(raw, error, self._busy_retry_ms(), ended))
+        # None is kept: this one holds the last, and the next client needs it.
+        if len(self._refusals) < MAX_REFUSALS and self._kept:
+            self._refusals.add(Refusal(raw, error, self._busy_retry_ms(), self._refused))
         else:
-            refuse_at_once(raw, error)
+            refuse_at_once(raw, error, self._busy_retry_ms())
 
     def refuse_without_descriptor(self, listener: socket.socket) -> None:
         """Answer one client although no descriptor is left; raise OSError as `accept` does.
@@ -134,15 +136,24 @@ class Guard:
         if now >= self._complain_at:
             self._complain_at = now + ACCEPT_PAUSE_SECONDS
             log.error("out of file descriptors: connections=%s", self.open)
-        if self._spare is not None:
-            self._spare.close()
+        if self._kept:
+            self._kept.pop().close()
         try:
             raw, _ = listener.accept()
-            error = TooManyConnections("no file descriptor is left for another connection")
-            self._count_refused(error)
-            refuse_at_once(raw, error)
+            self.refuse(
+                raw, TooManyConnections("no file descriptor is left for another connection")
+            )
         finally:
-            self._spare = _spare()
+            self._keep_descriptors()
+
+    def _refused(self, refusal: Refusal) -> None:
+        self._refusals.discard(refusal)
+        self._keep_descriptors()
+
+    def _keep_descriptors(self) -> None:
+        with contextlib.suppress(OSError):
+            while len(self._kept) < KEPT_DESCRIPTORS:
+                self._kept.append(socket.socket())
 
     def _count_refused(self, error: RequestError) -> None:
         self._metrics.requests_refused[error.name] += 1
@@ -241,11 +252,3 @@ def _open_descriptors() -> int:
         return sum(1 for _ in Path("/proc/self/fd").iterdir())
     except OSError:
         return SPARE_DESCRIPTORS
-
-
-def _spare() -> socket.socket | None:
-    """Return a descriptor to give up when there is no other."""
-    try:
-        return socket.socket()
-    except OSError:
-        return None

@@ -9,47 +9,68 @@ Does not belong here: what makes a label valid (`labels`), SQL.
 from __future__ import annotations
 
 import hashlib
-import hmac
 
 import ujson
 from aiohttp import hdrs, web
 
 from sse_labels.errors import AuthRequired, Forbidden, InvalidRequest, PayloadTooLarge
+from sse_labels.publish_tokens import PUBLISH, PublishTokens
 from sse_labels.publisher import Publisher
 from sse_labels.web.answers import json_response
+from sse_labels.web.connection import read_body
+from sse_labels.web.rate import PublishRate
+
+IDEMPOTENCY_KEY = "Idempotency-Key"
+KEY_MAX_CHARS = 255
+#: RFC 6750, section 3.1.
+BAD_TOKEN = 'Bearer realm="sse-labels", error="invalid_token"'  # noqa: S105
 
 
 class PublishHandler:
     """Answers `POST /labels`; without a token publishing is off."""
 
-    def __init__(self, publisher: Publisher, token: str | None, *, max_labels: int) -> None:
+    def __init__(
+        self,
+        publisher: Publisher,
+        tokens: PublishTokens,
+        rate: PublishRate,
+        *,
+        max_labels: int,
+        body_seconds: float,
+    ) -> None:
         self._publisher = publisher
-        self._token = None if token is None else _digest(token)
+        self._tokens = tokens
+        self._rate = rate
         self._max_labels = max_labels
+        self._body_seconds = body_seconds
 
     async def handle(self, request: web.Request) -> web.Response:
         """Answer `201 {"seqs": […]}`, in the order of the labels given."""
-        self._authorize(request)
+        publisher = self._authorize(request)
+        key = idempotency_key(request, publisher)
         try:
-            body = await request.read()
+            body = await read_body(request, self._body_seconds)
         except web.RequestPayloadError as error:
             raise InvalidRequest(f"the body cannot be decoded: {error}") from None
         labels = self._labels(body)
-        return json_response({"seqs": await self._publisher.publish(labels)}, status=201)
+        self._rate.take(publisher, len(labels))
+        return json_response({"seqs": await self._publisher.publish(labels, key)}, status=201)
 
-    def _authorize(self, request: web.Request) -> None:
-        if self._token is None:
+    def _authorize(self, request: web.Request) -> str:
+        """Return the name of who publishes."""
+        if self._tokens.empty:
             raise Forbidden("publishing is off: this server was started without a publish token")
         scheme, _, token = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
         if scheme.lower() != "bearer" or not token.strip():
             raise AuthRequired("expected the header Authorization: Bearer <token>")
-        # Digests have one length: the time of the comparison tells nothing, not even that.
-        if not hmac.compare_digest(_digest(token.strip()), self._token):
+        holder = self._tokens.who(token.strip())
+        if holder is None:
             refusal = AuthRequired("this token is not known here")
-            refusal.headers = {
-                "WWW-Authenticate": 'Bearer realm="sse-labels", error="invalid_token"'
-            }
+            refusal.headers = {"WWW-Authenticate": BAD_TOKEN}
             raise refusal
+        if PUBLISH not in holder.rights:
+            raise Forbidden(f"{holder.name} may not publish")
+        return holder.name
 
     def _labels(self, body: bytes) -> list[object]:
         try:
@@ -71,5 +92,16 @@ class PublishHandler:
         return labels
 
 
-def _digest(token: str) -> bytes:
-    return hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
+def idempotency_key(request: web.Request, publisher: str) -> bytes | None:
+    """Return what stands for the request's Idempotency-Key, if it has one.
+
+    Bound to who publishes: two publishers may choose the same key.
+    """
+    given = request.headers.getall(IDEMPOTENCY_KEY, [])
+    if not given:
+        return None
+    if len(given) > 1 or not 1 <= len(given[0]) <= KEY_MAX_CHARS or not given[0].isascii():
+        raise InvalidRequest(
+            f"{IDEMPOTENCY_KEY}: expected once, 1 to {KEY_MAX_CHARS} ASCII characters"
+        )
+    return hashlib.sha256(f"{publisher}\0{given[0]}".encode()).digest()

@@ -14,6 +14,7 @@ from sse_labels.labels import label_json
 from sse_labels.sequencer import Sequencer
 from sse_labels.store import Store
 from sse_labels.web.answers import json_response
+from sse_labels.web.auth import StreamAuth, narrow
 from sse_labels.web.parameters import SEQ_MAX, request_filter, whole_number
 
 #: The lexicon's bounds of `limit`.
@@ -24,15 +25,17 @@ LIMIT_DEFAULT = 50
 class QueryHandler:
     """Answers with labels whose URI matches; `sources` and `values` narrow further."""
 
-    def __init__(self, store: Store, sequencer: Sequencer) -> None:
+    def __init__(self, store: Store, sequencer: Sequencer, auth: StreamAuth) -> None:
         self._store = store
         self._sequencer = sequencer
+        self._auth = auth
 
     async def handle(self, request: web.Request) -> web.Response:
         """Answer `{"cursor": "…", "labels": […]}`; no cursor when there is nothing more."""
+        grant = self._auth.authorize(request)
         if "uriPatterns" not in request.query:
             raise InvalidRequest("uriPatterns: expected at least one, e.g. uriPatterns=*")
-        narrowed = request_filter(request)
+        narrowed = narrow(request_filter(request), grant)
         limit = whole_number(request, "limit", LIMIT_DEFAULT, 1, LIMIT_MAX)
         if not self._sequencer.started.is_set():
             # Nothing is known to be settled yet: an empty answer would be a wrong one.

@@ -19,7 +19,7 @@ from aiohttp import hdrs
 
 from sse_labels.errors import RequestError
 from sse_labels.sse import dumps, encode_error
-from sse_labels.web.answers import RETRY_AFTER_SECONDS
+from sse_labels.web.answers import RETRY_AFTER_SECONDS, SECURITY_HEADERS
 
 #: How long a refused client may take to ask, and then to read its answer.
 REFUSAL_SECONDS = 1.0
@@ -69,11 +69,7 @@ class Refusal:
         if not data:
             self.end()
         elif not self._answered:
-            # A browser takes any other status than 200 for final, and never comes back.
-            if b"text/event-stream" in data.lower():
-                self._answer(encode_busy(self._error, self._busy_retry_ms))
-            else:
-                self._answer(encode_answer(self._error))
+            self._answer(encode_refusal(data, self._error, self._busy_retry_ms))
 
     def _answer(self, answer: bytes) -> None:
         self._answered = True
@@ -82,19 +78,29 @@ class Refusal:
             self._raw.shutdown(socket.SHUT_WR)
 
 
-def refuse_at_once(raw: socket.socket, error: RequestError) -> None:
-    """Answer and close, without waiting for anything."""
+def refuse_at_once(raw: socket.socket, error: RequestError, busy_retry_ms: int) -> None:
+    """Answer and close, without waiting for anything, not even for what is asked."""
     with contextlib.suppress(OSError):
         raw.setblocking(False)
-        raw.send(encode_answer(error))
+        asked = b""
+        with contextlib.suppress(BlockingIOError):
+            asked = raw.recv(READ_BYTES)
+        raw.send(encode_refusal(asked, error, busy_retry_ms))
         raw.shutdown(socket.SHUT_WR)
-        raw.recv(READ_BYTES)
     raw.close()
 
 
 def error_body(error: RequestError) -> str:
     """Return the JSON that says what is wrong."""
     return dumps({"error": error.name, "message": str(error)})
+
+
+def encode_refusal(asked: bytes, error: RequestError, busy_retry_ms: int) -> bytes:
+    """Return a whole HTTP response, such that whoever sent `asked` comes back later."""
+    # A browser takes any other status than 200 for final, and never comes back.
+    if b"text/event-stream" in asked.lower():
+        return encode_busy(error, busy_retry_ms)
+    return encode_answer(error)
 
 
 def encode_answer(error: RequestError) -> bytes:
@@ -117,6 +123,7 @@ def _encode(status: int, kind: str, body: str, more: dict[str, str]) -> bytes:
         hdrs.CACHE_CONTROL: "no-store",
         # Nothing in it is anybody's secret, and a page of any origin shall know what to do.
         hdrs.ACCESS_CONTROL_ALLOW_ORIGIN: "*",
+        **SECURITY_HEADERS,
         **more,
         hdrs.CONNECTION: "close",
     }

@@ -25,19 +25,25 @@ from sse_labels.config import Settings
 from sse_labels.errors import (
     BrokenPromise,
     DatabaseUnavailable,
+    EpochChanged,
     FutureCursor,
     NotReady,
     RequestError,
     ServerStopping,
     StreamClosed,
+    TokenExpired,
     TooManyConnections,
+    TooManyFromAddress,
 )
+from sse_labels.filters import Filter
 from sse_labels.metrics import Metrics
 from sse_labels.outbox import CaughtUp, Events, Outbox, Outdated, Silence, Step
 from sse_labels.pages import Pages
 from sse_labels.sequencer import Sequencer
 from sse_labels.sse import HEARTBEAT, encode_error, encode_id, encode_info, encode_opening
 from sse_labels.store import Store
+from sse_labels.web.addresses import PerAddress, TrustedProxies
+from sse_labels.web.auth import Grant, StreamAuth, narrow
 from sse_labels.web.parameters import request_filter, stream_cursor
 
 log = logging.getLogger(__name__)
@@ -63,6 +69,8 @@ class StreamHandler:
         pages: Pages,
         store: Store,
         metrics: Metrics,
+        proxies: TrustedProxies,
+        auth: StreamAuth,
         settings: Settings,
     ) -> None:
         self._sequencer = sequencer
@@ -70,6 +78,9 @@ class StreamHandler:
         self._store = store
         self._metrics = metrics
         self._settings = settings
+        self._proxies = proxies
+        self._auth = auth
+        self._per_address = PerAddress(settings.max_per_address, exempt=proxies.trusts)
         self._open: set[Outbox] = set()
         self._stopping = False
         metrics.gauges["streams"] = lambda: len(self._open)
@@ -77,16 +88,32 @@ class StreamHandler:
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """Stream until the client leaves, the consumer lags or the server stops."""
+        # Before all else: 401 and 403 are final for a browser too.
+        grant = self._auth.authorize(request)
         cursor = stream_cursor(request)
-        narrowed = request_filter(request)
-        try:
-            start = await self._start(cursor)
-            self._admit()
-        except (TooManyConnections, NotReady) as error:
-            if "text/event-stream" in request.headers.get(hdrs.ACCEPT, ""):
-                # A browser takes any other status than 200 for final, and never comes back.
-                return await self._busy(request, error)
-            raise
+        narrowed = narrow(request_filter(request), grant)
+        client = self._proxies.client(request)
+        with contextlib.ExitStack() as held:
+            try:
+                start = await self._start(cursor, request.query.get("epoch"))
+                self._admit()
+                held.enter_context(self._per_address.hold(client))
+            except (TooManyConnections, TooManyFromAddress, NotReady, EpochChanged) as error:
+                if "text/event-stream" in request.headers.get(hdrs.ACCEPT, ""):
+                    # A browser takes any other status than 200 for final, and never comes back.
+                    return await self._busy(request, error)
+                raise
+            return await self._stream(request, client, start, cursor, narrowed, grant)
+
+    async def _stream(
+        self,
+        request: web.Request,
+        client: str,
+        start: int,
+        cursor: int | None,
+        narrowed: Filter | None,
+        grant: Grant,
+    ) -> web.StreamResponse:
         outbox = Outbox(
             self._sequencer,
             self._pages,
@@ -97,23 +124,34 @@ class StreamHandler:
             heartbeat_seconds=self._settings.heartbeat_seconds,
         )
         self._open.add(outbox)
+        expiry = self._end_at(outbox, grant.expires_at)
         opened = time.monotonic()
         how = "ClientGone"
-        log.info("stream opened: peer=%s cursor=%s filter=%s", request.remote, cursor, narrowed)
+        log.info("stream opened: peer=%s cursor=%s filter=%s", client, cursor, narrowed)
         try:
             response = self._response(request)
             writer = await response.prepare(request)
             if writer is not None and request.transport is not None:
                 stream = Stream(request, response, writer, outbox, self._metrics, self._settings)
-                how = await stream.run(start)
+                how = await stream.run(start, self._opened(start))
             return response
         finally:
+            if expiry is not None:
+                expiry.cancel()
             self._open.discard(outbox)
             self._metrics.streams_ended[how] += 1
             log.info(
                 "stream closed: peer=%s how=%s seconds=%.1f position=%s",
-                request.remote, how, time.monotonic() - opened, outbox.position,
+                client, how, time.monotonic() - opened, outbox.position,
             )  # fmt: skip
+
+    def _end_at(self, outbox: Outbox, expires_at: float | None) -> asyncio.TimerHandle | None:
+        """End the stream when its token does."""
+        if expires_at is None:
+            return None
+        expired = TokenExpired("the token has expired; reconnect with a new one and the last id")
+        seconds = max(0.0, expires_at - time.time())
+        return asyncio.get_running_loop().call_later(seconds, outbox.close, expired)
 
     def stop(self) -> None:
         """End every stream, and refuse new ones."""
@@ -121,14 +159,20 @@ class StreamHandler:
         for outbox in tuple(self._open):
             outbox.close(ServerStopping("the server is stopping; reconnect with the last id"))
 
-    async def _start(self, cursor: int | None) -> int:
-        """Return the cursor to start from; raise FutureCursor or NotReady."""
+    async def _start(self, cursor: int | None, epoch: str | None) -> int:
+        """Return the cursor to start from; raise FutureCursor, EpochChanged or NotReady."""
         self._admit()
         try:
             async with asyncio.timeout(START_WAIT_SECONDS):
                 await self._sequencer.started.wait()
         except TimeoutError:
             raise NotReady("the sequencer has no head yet") from None
+        if epoch is not None and epoch != self._sequencer.epoch:
+            # Its cursor may well exist here, and stand for another label: never guess.
+            raise EpochChanged(
+                f"epoch {epoch[:60]!r} is over, this is {self._sequencer.epoch}: seqs name other "
+                "labels now; start anew, from cursor 0 or live"
+            )
         if cursor is None:
             return self._sequencer.head
         if cursor > self._sequencer.head:
@@ -153,9 +197,19 @@ class StreamHandler:
     def _response(self, request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse(headers=HEADERS)
         response.headers["Sse-Labels-Head"] = str(self._sequencer.head)
+        if self._auth.protected:
+            # A shared cache must not keep what came by cookie or URL.
+            response.headers[hdrs.CACHE_CONTROL] = "no-store, no-transform"
+        response.headers["Sse-Labels-Epoch"] = self._sequencer.epoch or ""
         if request.version >= (1, 1):
             response.enable_chunked_encoding()
         return response
+
+    def _opened(self, start: int) -> bytes:
+        """Return what a page can read of the headers that `EventSource` hides from it."""
+        message = f"streaming what comes after {start}"
+        head, epoch = self._sequencer.head, self._sequencer.epoch
+        return encode_info("StreamOpened", message, cursor=start, head=head, epoch=epoch)
 
     async def _busy(self, request: web.Request, error: RequestError) -> web.StreamResponse:
         self._metrics.requests_refused[error.name] += 1
@@ -194,13 +248,13 @@ class Stream:
         #: The last seq that the client was told.
         self._told = 0
 
-    async def run(self, start: int) -> str:
-        """Stream from `start`; return how it ended."""
+    async def run(self, start: int, news: bytes) -> str:
+        """Stream from `start`, `news` right after the opening; return how it ended."""
         # Any byte that the kernel does not take pauses the writer: backpressure begins at once.
         self._transport.set_write_buffer_limits(high=0)
         self._outbox.on_close = self._hurry
         try:
-            await self._response.write(encode_opening(retry_ms(self._settings), start))
+            await self._response.write(encode_opening(retry_ms(self._settings), start) + news)
             self._told = start
             await self._drain()
             async with contextlib.aclosing(self._outbox.events(start)) as steps:

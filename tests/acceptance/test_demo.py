@@ -42,7 +42,7 @@ def take(
     lines: Iterator[str], count: int, found: list[dict[str, object]]
 ) -> list[dict[str, object]]:
     for line in lines:
-        if line.startswith("data: "):
+        if line.startswith('data: {"seq":'):
             found.append(json.loads(line.removeprefix("data: ")))
             if len(found) == count:
                 break

@@ -75,7 +75,7 @@ def publish(url: str, token: str, count: int = 1) -> httpx.Response:
 def test_help_names_every_option_with_its_variable_and_default() -> None:
     context = click.Context(cli)
     names = cli.list_commands(context)
-    assert sorted(names) == ["demo", "migrate", "publish", "serve", "tail"]
+    assert sorted(names) == ["demo", "migrate", "publish", "reseed", "serve", "tail", "token"]
     helps = ran_all([((name, "--help"), {}) for name in names])
     for name, shown in zip(names, helps, strict=True):
         assert shown.process.returncode == 0
@@ -401,7 +401,7 @@ async def test_broken_promise_ends_the_process_and_every_stream(database: TestDa
             assert await asyncio.to_thread(server.wait) == 1
             await reader.until_closed()
     assert server.err[-1].startswith(
-        "sse-labels: the database went back: its newest seq is 5, 20 has been streamed"
+        "sse-labels: the database went back or was rebuilt: its newest seq is 5 in epoch "
     )
     assert "Traceback" not in server.errors
     assert reader.news[-1][0] == "error"
@@ -470,3 +470,28 @@ def test_migrate_says_the_version_and_may_be_repeated(empty_database: TestDataba
         assert (migrated.process.returncode, migrated.errors) == (0, "")
         assert re.fullmatch(r"schema version \d+\n", migrated.output)
     assert empty_database.stored() == []
+
+
+def test_reseed_says_the_next_seq_and_begins_a_new_epoch(database: TestDatabase) -> None:
+    database.insert(3)
+    [(before,)] = database.execute("SELECT epoch::text FROM label_stream")
+    reseeded = ran("reseed", "--above=500", "--dsn", database.dsn)
+    assert (reseeded.process.returncode, reseeded.errors) == (0, "")
+    [(after,)] = database.execute("SELECT epoch::text FROM label_stream")
+    assert reseeded.output == f"the next seq is 501, the epoch is {after}\n"
+    assert after != before
+    assert database.insert() == [501]
+
+
+def test_reseed_changes_nothing_when_it_is_asked_for_wrongly(
+    database: TestDatabase, empty_database: TestDatabase
+) -> None:
+    for arguments, complaint in [
+        (("--dsn", database.dsn), "--above: got None, expected the highest seq"),
+        (("--dsn", database.dsn, "--above=0"), "--above: got '0', expected a whole number"),
+        (("--dsn", empty_database.dsn, "--above=5"), "--dsn: got 'a database without a label table'"),
+    ]:
+        refused = ran("reseed", *arguments)
+        assert refused.process.returncode == 2, refused.errors
+        assert complaint in refused.errors
+    assert database.insert() == [1]

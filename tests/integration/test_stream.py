@@ -71,6 +71,12 @@ async def wire(url: str, **query: Any) -> AsyncIterator[Wire]:
         yield Wire(response, response.aiter_text())
 
 
+def opening(start: int, rest: str) -> str:
+    """A pattern of all that came: the opening, its news as group 1, and then `rest`."""
+    news = r"event: info\ndata: ([^\n]+)\n\n"
+    return rf"retry: \d+\n: [^\n]+\n\nid: {start}\n\n{news}{rest}"
+
+
 async def get(url: str, method: str = "GET", **given: Any) -> httpx.Response:
     """Return the answer to a request of its own."""
     async with httpx.AsyncClient(timeout=PATIENCE_SECONDS, verify=False) as client:
@@ -106,7 +112,14 @@ async def test_answers_with_the_headers_of_an_event_stream(
 async def test_first_bytes_come_at_once_even_from_an_empty_table(server: Server) -> None:
     for query in ({}, {"cursor": 0}):
         async with wire(server.stream_url, **query) as opened:
-            await opened.until(r"retry: \d+\n: [^\n]+\n\nid: 0\n\n")
+            match = await opened.until(opening(0, rest=""))
+            assert json.loads(match[1]) == {
+                "name": "StreamOpened",
+                "message": "streaming what comes after 0",
+                "cursor": 0,
+                "head": 0,
+                "epoch": server.app.sequencer.epoch,
+            }
         assert opened.response.headers["Sse-Labels-Head"] == "0"
 
 
@@ -127,8 +140,8 @@ async def test_a_label_is_an_id_and_one_line_of_data(
 ) -> None:
     database.insert(1, cid="bafyreiabc", neg=True, exp="2027-01-01T00:00:00Z", sig=b"\x00\xff\x01")
     async with wire(server.stream_url, cursor=0) as opened:
-        match = await opened.until(r"retry: .*\n\nid: 0\n\nid: 1\ndata: ([^\n]+)\n\n")
-    assert json.loads(match[1]) == database.stored()[0]
+        match = await opened.until(opening(0, rest=r"id: 1\ndata: ([^\n]+)\n\n"))
+    assert json.loads(match[2]) == database.stored()[0]
 
 
 async def test_an_http_1_0_client_gets_the_bare_bytes(
@@ -335,7 +348,7 @@ async def test_below_the_floor_the_reader_is_told_and_goes_on_from_there(
 
 async def test_silence_is_broken_by_a_comment(run_server: RunServer) -> None:
     async with run_server(heartbeat_seconds=0.05) as server, wire(server.stream_url) as opened:
-        await opened.until(r"retry: \d+\n: [^\n]+\n\nid: 0\n\n(:[^\n]*\n\n){3,}")
+        await opened.until(opening(0, rest=r"(:[^\n]*\n\n){3,}"))
 
 
 async def test_a_reader_whose_filter_hides_all_is_told_the_position(
@@ -348,8 +361,7 @@ async def test_a_reader_whose_filter_hides_all_is_told_the_position(
         await caught_up(server, 1)
         database.insert(3)
         # Then comments again: a position is told once.
-        await opened.until(r"retry: .*\n\nid: 3\n\n(:[^\n]*\n\n){2,}")
-    assert "data:" not in opened.text
+        await opened.until(opening(0, rest=r"(:[^\n]*\n\n)*id: 3\n\n(:[^\n]*\n\n){2,}"))
 
 
 async def test_a_reader_whose_filter_hid_its_history_is_told_the_position_at_once(
@@ -359,11 +371,11 @@ async def test_a_reader_whose_filter_hid_its_history_is_told_the_position_at_onc
     # Far longer than the test: no heartbeat can be what tells it.
     async with run_server(heartbeat_seconds=3600) as server:
         async with wire(server.stream_url, cursor=2, values="never") as opened:
-            await opened.until(r"retry: \d+\n: [^\n]+\n\nid: 2\n\nid: 7\n\n")
+            await opened.until(opening(2, rest=r"id: 7\n\n"))
         database.insert(2)
         await until_head(server, 9)
         async with wire(server.stream_url, cursor=8, values="never") as opened:
-            await opened.until(r"retry: \d+\n: [^\n]+\n\nid: 8\n\nid: 9\n\n")
+            await opened.until(opening(8, rest=r"id: 9\n\n"))
 
 
 async def test_heartbeats_come_while_history_lets_itself_be_waited_for(
@@ -374,7 +386,7 @@ async def test_heartbeats_come_while_history_lets_itself_be_waited_for(
         gate = Gate()
         monkeypatch.setattr(server.app.pages, "read", gate.before(server.app.pages.read))
         async with wire(server.stream_url, cursor=0) as opened:
-            await opened.until(r"retry: \d+\n: [^\n]+\n\nid: 0\n\n(:[^\n]*\n\n){2,}")
+            await opened.until(opening(0, rest=r"(:[^\n]*\n\n){2,}"))
             gate.opened.set()
             await opened.until(r".*id: 3\ndata: [^\n]+\n\n")
 
@@ -597,9 +609,9 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> list[stream_module.Stream]:
     opened: list[stream_module.Stream] = []
     run = stream_module.Stream.run
 
-    async def noted(stream: stream_module.Stream, start: int) -> str:
+    async def noted(stream: stream_module.Stream, start: int, news: bytes) -> str:
         opened.append(stream)
-        return await run(stream, start)
+        return await run(stream, start, news)
 
     monkeypatch.setattr(stream_module.Stream, "run", noted)
     return opened
@@ -842,14 +854,14 @@ async def test_deliveries_are_counted(run_server: RunServer, database: TestDatab
     async with run_server(page_max_events=6) as server:
         metrics = server.app.metrics
         async with wire(server.stream_url, cursor=0) as opened:
-            match = await opened.until(r"retry: .*\n\nid: 0\n\n(id: 1\n.*id: 20\ndata: [^\n]+\n\n)")
+            match = await opened.until(opening(0, rest=r"(id: 1\n.*id: 20\ndata: [^\n]+\n\n)"))
             await caught_up(server, 1)
             assert metrics.events_delivered == 20
             assert metrics.count["backfill_pages"] == 4
             assert metrics.count["backfill_events"] == 20
             assert metrics.count["ring_hits"] == 0
             # The frames, and what HTTP puts around each of the four pages.
-            assert 0 <= metrics.bytes_delivered - len(match[1]) <= 4 * len("ffff\r\n\r\n")
+            assert 0 <= metrics.bytes_delivered - len(match[2]) <= 4 * len("ffff\r\n\r\n")
         database.fill(5)
         await until_head(server, 25)
         async with reading(server.stream_url, cursor=22) as reader:
@@ -952,7 +964,10 @@ async def test_the_page_brings_everything_with_it(server: Server) -> None:
     assert policy["default-src"] == "'none'"
     assert policy["connect-src"] == "'self'"
     assert policy["frame-ancestors"] == "'none'"
-    assert all(re.fullmatch(r"'[a-z-]+'", value) for value in policy.values())
+    assert all(
+        re.fullmatch(r"'([a-z-]+|sha256-[A-Za-z0-9+/]{43}=)'", value) for value in policy.values()
+    )
+    assert "unsafe" not in answer.headers["Content-Security-Policy"]
     resources = Resources()
     resources.feed(answer.text)
     assert resources.found == []

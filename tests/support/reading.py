@@ -24,7 +24,9 @@ class Reader:
     _blocks: AsyncIterator[ServerSentEvent]
     #: The events, as JSON, in the order of their arrival.
     events: list[dict[str, Any]] = field(default_factory=list)
-    #: The blocks that were no label: info and error events, as (event, JSON).
+    #: What the stream said when it opened.
+    opened: dict[str, Any] = field(default_factory=dict)
+    #: The other blocks that were no label: info and error events, as (event, JSON).
     news: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     last_id: str = ""
     retry_ms: int | None = None
@@ -64,7 +66,11 @@ class Reader:
         self.last_id = block.id or self.last_id
         self.retry_ms = block.retry if block.retry is not None else self.retry_ms
         if block.event in ("info", "error"):
-            self.news.append((block.event, json.loads(block.data)))
+            news = json.loads(block.data)
+            if news.get("name") == "StreamOpened":
+                self.opened = news
+            else:
+                self.news.append((block.event, news))
         elif block.data:
             event = json.loads(block.data)
             assert block.event == "message"

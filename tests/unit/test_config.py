@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from dataclasses import fields
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,6 +50,12 @@ SAMPLES = {
     "data_dir": Sample("/var/lib/x", Path("/var/lib/x"), "\t"),
     "migrate": Sample("no", False, "maybe"),
     "publish_token": Sample("hunter2", "hunter2", "\n"),
+    "publish_tokens_file": Sample("/etc/x/tokens", Path("/etc/x/tokens"), " "),
+    "jwt_secret": Sample("s" * 32, "s" * 32, "\t "),
+    "jwt_secret_file": Sample("/etc/x/secret", Path("/etc/x/secret"), " "),
+    "jwt_key_file": Sample("/etc/x/jwks.json", Path("/etc/x/jwks.json"), " "),
+    "jwt_issuer": Sample("https://issuer.example", "https://issuer.example", " "),
+    "jwt_audience": Sample("labels", "labels", " "),
     "cors_origins": Sample("https://a.example", ("https://a.example",), "a.example"),
     "heartbeat_seconds": Sample("7.5", 7.5, "0"),
     "retry_min_seconds": Sample("1", 1.0, "-1"),
@@ -67,11 +74,22 @@ SAMPLES = {
     "connect_timeout_seconds": Sample("2", 2.0, "0x2"),
     "body_max_bytes": Sample("64 KiB", 65536, "0"),
     "publish_max_labels": Sample("1", 1, "+1"),
+    "retention_max_age_seconds": Sample("86400", 86_400.0, "0.5"),
+    "retention_max_labels": Sample("1000000", 1_000_000, "0"),
+    "retention_sweep_seconds": Sample("5", 5.0, "0.01"),
+    "retention_batch_labels": Sample("10", 10, "100001"),
     "max_streams": Sample("3", 3, "3.0"),
+    "max_connections": Sample("5", 5, "0"),
+    "max_per_address": Sample("2", 2, "-1"),
+    "trusted_proxies": Sample("10.0.0.0/8", (ip_network("10.0.0.0/8"),), "10.0.0.1/8"),
+    "request_seconds": Sample("3", 3.0, "0"),
+    "keepalive_seconds": Sample("60", 60.0, "3601"),
+    "publish_rate_labels": Sample("100", 100, "0.5"),
+    "publish_burst_labels": Sample("5", 5, "0"),
     "send_buffer_bytes": Sample("4KiB", 4096, "4095"),
     "log_level": Sample("debug", "debug", "DEBUG"),
 }
-SECRETS = {"dsn", "publish_token"}
+SECRETS = {"dsn", "jwt_secret", "publish_token"}
 NAMES = [spec.name for spec in fields(Settings)]
 
 
@@ -109,7 +127,7 @@ class TestEverySetting:
         assert default == spec.default == getattr(Settings(), name)
         assert default != SAMPLES[name].value
         if default is not None:
-            written = ",".join(default) if isinstance(default, tuple) else str(default)
+            written = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
             assert spec.metadata["parse"](written) == default
 
     @pytest.mark.parametrize("name", NAMES)
@@ -149,7 +167,8 @@ class TestEverySetting:
         assert spec.metadata["secret"] == (name in SECRETS)
         if isinstance(spec.default, int | float) and not isinstance(spec.default, bool):
             units = ("_seconds", "_bytes", "_events", "_reads", "_labels", "_streams")
-            assert name.endswith(units) or name == "port"
+            counted = ("port", "max_connections", "max_per_address")
+            assert name.endswith(units) or name in counted
 
     @pytest.mark.parametrize("name", sorted(SECRETS))
     @pytest.mark.parametrize("secret", ["", " ", "\t\n"])

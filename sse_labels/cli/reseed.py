@@ -1,0 +1,64 @@
+"""`sse-labels reseed`: after a restore from a backup, use no seq twice.
+
+Promises: seqs up to the one given are not used again, and consumers that name the
+epoch of before are told; nothing is deleted, and nothing that is stored changes.
+Does not belong here: noticing that a database was rebuilt (`store`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import click
+
+from sse_labels.cli.layout import Command
+from sse_labels.cli.options import key_of, named_as_given, option, settings_options
+from sse_labels.cli.serve import database_of, interruptible
+from sse_labels.config import Settings, configure_logging, integer, load
+from sse_labels.database import Database
+from sse_labels.errors import ConfigError
+from sse_labels.store import Store
+
+#: The largest bigint is PostgreSQL's last id; a sequence that stands there has none left.
+ABOVE_MAX = 2**63 - 2
+
+
+@click.command(cls=Command, short_help="Use no seq twice after a restore.")
+@option(
+    "above", integer(1, ABOVE_MAX), "The highest seq that any consumer has seen.", metavar="SEQ"
+)
+@settings_options("dsn", "data_dir", "connect_timeout_seconds", "log_level")
+def reseed(above: int | None, **options: str | None) -> None:
+    """Give new labels seqs above SEQ, and begin a new epoch.
+
+    For a database that was rebuilt from a backup older than what consumers have
+    seen: without it, new labels would get seqs that consumers have already, and
+    be skipped by them. Run it while no server runs on that database, and before
+    anything is published.
+    """
+    with named_as_given(), interruptible():
+        if above is None:
+            raise ConfigError("--above", None, "the highest seq that any consumer has seen")
+        settings = load(options)
+        configure_logging(settings.log_level)
+        with database_of(settings, key_of("dsn")) as place:
+            seq, epoch = asyncio.run(move(settings, place.dsn, above))
+    click.echo(f"the next seq is {seq + 1}, the epoch is {epoch}")
+
+
+async def move(settings: Settings, dsn: str, above: int) -> tuple[int, str]:
+    """Return the last seq that will not be used, and the new epoch."""
+    database = Database(
+        dsn,
+        connect_timeout_seconds=settings.connect_timeout_seconds,
+        query_timeout_seconds=settings.query_timeout_seconds,
+        max_connections=1,
+    )
+    try:
+        store = Store(database)
+        await store.check()
+        if not store.has_state:
+            raise ConfigError("--dsn", "a database without label_stream", "one of `migrate`'s")
+        return await store.reseed(above)
+    finally:
+        database.close()

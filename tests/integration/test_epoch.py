@@ -1,0 +1,112 @@
+"""A database that was rebuilt is noticed, and cursors of its former life are not guessed at."""
+
+from __future__ import annotations
+
+import asyncio
+
+import httpx
+import pytest
+
+from sse_labels.errors import BrokenPromise
+
+from support.database import TestDatabase
+from support.reading import reading
+from support.server import RunServer, Server
+
+
+def epoch_of(database: TestDatabase) -> str:
+    [(epoch,)] = database.execute("SELECT epoch::text FROM label_stream")
+    return epoch
+
+
+async def test_stream_tells_its_epoch_in_a_header_and_at_its_start(
+    server: Server, database: TestDatabase
+) -> None:
+    database.insert(2)
+    async with reading(server.stream_url, cursor=0) as reader:
+        await reader.until_events(2)
+    assert reader.response.headers["Sse-Labels-Epoch"] == epoch_of(database)
+    assert reader.opened["epoch"] == epoch_of(database)
+    assert reader.opened["cursor"] == 0
+    assert reader.events == database.stored()
+
+
+async def test_consumer_that_names_this_epoch_is_served(
+    server: Server, database: TestDatabase
+) -> None:
+    database.insert(2)
+    async with reading(server.stream_url, cursor=1, epoch=epoch_of(database)) as reader:
+        await reader.until_events(1)
+    assert reader.events == database.stored(after=1)
+
+
+async def test_consumer_that_names_another_epoch_is_told_so(server: Server) -> None:
+    async with httpx.AsyncClient() as client:
+        answer = await client.get(server.stream_url, params={"epoch": "other", "cursor": "7"})
+    assert answer.status_code == 409
+    assert answer.json()["error"] == "EpochChanged"
+    # A browser is told inside a stream: of any other status it sees nothing.
+    async with reading(server.stream_url, epoch="other", cursor=7) as reader:
+        await reader.until_closed()
+    assert [(name, data["error"]) for name, data in reader.news] == [("error", "EpochChanged")]
+
+
+async def test_same_database_keeps_its_epoch_over_restarts(
+    run_server: RunServer, database: TestDatabase
+) -> None:
+    seen = set()
+    for _ in range(3):
+        async with run_server(migrate=True) as server:
+            seen.add(server.app.sequencer.epoch)
+    assert seen == {epoch_of(database)}
+
+
+async def test_rebuilt_database_gets_another_epoch_at_the_next_start(
+    run_server: RunServer, database: TestDatabase
+) -> None:
+    async with run_server(migrate=True) as server:
+        before = server.app.sequencer.epoch
+    # A backup restored elsewhere brings the identity of where it was taken.
+    database.execute("UPDATE label_stream SET identity = 'another/cluster/1'")
+    async with run_server(migrate=True) as server:
+        after = server.app.sequencer.epoch
+    assert before != after == epoch_of(database)
+
+
+async def test_epoch_that_changes_under_a_running_server_stops_it(
+    run_server: RunServer, database: TestDatabase
+) -> None:
+    with pytest.raises(ExceptionGroup) as caught:
+        async with run_server() as server:
+            database.execute("UPDATE label_stream SET epoch = gen_random_uuid()")
+            database.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            )
+            async with asyncio.timeout(10):
+                await asyncio.Event().wait()
+    assert caught.group_contains(BrokenPromise)
+    assert server.app.metrics.count["broken_promises"] == 1
+
+
+async def test_reseed_moves_the_sequence_above_and_begins_a_new_epoch(
+    run_server: RunServer, database: TestDatabase
+) -> None:
+    database.insert(3)
+    before = epoch_of(database)
+    async with run_server() as server:
+        assert await server.app.store.reseed(500) == (500, epoch_of(database))
+    assert epoch_of(database) != before
+    assert database.insert() == [501]
+    async with run_server() as server, reading(server.stream_url, cursor=0) as reader:
+        await reader.until_seq(501)
+    assert reader.events == database.stored()
+
+
+async def test_reseed_below_the_newest_seq_moves_nothing_back(
+    run_server: RunServer, database: TestDatabase
+) -> None:
+    database.insert(3)
+    async with run_server() as server:
+        assert (await server.app.store.reseed(1))[0] == 3
+    assert database.insert() == [4]

@@ -1,0 +1,168 @@
+"""Who may read and who may publish, over real sockets: tokens, what they narrow, and their end."""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import httpx
+import jwt
+import pytest
+
+from sse_labels.publish_tokens import add_token
+from sse_labels.web.auth import COOKIE, LEEWAY_SECONDS
+
+from support.database import TestDatabase
+from support.reading import reading
+from support.server import PUBLISH_TOKEN, RunServer, Server
+
+SECRET = "0123456789abcdef0123456789abcdef"
+A, B = (f"did:plc:{letter * 24}" for letter in "ab")
+LABEL = {"src": A, "uri": A, "val": "spam", "cts": "2026-01-01T00:00:00Z"}
+
+
+def token(**claims: Any) -> str:
+    now = time.time()
+    return jwt.encode({"iat": now, "exp": now + 60, **claims}, SECRET, "HS256")
+
+
+async def get(url: str, headers: dict[str, str] | None = None, **query: Any) -> httpx.Response:
+    async with httpx.AsyncClient(timeout=20) as client:
+        return await client.get(url, headers=headers, params=query)
+
+
+async def publish(server: Server, publish_token: str) -> int:
+    async with httpx.AsyncClient(timeout=20) as client:
+        answer = await client.post(
+            f"{server.url}/labels",
+            json={"labels": [LABEL]},
+            headers={"Authorization": f"Bearer {publish_token}"},
+        )
+    return answer.status_code
+
+
+async def test_protected_labels_are_read_with_a_token_alone(
+    run_server: RunServer, database: TestDatabase
+) -> None:
+    database.insert(3, src=A)
+    async with run_server(jwt_secret=SECRET) as server:
+        for url in (server.stream_url, f"{server.url}/xrpc/com.atproto.label.queryLabels"):
+            refused = await get(url, uriPatterns="*")
+            assert (refused.status_code, refused.json()["error"]) == (401, "AuthRequired")
+            assert refused.headers["WWW-Authenticate"].startswith("Bearer")
+        async with reading(server.stream_url, cursor=0, access_token=token()) as reader:
+            await reader.until_events(3)
+        # A shared cache must keep nothing that came by a token.
+        assert "no-store" in reader.response.headers["Cache-Control"]
+        for headers in (
+            {"Authorization": f"Bearer {token()}"},
+            {"Cookie": f"{COOKIE}={token()}"},
+        ):
+            answer = await get(
+                f"{server.url}/xrpc/com.atproto.label.queryLabels", headers, uriPatterns="*"
+            )
+            assert len(answer.json()["labels"]) == 3
+    assert reader.events == database.stored()
+
+
+async def test_token_narrows_what_is_seen_and_asking_for_more_is_forbidden(
+    run_server: RunServer, database: TestDatabase
+) -> None:
+    database.insert(2, src=A)
+    database.insert(2, src=B)
+    narrow = token(sources=[A])
+    async with run_server(jwt_secret=SECRET) as server:
+        async with reading(server.stream_url, cursor=0, access_token=narrow) as reader:
+            database.insert(1, src=B)
+            [last] = database.insert(1, src=A)
+            await reader.until_seq(last)
+        refused = await get(server.stream_url, sources=B, access_token=narrow)
+        assert (refused.status_code, refused.json()["error"]) == (403, "Forbidden")
+        query = await get(
+            f"{server.url}/xrpc/com.atproto.label.queryLabels",
+            uriPatterns="*", access_token=narrow,
+        )  # fmt: skip
+    of_a = [event for event in database.stored() if event["labels"][0]["src"] == A]
+    assert reader.events == of_a
+    assert query.json()["labels"] == [event["labels"][0] for event in of_a]
+
+
+async def test_stream_ends_when_its_token_does(
+    run_server: RunServer, database: TestDatabase
+) -> None:
+    ends = time.time() - LEEWAY_SECONDS + 0.4
+    async with (
+        run_server(jwt_secret=SECRET) as server,
+        reading(server.stream_url, access_token=token(iat=ends - 60, exp=ends)) as reader,
+    ):
+        [seq] = database.insert(1, src=A)
+        await reader.until_seq(seq)
+        await reader.until_closed()
+        assert server.app.metrics.streams_ended["TokenExpired"] == 1
+    [(kind, data)] = reader.news
+    assert (kind, data["error"], data["cursor"]) == ("error", "TokenExpired", seq)
+    assert time.time() >= ends + LEEWAY_SECONDS
+
+
+async def test_no_token_reaches_a_log(
+    run_server: RunServer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    # httpx is the client; what it logs is not ours.
+    for client in ("httpx", "httpcore"):
+        monkeypatch.setattr(logging.getLogger(client), "disabled", True)
+    good, expired = token(), token(exp=1)
+    async with run_server(jwt_secret=SECRET) as server:
+        async with reading(server.stream_url, access_token=good) as reader:
+            await reader.until_opened()
+        assert (await get(server.stream_url, access_token=expired)).status_code == 401
+        assert (await get(server.stream_url, access_token=good, cursor="x")).status_code == 400
+        assert (await get(f"{server.url}/nowhere", access_token=good)).status_code == 404
+        assert await publish(server, "wrong-publish-token") == 401
+        assert await publish(server, PUBLISH_TOKEN) == 201
+        # Something of ours that fails, with the request at hand.
+        monkeypatch.setattr(server.app.streams, "_start", None)
+        assert (await get(server.stream_url, access_token=good)).status_code == 500
+    assert "a request failed" in caplog.text
+    for secret in (good, expired, SECRET, PUBLISH_TOKEN, "wrong-publish-token"):
+        assert secret not in caplog.text
+
+
+async def test_publish_tokens_are_changed_without_a_restart(
+    run_server: RunServer, database: TestDatabase, tmp_path: Path
+) -> None:
+    file = tmp_path / "tokens"
+    old = add_token(file, "old")
+    async with run_server(publish_tokens_file=file) as server:
+        assert await publish(server, old) == 201
+        new = add_token(file, "new")
+        assert (await publish(server, old), await publish(server, new)) == (201, 201)
+        lines = file.read_text().splitlines(keepends=True)
+        file.write_text("".join(line for line in lines if not line.startswith("old ")))
+        assert (await publish(server, old), await publish(server, new)) == (401, 201)
+        assert await publish(server, PUBLISH_TOKEN) == 201
+        watching = add_token(file, "watching", ["admin"])
+        assert await publish(server, watching) == 403
+    assert len(database.stored()) == 5
+
+
+async def test_every_answer_carries_the_security_headers(run_server: RunServer) -> None:
+    async with run_server(max_connections=3) as server:
+        answers = [
+            await get(server.url + path) for path in ("/", "/health/live", "/metrics", "/nowhere")
+        ]
+        answers.append(await get(server.stream_url, cursor="x"))
+        async with AsyncExitStack() as streams:
+            for _ in range(3):
+                reader = await streams.enter_async_context(reading(server.stream_url))
+                await reader.until_opened()
+            answers += [reader.response, await get(server.stream_url)]
+    assert [answer.status_code for answer in answers] == [200, 200, 200, 404, 400, 200, 503]
+    for answer in answers:
+        assert answer.headers["X-Content-Type-Options"] == "nosniff"
+        assert answer.headers["Referrer-Policy"] == "no-referrer"
+        assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
+        assert "frame-ancestors 'none'" in answer.headers["Content-Security-Policy"]

@@ -1,0 +1,184 @@
+"""Old labels leave; readers are told; writers and running backfills are not disturbed."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from sse_labels.app import App
+from sse_labels.config import Settings
+from sse_labels.errors import ConfigError
+from sse_labels.pages import Pages
+from sse_labels.store import Page
+
+from support.database import TestDatabase, insert_with
+from support.reading import reading
+from support.server import RunServer, Server
+
+
+async def sweep(server: Server, **horizon: Any) -> None:
+    """One round of deleting, on the running server, with this horizon."""
+    retention = server.app.retention
+    retention._max_labels = horizon.get("max_labels")
+    retention._max_age_seconds = horizon.get("max_age_seconds")
+    # The server's own first round may still be at it: then this one is not the one that deletes.
+    swept = await retention.sweep()
+    while not swept:
+        swept = await retention.sweep()
+
+
+async def at_head(server: Server, seq: int) -> None:
+    async with reading(server.stream_url, cursor=0) as reader:
+        await reader.until_seq(seq)
+
+
+async def test_labels_beyond_the_newest_so_many_are_deleted(
+    server: Server, database: TestDatabase
+) -> None:
+    database.fill(100)
+    await at_head(server, 100)
+    await sweep(server, max_labels=30)
+    assert [event["seq"] for event in database.stored()] == list(range(71, 101))
+    assert database.execute("SELECT floor FROM label_stream") == [(71,)]
+    assert server.app.metrics.count["labels_deleted"] == 70
+
+
+async def test_count_horizon_counts_labels_and_not_seqs(
+    server: Server, database: TestDatabase
+) -> None:
+    database.fill(10)
+    database.execute("SELECT setval('label_id_seq', 1000)")
+    database.fill(10)
+    await at_head(server, 1010)
+    await sweep(server, max_labels=15)
+    assert len(database.stored()) == 15
+
+
+async def test_labels_older_than_the_age_are_deleted_and_younger_ones_stay(
+    server: Server, database: TestDatabase
+) -> None:
+    database.fill(50)
+    await at_head(server, 50)
+    await sweep(server, max_age_seconds=3600)
+    assert len(database.stored()) == 50
+    # An hour passes: for the database, what it noted then is an hour older.
+    database.execute("UPDATE label_clock SET at = at - interval '2 hours'")
+    database.fill(20)
+    await at_head(server, 70)
+    await sweep(server, max_age_seconds=3600)
+    assert [event["seq"] for event in database.stored()] == list(range(51, 71))
+
+
+async def test_retention_never_passes_the_head(server: Server, database: TestDatabase) -> None:
+    database.fill(10)
+    await at_head(server, 10)
+    late = database.connect(autocommit=False)
+    cursor = late.cursor()
+    insert_with(lambda sql, row: (cursor.execute(sql, row), cursor.fetchall())[1])
+    database.fill(10)
+    await sweep(server, max_labels=1)
+    # Seq 11 is still open: 12 to 21 are not settled, and nothing of them may go.
+    assert database.execute("SELECT floor FROM label_stream") == [(10,)]
+    late.commit()
+    async with reading(server.stream_url, cursor=9) as reader:
+        await reader.until_seq(21)
+    assert reader.events == database.stored()
+
+
+async def test_consumer_below_the_floor_is_told_and_goes_on_from_the_floor(
+    run_server: RunServer, database: TestDatabase
+) -> None:
+    database.fill(100)
+    async with run_server() as server:
+        await at_head(server, 100)
+        await sweep(server, max_labels=40)
+    # A new server: its ring does not reach back, as it would not after a day.
+    async with run_server() as server, reading(server.stream_url, cursor=5) as reader:
+        news = await reader.until_news("info")
+        await reader.until_seq(100)
+    assert (news["name"], news["floor"]) == ("OutdatedCursor", 61)
+    assert reader.events == database.stored()
+
+
+async def test_running_backfill_that_retention_overtakes_is_told_and_skips_nothing_else(
+    run_server: RunServer, database: TestDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database.fill(100)
+    before = database.stored()
+    asked, go = asyncio.Event(), asyncio.Event()
+    read = Pages.read
+
+    async def gated(self: Pages, cursor: int, narrowed: Any) -> Page:
+        if cursor == 20:
+            asked.set()
+            await go.wait()
+        return await read(self, cursor, narrowed)
+
+    monkeypatch.setattr(Pages, "read", gated)
+    async with (
+        run_server(page_max_events=10, page_cache_max_bytes=0) as server,
+        reading(server.stream_url, cursor=0) as reader,
+    ):
+        await reader.until_seq(20)
+        await asked.wait()
+        await sweep(server, max_labels=30)
+        go.set()
+        await reader.until_seq(100)
+    assert [name for name, _ in reader.news] == ["info"]
+    assert reader.news[0][1]["floor"] == 71
+    assert reader.events == before[:20] + database.stored()
+
+
+async def test_deleting_does_not_wait_for_or_block_writers(
+    server: Server, database: TestDatabase
+) -> None:
+    database.fill(5000)
+    await at_head(server, 5000)
+    # A writer with an open transaction: deleting must end while it is open.
+    writer = database.connect(autocommit=False)
+    cursor = writer.cursor()
+    insert_with(lambda sql, row: (cursor.execute(sql, row), cursor.fetchall())[1])
+    async with asyncio.timeout(20):
+        await sweep(server, max_labels=1000)
+    writer.commit()
+    assert len(database.stored()) == 1001
+
+
+async def test_only_one_server_deletes_at_a_time(server: Server, database: TestDatabase) -> None:
+    database.fill(10)
+    await at_head(server, 10)
+    other = database.connect()
+    lock = "SELECT pg_advisory_lock(hashtext('sse-labels retention'))"
+    # In a thread: the server's own first round may hold it, and needs this loop to let it go.
+    await asyncio.to_thread(other.cursor().execute, lock)
+    server.app.retention._max_labels = 1
+    assert not await server.app.retention.sweep()
+    assert len(database.stored()) == 10
+    other.cursor().execute("SELECT pg_advisory_unlock_all()")
+    await sweep(server, max_labels=1)
+    assert len(database.stored()) == 1
+
+
+async def test_seqs_go_on_when_all_labels_but_one_are_gone(
+    run_server: RunServer, database: TestDatabase
+) -> None:
+    database.fill(10)
+    async with run_server() as server:
+        await at_head(server, 10)
+        await sweep(server, max_labels=1)
+    async with run_server() as server, reading(server.stream_url, last_event_id="10") as reader:
+        assert database.insert() == [11]
+        await reader.until_seq(11)
+    assert reader.events == database.stored(after=10)
+
+
+async def test_horizon_that_the_role_may_not_keep_is_a_config_error(
+    database: TestDatabase,
+) -> None:
+    database.execute("DROP TABLE label_stream CASCADE")
+    app = App(Settings(port=0, migrate=False, retention_max_labels=10), database.dsn, None)
+    with pytest.raises(ConfigError, match="--retention-max-labels"):
+        async with app.running():
+            pass
