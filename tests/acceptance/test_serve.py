@@ -489,7 +489,7 @@ def test_reseed_changes_nothing_when_it_is_asked_for_wrongly(
     for arguments, complaint in [
         (("--dsn", database.dsn), "--above: got None, expected the highest seq"),
         (("--dsn", database.dsn, "--above=0"), "--above: got '0', expected a whole number"),
-        (("--dsn", empty_database.dsn, "--above=5"), "--dsn: got 'a database without a label table'"),
+        (("--dsn", empty_database.dsn, "--above=5"), "--dsn: got 'a database without a label"),
     ]:
         refused = ran("reseed", *arguments)
         assert refused.process.returncode == 2, refused.errors
