@@ -2,7 +2,9 @@
 
 Promises: lines go in by batches, in order; a batch is stored whole or not at
 all, and it ends with a line's number when one is wrong; what was stored before
-is said, so that one can go on from there.
+is said, so that one can go on from there. A batch that nobody answered for is
+sent again under the same key, so a server that knows keys stores it once; what
+stays uncertain is called so.
 Does not belong here: reading lines (`lines`); what makes a label valid (the
 server says).
 """
@@ -13,26 +15,35 @@ import contextlib
 import itertools
 import os
 import re
+import secrets
 import stat
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import click
 import httpx
 import ujson
 
+from sse_labels.backoff import Backoff
 from sse_labels.cli.layout import Command
 from sse_labels.cli.lines import Batch, NotJson, read_batches
 from sse_labels.cli.options import option, server_url
-from sse_labels.config import Expected, integer, path, size, words
+from sse_labels.config import Expected, integer, path, seconds, size, words
 from sse_labels.embedded import default_data_dir
 from sse_labels.errors import ConfigError, SseLabelsError
 from sse_labels.publish_token import FILE_NAME, read_token
 
 TIMEOUT_SECONDS = 60.0
+#: The server forgets a key after a day (`retention`); sent again later, a batch would be new.
+RETRY_MAX_SECONDS = 43_200
+RATE_LIMITED = 429
+#: Answers after which the same request may be answered better.
+TEMPORARY = {408, RATE_LIMITED, 502, 503, 504}
 #: How the server names a label of a request.
 _INDEX = re.compile(r"^labels\[(\d+)\](?:\.|: )?")
 #: Failures before the request was on its way.
@@ -51,7 +62,7 @@ class Progress:
         self.labels = 0
         self.last_line = 0
         self.last_seq = 0
-        #: The batch that was sent and not answered yet.
+        #: The batch that may be stored, although nobody has said so.
         self.under_way: Batch | None = None
 
     def __str__(self) -> str:
@@ -68,6 +79,134 @@ class Progress:
         """Count a batch."""
         self.labels += len(seqs)
         self.last_line, self.last_seq = batch.numbers[-1], seqs[-1]
+        self.under_way = None
+
+
+class Trouble(NamedTuple):
+    """Why a try did not end with its batch stored."""
+
+    reason: str
+    #: Whether nothing of the batch was stored by this try.
+    certain: bool
+    #: Whether the same request may be answered better.
+    temporary: bool = False
+    status: int | None = None
+    #: How long the server asks to wait; 0 when it does not say.
+    after_seconds: float = 0.0
+
+
+class Sender:
+    """Sends batches one after the other, each until its outcome is known.
+
+    A batch is sent again until `retry_seconds` after its first failure; the last try still has
+    its whole time-out.
+    """
+
+    def __init__(
+        self, client: httpx.Client, url: str, progress: Progress, retry_seconds: float
+    ) -> None:
+        self._client = client
+        self._url = url
+        self._progress = progress
+        self._retry_seconds = retry_seconds
+        # Of this run alone: whoever publishes the same lines again wants them stored again.
+        self._run = secrets.token_hex(16)
+        self._batches = 0
+        #: Whether a server was ever there: an address that is wrong does not mend by waiting.
+        self._reached = False
+        self._told_of_rate = False
+
+    def send(self, batch: Batch) -> None:
+        """Store one batch; raise NotPublished, which says what is known of it."""
+        self._batches += 1
+        # With quotes: a string of RFC 8941 (draft-ietf-httpapi-idempotency-key-header, 2.1).
+        key = f'"{self._run}-{self._batches}"'
+        backoff = Backoff(first=0.2, longest=10.0)
+        began, tries = 0.0, 0
+        doubtful = told = False
+        while True:
+            tries += 1
+            self._progress.under_way = batch
+            outcome = self._try(batch, key)
+            if not isinstance(outcome, Trouble):
+                self._progress.stored(batch, outcome)
+                return
+            # A refusal says nothing about an earlier try, whose answer was lost.
+            doubtful = doubtful or not outcome.certain
+            if not doubtful:
+                self._progress.under_way = None
+            began = began or time.monotonic()
+            elapsed = time.monotonic() - began
+            # On top of what the server asks for: that may be the same for all, and does not grow.
+            spare = self._retry_seconds - elapsed - outcome.after_seconds
+            if not outcome.temporary or spare <= 0:
+                given_up = self._given_up(outcome, tries, elapsed) if outcome.temporary else ""
+                rest = uncertain(batch) if doubtful else f"nothing of {batch.where} is stored"
+                raise NotPublished(f"{outcome.reason}{given_up}; {rest}")
+            if outcome.status == RATE_LIMITED:
+                self._tell_of_rate(outcome)
+            elif not told:
+                told = True
+                self._tell(outcome, batch, doubtful)
+            time.sleep(outcome.after_seconds + min(backoff.next(), spare))
+
+    def _try(self, batch: Batch, key: str) -> list[int] | Trouble:
+        headers = {"Content-Type": "application/json", "Idempotency-Key": key}
+        try:
+            response = self._client.post(self._url, content=batch.body(), headers=headers)
+        except httpx.RequestError as error:
+            not_sent = isinstance(error, _NOT_SENT)
+            self._reached = self._reached or not not_sent
+            reason = f"{self._url}: {str(error) or type(error).__name__}"
+            return Trouble(reason, certain=not_sent, temporary=self._reached)
+        self._reached = True
+        status = response.status_code
+        if status == 201:
+            seqs = seqs_of(response)
+            if len(seqs) == len(batch.numbers):
+                return seqs
+            return Trouble(f"{self._url} answered 201 without a seq for each label", certain=False)
+        certain = 400 <= status < 500 or response.is_redirect
+        message = message_of(response)
+        match = _INDEX.match(message)
+        if match is not None and int(match[1]) < len(batch.numbers):
+            number = batch.numbers[int(match[1])]
+            return Trouble(f"line {number}: {message[match.end() :]}", certain)
+        hint = " (a smaller --batch or --batch-bytes?)" if status == 413 else ""
+        return Trouble(
+            f"{self._url} answered {status}: {message}{hint}",
+            certain,
+            status in TEMPORARY,
+            status,
+            after_seconds(response),
+        )
+
+    def _given_up(self, trouble: Trouble, tries: int, elapsed: float) -> str:
+        if not self._retry_seconds:
+            return ""
+        text = f"; given up after {tries} {'try' if tries == 1 else 'tries'} in {elapsed:.1f} s"
+        if trouble.after_seconds:
+            text += (
+                f": it asks to wait {trouble.after_seconds:g} s more, "
+                f"--retry-seconds is {self._retry_seconds:g}"
+            )
+        return text
+
+    def _tell(self, trouble: Trouble, batch: Batch, doubtful: bool) -> None:
+        text = f"sending {batch.where} again for up to {self._retry_seconds:g} s"
+        if doubtful:
+            # Nothing in an answer tells a server that knows the header from one that does not.
+            text += (
+                ", with the same Idempotency-Key: a server that knows this header stores nothing "
+                "twice"
+            )
+        say(f"{trouble.reason}; {text}")
+
+    def _tell_of_rate(self, trouble: Trouble) -> None:
+        # Once per run: a long file under a rate meets it with every batch, and that is no outage.
+        if not self._told_of_rate:
+            self._told_of_rate = True
+            say(f"{trouble.reason}; waiting, now and whenever it answers so again")
 
 
 def token_text(text: str) -> str:
@@ -95,6 +234,11 @@ def token_text(text: str) -> str:
     metavar="BYTES", default="1MiB",
 )  # fmt: skip
 @option("from_line", integer(1, 2**63 - 1), "First line to publish.", metavar="LINE", default="1")
+@option(
+    "retry_seconds", seconds(0, RETRY_MAX_SECONDS),
+    "How long a batch is sent again while its outcome is uncertain; 0: never.",
+    metavar="SECONDS", default="60",
+)  # fmt: skip
 def publish(
     file: BinaryIO,
     url: str,
@@ -103,12 +247,18 @@ def publish(
     batch: int,
     batch_bytes: int,
     from_line: int,
+    retry_seconds: float,
 ) -> None:
     """Publish labels from FILE, one JSON label per line; - is standard input.
 
     A batch is sent when it is full or the input ends, and stored whole or not at
     all: a line that is wrong is named, and nothing of its batch is stored. To
     send each line as it comes, give --batch 1.
+
+    A batch that got no answer, or 408, 429, 502, 503 or 504, is sent again with the
+    same Idempotency-Key: a server that knows this header stores it once. One that
+    does not, or a proxy that drops it, may store it twice: for those,
+    --retry-seconds 0.
 
     \b
     A line:
@@ -126,10 +276,9 @@ def publish(
         ) as client,
         progress_bar(file) as bar,
     ):
+        sender = Sender(client, f"{url}/labels", progress, retry_seconds)
         for lines in batches:
-            progress.under_way = lines
-            progress.stored(lines, send(client, f"{url}/labels", lines))
-            progress.under_way = None
+            sender.send(lines)
             bar.update((lines.position if bar.length else progress.labels) - bar.pos)
         if bar.length:
             bar.update(bar.length - bar.pos)  # empty lines at the end
@@ -150,32 +299,31 @@ def kept_token(data_dir: Path) -> str:
         ) from error
 
 
-def send(client: httpx.Client, url: str, batch: Batch) -> list[int]:
-    """Store one batch; return its seqs. Raise NotPublished naming the line."""
-    headers = {"Content-Type": "application/json"}
+def seqs_of(response: httpx.Response) -> list[int]:
+    """Return the seqs that an answer tells, none when it cannot be read."""
     try:
-        response = client.post(url, content=batch.body(), headers=headers)
-    except httpx.TransportError as error:
-        reason = str(error) or type(error).__name__
-        if isinstance(error, _NOT_SENT):
-            raise NotPublished(f"{url}: {reason}; nothing of {batch.where} is stored") from error
-        raise NotPublished(f"{url}: {reason}; {uncertain(batch)}") from error
-    if response.status_code == 201:
         return [int(seq) for seq in ujson.loads(response.text)["seqs"]]
-    try:
-        message = str(ujson.loads(response.text)["message"])
     except (ValueError, TypeError, KeyError):
-        message = response.reason_phrase
-    match = _INDEX.match(message)
-    if match is not None and int(match[1]) < len(batch.numbers):
-        number = batch.numbers[int(match[1])]
-        raise NotPublished(
-            f"line {number}: {message[match.end() :]}; nothing of {batch.where} is stored"
-        )
-    certain = 400 <= response.status_code < 500 or response.is_redirect
-    rest = f"nothing of {batch.where} is stored" if certain else uncertain(batch)
-    hint = " (a smaller --batch or --batch-bytes?)" if response.status_code == 413 else ""
-    raise NotPublished(f"{url} answered {response.status_code}: {message}{hint}; {rest}")
+        return []
+
+
+def message_of(response: httpx.Response) -> str:
+    """Return what an answer says about itself."""
+    try:
+        return str(ujson.loads(response.text)["message"])
+    except (ValueError, TypeError, KeyError):
+        return response.reason_phrase
+
+
+def after_seconds(response: httpx.Response) -> float:
+    """Return how long an answer asks to wait, 0 when it does not (RFC 9110, section 10.2.3)."""
+    text = response.headers.get("Retry-After", "")
+    if text.isascii() and text.isdigit():
+        return float(text)
+    try:
+        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+    except (ValueError, OverflowError):
+        return 0.0
 
 
 @contextlib.contextmanager
@@ -205,6 +353,11 @@ def progress_bar(file: BinaryIO) -> AbstractContextManager[Any]:
     return click.progressbar(
         itertools.repeat(None), file=sys.stderr, hidden=hidden, show_pos=True, label="labels"
     )
+
+
+def say(text: str) -> None:
+    """Tell the person at the terminal, below the progress bar if there is one."""
+    click.echo(f"{chr(10) if sys.stderr.isatty() else ''}sse-labels: {text}", err=True)
 
 
 def uncertain(batch: Batch) -> str:

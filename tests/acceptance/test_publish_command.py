@@ -7,15 +7,19 @@ import os
 import pty
 import re
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from support.database import TestDatabase, reachable_directory
 from support.program import (
+    PATIENCE_SECONDS,
     QUICK_SERVER,
     Program,
     failure,
@@ -57,6 +61,113 @@ def events(*labels: dict[str, Any]) -> list[dict[str, Any]]:
 def publish(url: str, text: str | bytes, *arguments: str, token: str = TOKEN) -> Program:
     env = {"SSE_LABELS_URL": url, "SSE_LABELS_PUBLISH_TOKEN": token}
     return ran("publish", *arguments, text=text, env=env)
+
+
+# Something between the command and the server
+
+
+class Visit(BaseHTTPRequestHandler):
+    """One request; its connection ends with it."""
+
+    server: Front
+
+    def do_POST(self) -> None:
+        self.body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.note(self.headers["Idempotency-Key"])
+        act = self.server.acts.pop(0) if self.server.acts else passed
+        act(self)
+
+    def forward(self) -> httpx.Response:
+        """Let the server do what was asked."""
+        names = ("Authorization", "Content-Type", "Idempotency-Key")
+        headers = {name: self.headers[name] for name in names}
+        return httpx.post(self.server.url + self.path, content=self.body, headers=headers)
+
+    def answer(self, status: int, content: bytes, after: str | None) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        if after is not None:
+            self.send_header("Retry-After", after)
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *arguments: object) -> None:
+        """Say nothing."""
+
+
+Act = Callable[[Visit], None]
+
+
+class Front(HTTPServer):
+    """A proxy: the first requests meet `acts`, one each; all others are passed on."""
+
+    def __init__(self, url: str, acts: list[Act], port: int) -> None:
+        super().__init__(("127.0.0.1", port), Visit)
+        self.url = url
+        self.acts = acts
+        #: Of each request, in order.
+        self.keys: list[str] = []
+        self.times: list[float] = []
+        self._asked = threading.Condition()
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def note(self, key: str) -> None:
+        with self._asked:
+            self.keys.append(key)
+            self.times.append(time.monotonic())
+            self._asked.notify_all()
+
+    def wait_until_asked(self) -> None:
+        with self._asked:
+            assert self._asked.wait_for(lambda: self.keys, PATIENCE_SECONDS)
+
+
+@contextmanager
+def front(url: str, *acts: Act, port: int = 0) -> Iterator[Front]:
+    """A proxy before the server at `url`; when the block is left, connections are refused."""
+    with Front(url, list(acts), port) as proxy:
+        thread = threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield proxy
+        finally:
+            # Returns when the request that is under way has been answered.
+            proxy.shutdown()
+            thread.join()
+
+
+def passed(visit: Visit) -> None:
+    """What a proxy is for."""
+    answer = visit.forward()
+    visit.answer(answer.status_code, answer.content, answer.headers.get("Retry-After"))
+
+
+def lost(visit: Visit) -> None:
+    """The server stores the labels, and the connection ends before its answer."""
+    visit.forward()
+
+
+def half(visit: Visit) -> None:
+    """The server stores the labels, and the connection ends within its answer."""
+    visit.forward()
+    visit.wfile.write(b'HTTP/1.1 201 Created\r\nContent-Length: 14\r\n\r\n{"seqs":[')
+
+
+def stored_but_504(visit: Visit) -> None:
+    """The server stores the labels, and the proxy did not wait for it."""
+    visit.forward()
+    visit.answer(504, b"<html>", None)
+
+
+def refused(status: int, after: str | None = None) -> Act:
+    """The server is not asked."""
+    return lambda visit: visit.answer(status, b'{"error":"Name","message":"a reason"}', after)
+
+
+UNCERTAIN = "lines {} to {} may or may not be stored: look before sending them again"
 
 
 # What goes in
@@ -195,26 +306,208 @@ def test_who_may_not_publish_and_where_nobody_answers(database: TestDatabase, ur
     assert database.stored() == []
 
 
-def test_answer_that_does_not_come_is_called_uncertain() -> None:
-    """A server that takes the request and goes away may have stored the labels."""
+# What is sent again
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            self.rfile.read(int(self.headers["Content-Length"]))
-            self.close_connection = True
 
-        def log_message(self, *arguments: object) -> None:
-            """Say nothing."""
+def test_batch_whose_answer_is_lost_is_stored_once(database: TestDatabase, url: str) -> None:
+    labels = [label(number) for number in range(8)]
+    with front(url, lost, passed, half, passed, stored_but_504) as proxy:
+        run = publish(proxy.address, lines(*labels), "--batch=2")
+        first, second, third, fourth = proxy.keys[::2][:3] + proxy.keys[-1:]
+        assert proxy.keys == [first, first, second, second, third, third, fourth]
+        # The user publishes again, and gets what a publish is.
+        again = publish(proxy.address, lines(labels[0]))
+    assert len({first, second, third, fourth, proxy.keys[-1]}) == 5
+    assert all(re.fullmatch('"[!#-~]{20,250}"', key) for key in proxy.keys)
+    assert (run.process.returncode, run.output) == (0, "8 labels stored, the last as seq 8\n")
+    assert again.output == "1 label stored, the last as seq 9\n"
+    # A line for each that was in doubt, and none for the others.
+    for number, line in zip((1, 3, 5), run.err, strict=True):
+        assert line.startswith(f"sse-labels: {proxy.address}/labels")
+        assert line.endswith(
+            f"; sending lines {number} to {number + 1} again for up to 60 s, with the same "
+            "Idempotency-Key: a server that knows this header stores nothing twice"
+        )
+    assert "/labels answered 504: Gateway Timeout; sending" in run.err[2]
+    assert database.stored() == events(*labels, labels[0])
 
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.handle_request)
-    thread.start()
-    run = publish(f"http://127.0.0.1:{server.server_port}", lines(label(0), label(1)))
-    thread.join()
-    server.server_close()
+
+def test_server_that_is_away_for_a_while_is_said_once_and_waited_for(
+    database: TestDatabase, url: str
+) -> None:
+    labels = [label(number) for number in range(4)]
+    acts = (refused(503), refused(502), passed, refused(408), passed)
+    with front(url, *acts) as proxy:
+        run = publish(proxy.address, lines(*labels), "--batch=2")
+    assert [proxy.keys.count(key) for key in dict.fromkeys(proxy.keys)] == [3, 2]
+    assert run.output == "4 labels stored, the last as seq 4\n"
+    away, slow = run.err
+    assert away.startswith(
+        f"sse-labels: {proxy.address}/labels answered 503: a reason; sending lines 1 to 2 again "
+    )
+    # The 4xx said that nothing was stored.
+    assert slow == (
+        f"sse-labels: {proxy.address}/labels answered 408: a reason; sending lines 3 to 4 again "
+        "for up to 60 s"
+    )
+    assert database.stored() == events(*labels)
+
+
+def test_restart_of_the_server_is_waited_for_once_it_was_there(
+    database: TestDatabase, url: str
+) -> None:
+    read, write = os.pipe()
+    with os.fdopen(read) as pipe, ExitStack() as stack:
+        with front(url) as proxy:
+            arguments = ("--batch=1", "--url", proxy.address, "--publish-token", TOKEN)
+            program = stack.enter_context(running("publish", *arguments, stdin=pipe))
+            os.write(write, lines(label(0)).encode())
+            proxy.wait_until_asked()
+        os.write(write, lines(label(1)).encode())
+        program.wait_for("Connection refused; sending line 2 again for up to 60 s$")
+        with front(url, port=proxy.server_port):
+            os.close(write)
+            assert program.wait() == 0
+    assert len(program.err) == 1
+    assert program.output == "2 labels stored, the last as seq 2\n"
+    assert database.stored() == events(label(0), label(1))
+
+
+def test_giving_up_says_what_is_stored_and_what_is_uncertain(
+    database: TestDatabase, url: str
+) -> None:
+    labels = [label(number) for number in range(6)]
+    with front(url, passed, lost, *[refused(503)] * 50) as proxy:
+        run = publish(proxy.address, lines(*labels), "--batch=2", "--retry-seconds=0.3")
+        tries = len(proxy.keys) - 1
+    assert run.process.returncode == 1
+    assert run.out == []
+    [waiting, said] = run.err
+    assert "; sending lines 3 to 4 again for up to 0.3 s, with the same " in waiting
+    assert tries >= 2
+    assert re.fullmatch(
+        re.escape(
+            f"sse-labels: {proxy.address}/labels answered 503: a reason; given up after {tries} "
+            f"tries in SECONDS s; {UNCERTAIN.format(3, 4)}; 2 labels stored before, up to line 2 "
+            "(go on with --from-line 3)"
+        ).replace("SECONDS", r"\d+\.\d"),
+        said,
+    )
+    # Whoever looks finds them stored, and goes on behind them.
+    assert database.stored() == events(*labels[:4])
+    publish(url, lines(*labels), "--from-line=5")
+    assert database.stored() == events(*labels)
+
+
+def test_without_retry_seconds_nothing_is_sent_again(database: TestDatabase, url: str) -> None:
+    two = lines(label(0), label(1))
+    with front(url, lost, refused(503, "1"), refused(429, "1")) as proxy:
+        runs = [publish(proxy.address, two, "--retry-seconds=0") for _ in range(3)]
+        assert len(set(proxy.keys)) == len(proxy.keys) == 3
+    before = "nothing was stored before (go on with --from-line 1)"
+    for run, outcome in zip(
+        runs,
+        [
+            f".*; {UNCERTAIN.format(1, 2)}",
+            f" answered 503: a reason; {UNCERTAIN.format(1, 2)}",
+            " answered 429: a reason; nothing of lines 1 to 2 is stored",
+        ],
+        strict=True,
+    ):
+        assert len(run.err) == 1
+        expected = rf"sse-labels: {proxy.address}/labels{outcome}; {re.escape(before)}"
+        assert re.fullmatch(expected, failure(run)[1])
+    assert database.stored() == events(label(0), label(1))
+
+
+def test_rate_of_the_server_is_kept_by_its_retry_after(database: TestDatabase) -> None:
+    labels = [label(number) for number in range(4)]
+    arguments = ("--dsn", database.dsn, "--publish-token", TOKEN)
+    rate = ("--publish-rate-labels=2", "--publish-burst-labels=2")
+    with (
+        running("serve", *QUICK_SERVER, *arguments, *rate) as server,
+        front(server.url()) as proxy,
+    ):
+        run = publish(proxy.address, lines(*labels), "--batch=2")
+    assert run.output == "4 labels stored, the last as seq 4\n"
+    first, second = dict.fromkeys(proxy.keys)
+    assert proxy.keys == [first, second, second]
+    assert proxy.times[2] - proxy.times[1] >= 1
+    [said] = run.err
+    assert "/labels answered 429: " in said
+    assert database.stored() == events(*labels)
+
+
+def test_rate_is_said_once_however_often_it_is_met(database: TestDatabase, url: str) -> None:
+    labels = [label(number) for number in range(3)]
+    with front(url, refused(429, "0"), passed, refused(429), lost, refused(429)) as proxy:
+        run = publish(proxy.address, lines(*labels), "--batch=1")
+    assert run.output == "3 labels stored, the last as seq 3\n"
+    rate, outage = run.err
+    assert rate == (
+        f"sse-labels: {proxy.address}/labels answered 429: a reason; waiting, now and whenever it "
+        "answers so again"
+    )
+    assert "; sending line 2 again for up to 60 s, with the same Idempotency-Key" in outage
+    assert database.stored() == events(*labels)
+
+
+@pytest.mark.parametrize("after", ["61", "9" * 400, "Wed, 01 Jan 2200 00:00:00 GMT"])
+def test_wait_beyond_retry_seconds_is_not_begun(after: str) -> None:
+    with front("", refused(429, after)) as proxy:
+        run = publish(proxy.address, lines(label(0), label(1)))
+    assert len(run.err) == len(proxy.keys) == 1
     status, said = failure(run)
     assert status == 1
-    assert "; lines 1 to 2 may or may not be stored: look before sending them again; " in said
+    assert re.fullmatch(
+        rf"sse-labels: {proxy.address}/labels answered 429: a reason; given up after 1 try in "
+        r"0\.0 s: it asks to wait \S+ s more, --retry-seconds is 60; nothing of lines 1 to 2 is "
+        r"stored; nothing was stored before \(go on with --from-line 1\)",
+        said,
+    )
+
+
+def test_retry_after_that_has_passed_or_cannot_be_read_asks_for_nothing(
+    database: TestDatabase, url: str
+) -> None:
+    hints = ["Wed, 21 Oct 2015 07:28:00 GMT", "soon"]
+    with front(url, refused(503, hints[0]), passed, refused(503, hints[1])) as proxy:
+        run = publish(proxy.address, lines(label(0), label(1)), "--batch=1")
+    assert run.output == "2 labels stored, the last as seq 2\n"
+    assert database.stored() == events(label(0), label(1))
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 413, 422, 500])
+def test_final_answer_is_not_asked_for_again(status: int) -> None:
+    with front("", refused(status, "0")) as proxy:
+        run = publish(proxy.address, lines(label(0), label(1)))
+    assert len(run.err) == len(proxy.keys) == 1
+    nothing = "nothing of lines 1 to 2 is stored"
+    assert f"; {nothing if status < 500 else UNCERTAIN.format(1, 2)}; " in failure(run)[1]
+
+
+def test_refusal_says_nothing_about_an_earlier_try(database: TestDatabase, url: str) -> None:
+    """The token was taken back meanwhile; the labels were stored before that."""
+    with front(url, lost, refused(401)) as proxy:
+        run = publish(proxy.address, lines(label(0), label(1)))
+        assert len(proxy.keys) == 2
+    assert f"answered 401: a reason; {UNCERTAIN.format(1, 2)}; " in failure(run)[1]
+    assert database.stored() == events(label(0), label(1))
+
+
+def test_201_of_something_else_is_called_uncertain() -> None:
+    def created(visit: Visit) -> None:
+        visit.answer(201, b'{"seqs":[1]}', None)
+
+    with front("", created, refused(201)) as proxy:
+        runs = [publish(proxy.address, lines(label(0), label(1))) for _ in range(2)]
+        assert len(proxy.keys) == 2
+    for run in runs:
+        said = f"answered 201 without a seq for each label; {UNCERTAIN.format(1, 2)}; "
+        assert said in failure(run)[1]
+
+
+# Ctrl-C
 
 
 def test_ctrl_c_says_what_was_stored(database: TestDatabase, url: str) -> None:
@@ -231,6 +524,26 @@ def test_ctrl_c_says_what_was_stored(database: TestDatabase, url: str) -> None:
         "sse-labels: interrupted; 2 labels stored before, up to line 2"
     ]
     assert database.stored() == events(label(0), label(1))
+
+
+@pytest.mark.parametrize(
+    ("act", "where"),
+    [(refused(503, "59"), f"; {UNCERTAIN.format(1, 2)}"), (refused(429, "59"), "")],
+    ids=["uncertain", "refused"],
+)
+def test_ctrl_c_ends_a_wait_at_once(tmp_path: Path, act: Act, where: str) -> None:
+    file = tmp_path / "labels.jsonl"
+    file.write_text(lines(label(0), label(1)))
+    with front("", act) as proxy:
+        arguments = ("--url", proxy.address, "--publish-token", TOKEN)
+        with running("publish", str(file), *arguments) as run:
+            run.wait_for("a reason; (sending|waiting)")
+            run.press_ctrl_c()
+            # It has less patience than the server asks for.
+            assert run.wait() == 130
+    assert [line for line in run.err if line][1:] == [
+        f"sse-labels: interrupted; nothing was stored before{where}"
+    ]
 
 
 # The progress bar
