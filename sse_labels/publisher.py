@@ -11,9 +11,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
-from sse_labels.errors import IdempotencyKeyReused, InvalidLabel
-from sse_labels.labels import Label, parse_label
+from sse_labels.errors import Forbidden, IdempotencyKeyReused, InvalidLabel
+from sse_labels.labels import Label, label_json, parse_label
 from sse_labels.metrics import Metrics
+from sse_labels.sse import dumps
 from sse_labels.store import Store
 
 
@@ -28,10 +29,16 @@ class Publisher:
         """Return one seq per label, in the same order.
 
         With a `key` the same labels are stored once, however often this is called within a day.
-        Raises InvalidLabel for the first label that is wrong, IdempotencyKeyReused when the key
-        belongs to other labels, DatabaseUnavailable when nothing was stored, or when the
-        connection was lost before the database could say (then a key makes trying again safe).
+        Raises Forbidden when the database does not let this server publish, InvalidLabel for the
+        first label that is wrong, IdempotencyKeyReused when the key belongs to other labels,
+        DatabaseUnavailable when nothing was stored, or when the connection was lost before the
+        database could say (then a key makes trying again safe).
         """
+        if not self._store.may_publish:
+            raise Forbidden(
+                "publishing is off: this database was not migrated, or the server's role may not "
+                "write label and label_request"
+            )
         labels: list[Label] = []
         for index, item in enumerate(given):
             try:
@@ -39,7 +46,9 @@ class Publisher:
             except InvalidLabel as error:
                 self._metrics.count["labels_refused"] += len(given)
                 raise error.at(index) from None
-        fingerprint = hashlib.sha256(repr(labels).encode()).digest()
+        # Of their wire form, so that a key outlives an update of this program.
+        written = dumps([label_json(*label) for label in labels])
+        fingerprint = hashlib.sha256(written.encode()).digest()
         seqs = await self._store.publish(labels, key, fingerprint)
         if seqs is None:
             raise IdempotencyKeyReused("this Idempotency-Key was used for other labels")

@@ -55,7 +55,7 @@ class Retention:
         while True:
             try:
                 self._floor = (await self._store.state()).floor
-                if self._store.may_delete:
+                if self._store.may_delete or self._store.may_publish:
                     await self.sweep()
             except DatabaseUnavailable as error:
                 log.warning("retention waits for its next turn: error=%s", error)
@@ -67,7 +67,11 @@ class Retention:
         try:
             if not await self._store.try_lock_retention(connection):
                 return False
-            await self._store.forget(connection, REQUEST_MEMORY_SECONDS)
+            if self._store.may_publish:
+                await self._store.forget_requests(connection, REQUEST_MEMORY_SECONDS)
+            if not self._store.may_delete:
+                return True
+            await self._store.forget_times(connection)
             horizon = await self._horizon(connection)
             if horizon > self._floor:
                 self._floor = await self._store.raise_floor(connection, horizon)

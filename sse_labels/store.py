@@ -46,12 +46,13 @@ class Store:
         self._database = database
         self.has_state = False
         self.has_commit_time = False
+        self.may_publish = False
         self.may_delete = False
 
     async def check(self) -> None:
         """Raise SchemaError when nothing can be streamed from this database without loss."""
         [row] = await self._database.fetch("describe")
-        has_label, has_state, sequence, cache, has_commit_time, version, may_delete = row
+        has_label, has_state, sequence, cache, has_commit_time, version, *rights = row
         if not has_label:
             raise SchemaError(
                 "--dsn", "a database without a label table", "one that has it; --migrate makes it"
@@ -71,7 +72,7 @@ class Store:
             )
         self.has_state = has_state
         self.has_commit_time = has_commit_time
-        self.may_delete = has_state and may_delete
+        self.may_publish, self.may_delete = rights
 
     async def dedicated(self) -> Connection:
         """Return a connection that is the caller's own; the caller closes it."""
@@ -215,10 +216,13 @@ class Store:
         [(deleted,)] = await connection.fetch("delete_below_floor", limit=limit)
         return int(deleted)
 
-    async def forget(self, connection: Connection, requests_seconds: float) -> None:
-        """Delete what retention and repeated requests have no use for any more."""
+    async def forget_times(self, connection: Connection) -> None:
+        """Delete the times that no horizon can ask for again."""
         await connection.fetch("forget_times")
-        await connection.fetch("forget_requests", seconds=requests_seconds)
+
+    async def forget_requests(self, connection: Connection, seconds: float) -> None:
+        """Delete the keys of requests that are older than `seconds`."""
+        await connection.fetch("forget_requests", seconds=seconds)
 
 
 def _like(prefix: str) -> str:

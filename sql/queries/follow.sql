@@ -3,8 +3,8 @@
 
 -- name: describe
 -- One row: have we a label table; and our own state beside it to read; name and cache of the id
--- sequence; are commit timestamps kept; the server's version as a number; may this role delete
--- old labels.
+-- sequence; are commit timestamps kept; the server's version as a number; may this role publish
+-- (label_publish is there, and it may do all that it does); may it delete old labels.
 SELECT to_regclass('label') IS NOT NULL AS has_label,
        (SELECT has_table_privilege(attrelid, 'SELECT') FROM pg_attribute
          WHERE attrelid = to_regclass('label_stream') AND attname = 'epoch') IS TRUE AS has_state,
@@ -12,8 +12,17 @@ SELECT to_regclass('label') IS NOT NULL AS has_label,
        (SELECT seqcache FROM pg_sequence WHERE seqrelid = sequence.name::regclass) AS cache,
        current_setting('track_commit_timestamp') = 'on' AS has_commit_time,
        current_setting('server_version_num')::integer AS version,
-       coalesce(has_table_privilege(to_regclass('label_stream'), 'UPDATE')
-                AND has_table_privilege(to_regclass('label'), 'DELETE'), false) AS may_delete
+       to_regproc('label_publish') IS NOT NULL
+           AND has_table_privilege(to_regclass('label'), 'INSERT')
+           AND has_sequence_privilege(sequence.name, 'USAGE')
+           AND (SELECT bool_and(has_table_privilege(to_regclass('label_request'), needed))
+                  FROM unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS needed)
+           IS TRUE AS may_publish,
+       has_table_privilege(to_regclass('label_stream'), 'UPDATE')
+           AND has_table_privilege(to_regclass('label'), 'DELETE')
+           AND (SELECT bool_and(has_table_privilege(to_regclass('label_clock'), needed))
+                  FROM unnest(ARRAY['SELECT', 'INSERT', 'DELETE']) AS needed)
+           IS TRUE AS may_delete
   FROM (SELECT CASE WHEN to_regclass('label') IS NOT NULL
                     THEN pg_get_serial_sequence('label', 'id') END AS name) AS sequence;
 

@@ -28,6 +28,7 @@ from sse_labels.database import Database
 from sse_labels.embedded import EmbeddedPostgres, default_data_dir
 from sse_labels.errors import DatabaseUnavailable, SseLabelsError
 from sse_labels.publish_token import keep_token
+from sse_labels.store import Store
 
 #: What tells a server to stop. SIGHUP: its terminal was closed.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -209,4 +210,12 @@ async def apply_migrations(settings: Settings, dsn: str) -> int:
         query_timeout_seconds=settings.query_timeout_seconds,
         max_connections=1,
     )
-    return await migrations.migrate(database)
+    try:
+        version = await migrations.migrate(database)
+        store = Store(database)
+        await store.check()
+        # After a restore this may be the one role that can begin a new epoch.
+        await store.claim_epoch()
+    finally:
+        database.close()
+    return version

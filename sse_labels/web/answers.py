@@ -35,6 +35,8 @@ SECURITY_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
 }
+#: What such a page may send.
+ALLOWED_HEADERS = "Authorization, Content-Type, Idempotency-Key, Last-Event-ID"
 #: What a browser may remember of a preflight, in seconds.
 PREFLIGHT_SECONDS = 86_400
 
@@ -137,7 +139,7 @@ async def preflight(request: web.Request, handler: Handler) -> web.StreamRespons
         status=204,
         headers={
             hdrs.ACCESS_CONTROL_ALLOW_METHODS: "GET, POST, OPTIONS",
-            hdrs.ACCESS_CONTROL_ALLOW_HEADERS: "Authorization, Content-Type, Last-Event-ID",
+            hdrs.ACCESS_CONTROL_ALLOW_HEADERS: ALLOWED_HEADERS,
             hdrs.ACCESS_CONTROL_MAX_AGE: str(PREFLIGHT_SECONDS),
         },
     )

@@ -6,10 +6,11 @@ import asyncio
 
 import httpx
 import pytest
+from psycopg2.extensions import make_dsn, parse_dsn
 
 from sse_labels.errors import BrokenPromise
 
-from support.database import TestDatabase
+from support.database import TestDatabase, role
 from support.reading import reading
 from support.server import RunServer, Server
 
@@ -71,6 +72,24 @@ async def test_rebuilt_database_gets_another_epoch_at_the_next_start(
     async with run_server(migrate=True) as server:
         after = server.app.sequencer.epoch
     assert before != after == epoch_of(database)
+
+
+async def test_role_that_owns_the_tables_claims_the_epoch(
+    run_server: RunServer, database: TestDatabase
+) -> None:
+    with role(database, f"ALL ON DATABASE {database.name}", "ALL ON SCHEMA public") as dsn:
+        owner = make_dsn(dsn)
+        name = parse_dsn(dsn)["user"]
+        for kind, thing in database.execute(
+            "SELECT CASE relkind WHEN 'S' THEN 'SEQUENCE' ELSE 'TABLE' END, relname FROM pg_class"
+            " WHERE relnamespace = 'public'::regnamespace AND relkind = 'r'"
+        ):
+            database.execute(f"ALTER {kind} {thing} OWNER TO {name}")
+        database.execute("UPDATE label_stream SET identity = 'another/cluster/1'")
+        before = epoch_of(database)
+        async with run_server(owner, migrate=True) as server:
+            assert server.app.sequencer.epoch == epoch_of(database) != before
+        database.execute(f"REASSIGN OWNED BY {name} TO postgres")
 
 
 async def test_epoch_that_changes_under_a_running_server_stops_it(

@@ -10,19 +10,19 @@ from typing import Any
 import httpx
 import pytest
 
-from support.database import TestDatabase, until
+from support.database import TestDatabase, role, until
 from support.reading import PATIENCE_SECONDS, reading
-from support.server import PUBLISH_TOKEN, Gate, Server, away
+from support.server import PUBLISH_TOKEN, Gate, RunServer, Server, away
 
 SRC = "did:plc:aaaaaaaaaaaaaaaaaaaaaaaa"
 LEAST = {"src": SRC, "uri": "did:plc:x", "val": "spam", "cts": "2026-01-01T00:00:00Z"}
 
 
-async def publish(server: Server, labels: list[dict[str, Any]]) -> httpx.Response:
+async def publish(server: Server, labels: list[dict[str, Any]], **headers: str) -> httpx.Response:
     async with httpx.AsyncClient(timeout=PATIENCE_SECONDS, verify=False) as client:
         return await client.post(
             f"{server.url}/labels",
-            headers={"Authorization": f"Bearer {PUBLISH_TOKEN}"},
+            headers={"Authorization": f"Bearer {PUBLISH_TOKEN}", **headers},
             json={"labels": labels},
         )
 
@@ -218,3 +218,48 @@ async def test_a_client_that_hangs_up_early_leaves_all_or_nothing(
         await reader.until_events(10)
     assert reader.events == database.stored()
     assert len(reader.events) == 10
+
+
+# What the database allows
+
+RIGHTS_TO_READ = ("SELECT ON label, label_stream",)
+RIGHTS_TO_PUBLISH = (
+    *RIGHTS_TO_READ,
+    "INSERT ON label",
+    "USAGE ON SEQUENCE label_id_seq",
+    "SELECT, INSERT, UPDATE, DELETE ON label_request",
+)
+
+
+async def test_the_rights_of_the_readme_are_enough_to_publish(
+    run_server: RunServer, database: TestDatabase
+) -> None:
+    with role(database, *RIGHTS_TO_PUBLISH) as dsn:
+        async with run_server(dsn) as server:
+            for _ in range(2):
+                answer = await publish(server, [LEAST], **{"Idempotency-Key": "once"})
+                assert (answer.status_code, answer.json()) == (201, {"seqs": [1]})
+            await server.app.retention.sweep()
+        assert len(database.stored()) == 1
+
+
+@pytest.mark.parametrize("missing", RIGHTS_TO_PUBLISH[1:])
+async def test_a_server_that_may_not_publish_says_so(
+    run_server: RunServer, database: TestDatabase, missing: str
+) -> None:
+    rights = [right for right in RIGHTS_TO_PUBLISH if right != missing]
+    with role(database, *rights) as dsn:
+        async with run_server(dsn) as server:
+            answer = await publish(server, [LEAST])
+            assert (answer.status_code, answer.json()["error"]) == (403, "Forbidden")
+            assert "may not write" in answer.json()["message"]
+    assert database.stored() == []
+
+
+async def test_a_table_that_is_not_ours_is_not_published_to(
+    run_server: RunServer, database: TestDatabase
+) -> None:
+    database.execute("DROP FUNCTION label_publish")
+    async with run_server() as server:
+        assert (await publish(server, [LEAST])).status_code == 403
+    assert database.stored() == []

@@ -10,22 +10,21 @@ import asyncio
 import os
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing
 from typing import Any
 
 import httpx
 import psycopg2
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from psycopg2.extensions import make_dsn
 
 from sse_labels.app import App
 from sse_labels.config import Settings
 from sse_labels.embedded import EmbeddedPostgres
 
-from support.database import TestDatabase, insert_with, reachable_directory, until
+from support.database import TestDatabase, insert_with, reachable_directory, role, until
 from support.reading import Reader, reading
 from support.server import QUICK, RunServer, Server
 
@@ -102,21 +101,6 @@ def looked_since(database: TestDatabase, since: Any) -> Any:
 
 def seqs(reader: Reader) -> list[int]:
     return [event["seq"] for event in reader.events]
-
-
-@contextmanager
-def role(database: TestDatabase, *grants: str) -> Iterator[str]:
-    """The DSN of a new role of the cluster that has these rights in the database and no other."""
-    name = f"role_{database.name}"
-    database.execute(f"CREATE ROLE {name} LOGIN")
-    try:
-        for grant in grants:
-            database.execute(f"GRANT {grant} TO {name}")
-        yield make_dsn(database.dsn, user=name)
-    finally:
-        database.close()
-        database.execute(f"DROP OWNED BY {name}")
-        database.execute(f"DROP ROLE {name}")
 
 
 class TestCommitsOutOfOrder:

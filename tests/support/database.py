@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import psycopg2
+from psycopg2.extensions import make_dsn
 
 
 @contextmanager
@@ -151,3 +152,18 @@ def expected_event(
     if sig is not None:
         label["sig"] = {"$bytes": base64.b64encode(bytes(sig)).decode().rstrip("=")}
     return {"seq": seq, "labels": [label]}
+
+
+@contextmanager
+def role(database: TestDatabase, *grants: str) -> Iterator[str]:
+    """The DSN of a new role of the cluster that has these rights in the database and no other."""
+    name = f"role_{database.name}"
+    database.execute(f"CREATE ROLE {name} LOGIN")
+    try:
+        for grant in grants:
+            database.execute(f"GRANT {grant} TO {name}")
+        yield make_dsn(database.dsn, user=name)
+    finally:
+        database.close()
+        database.execute(f"DROP OWNED BY {name}")
+        database.execute(f"DROP ROLE {name}")
