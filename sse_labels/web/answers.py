@@ -35,6 +35,7 @@ SECURITY_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
 }
+SERVER = "sse_labels"
 #: What such a page may send.
 ALLOWED_HEADERS = "Authorization, Content-Type, Idempotency-Key, Last-Event-ID"
 #: What a browser may remember of a preflight, in seconds.
@@ -106,6 +107,8 @@ async def add_security_headers(request: web.Request, response: web.StreamRespons
     """Add what every answer carries, unless its handler said it otherwise."""
     for name, value in SECURITY_HEADERS.items():
         response.headers.setdefault(name, value)
+    # Else aiohttp tells its version and Python's.
+    response.headers[hdrs.SERVER] = SERVER
 
 
 def allow_origins(app: web.Application, origins: tuple[str, ...]) -> None:

@@ -164,5 +164,6 @@ async def test_every_answer_carries_the_security_headers(run_server: RunServer) 
     for answer in answers:
         assert answer.headers["X-Content-Type-Options"] == "nosniff"
         assert answer.headers["Referrer-Policy"] == "no-referrer"
+        assert answer.headers.get("Server", "sse_labels") == "sse_labels"
         assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
         assert "frame-ancestors 'none'" in answer.headers["Content-Security-Policy"]
