@@ -9,6 +9,8 @@ PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 PYTEST_ARGS ?=
+SECONDS ?= 600
+SEED ?=
 
 ifneq ($(words $(VENV)),1)
 $(error VENV must be one word, without spaces: '$(VENV)')
@@ -37,7 +39,7 @@ unexport PYTHONPATH PYTHONHOME PIP_USER PIP_TARGET PIP_PREFIX PIP_REQUIRE_VIRTUA
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .SUFFIXES:
-.PHONY: help demo test lint format clean FORCE
+.PHONY: help demo test soak lint format clean FORCE
 
 ## What there is
 
@@ -46,6 +48,7 @@ help: ## This list
 	@echo
 	@echo "  ARGS=…         more for sse-labels demo:  make demo ARGS='--port 8081'"
 	@echo "  PYTEST_ARGS=…  more for pytest:           make test PYTEST_ARGS='-k cutover'"
+	@echo "  SECONDS=…      how long a soak lasts, and with SEED=… the one that failed again"
 	@echo "  PYTHON=…       the Python to use          ($(PYTHON))"
 	@echo "  VENV=…         where it is installed      ($(VENV))"
 
@@ -54,6 +57,11 @@ demo: $(DONE)/package ## Install, run a PostgreSQL of its own, serve, publish ma
 
 test: $(DONE)/package $(DONE)/dev ## Install what the tests need, and run all of them
 	@$(BIN)/pytest -o cache_dir='$(CACHES)/pytest' $(PYTEST_ARGS)
+
+soak: $(DONE)/package $(DONE)/dev ## The long run: all faults in random order, SECONDS=600
+	@SSE_LABELS_SOAK_SECONDS='$(SECONDS)' $(if $(SEED),SSE_LABELS_TEST_SEED='$(SEED)') \
+	  $(BIN)/pytest -o cache_dir='$(CACHES)/pytest' $(PYTEST_ARGS) \
+	  tests/soak/soak.py tests/acceptance/test_frozen_readers.py
 
 lint: $(DONE)/dev ## Check style, types, and the direction of imports
 	@status=0; \

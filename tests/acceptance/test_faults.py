@@ -1,0 +1,142 @@
+"""Nothing is lost whatever fails: each fault strikes while many read and many write."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
+
+import pytest
+from oracle import SEED_VARIABLE, choose_seed, tell
+from oracle.stage import Stage, own_postgres, staged
+from oracle.verdict import Row, table
+from oracle.wire import metric, until_so
+
+from sse_labels.embedded import EmbeddedPostgres
+
+from support.database import until
+
+#: How long after a fault's end the last consumer may need for a new label, in seconds.
+RECOVERY_SECONDS = 10.0
+
+Strike = Callable[[Stage], Awaitable[Any]]
+
+
+class Faults:
+    """Runs faults under the oracle, and keeps the rows of the report."""
+
+    def __init__(self, postgres: EmbeddedPostgres) -> None:
+        self.postgres = postgres
+        self.seed = choose_seed()
+        self.rows: list[Row] = []
+
+    async def strike(
+        self, fault: str, *strikes: Strike, statement_timeout: str = "0", **options: str
+    ) -> Stage:
+        """Let each strike happen under load; fail unless everything arrived, once, in order."""
+        async with staged(
+            self.postgres,
+            f"{self.seed}",
+            options={name.replace("_", "-"): text for name, text in options.items()},
+            statement_timeout=statement_timeout,
+        ) as stage:
+            await stage.begin()
+            for strike in strikes:
+                await stage.inject(fault, lambda strike=strike: strike(stage))
+            verdict = await stage.end()
+            self.rows += [row for row in verdict.rows() if row.times]
+            assert verdict.clean, f"{verdict}\n{stage.log()}"
+            assert all(one.recovery_seconds < RECOVERY_SECONDS for one in verdict.injections)
+            assert verdict.labels > 20
+            return stage
+
+
+@pytest.fixture(scope="module")
+def faults(request: pytest.FixtureRequest) -> Iterator[Faults]:
+    with own_postgres() as postgres:
+        made = Faults(postgres)
+        yield made
+    tell(request.config, f"{SEED_VARIABLE}={made.seed}\n{table(made.rows)}")
+
+
+async def test_nothing_is_lost_when_the_server_is_killed_and_restarted(faults: Faults) -> None:
+    await faults.strike("server killed", Stage.server_killed, Stage.server_killed)
+
+
+async def test_nothing_is_lost_when_postgresql_crashes_twice(faults: Faults) -> None:
+    await faults.strike("PostgreSQL crashes", Stage.postgres_crashes, Stage.postgres_crashes)
+
+
+async def test_nothing_is_lost_when_the_listening_backend_is_terminated(faults: Faults) -> None:
+    await faults.strike("listener terminated", Stage.listener_terminated)
+
+
+async def test_nothing_is_lost_when_all_backends_are_terminated(faults: Faults) -> None:
+    await faults.strike("all backends terminated", *[Stage.backends_terminated] * 3)
+
+
+async def test_nothing_is_lost_when_a_statement_timeout_fires(faults: Faults) -> None:
+    await faults.strike(
+        "statement_timeout", Stage.statement_timeout_fires, statement_timeout="400ms"
+    )
+
+
+async def test_streams_stay_open_while_the_database_refuses_connections(faults: Faults) -> None:
+    await faults.strike("database refuses", lambda stage: stage.unreachable("refused", 3))
+
+
+async def test_streams_stay_open_while_the_database_is_behind_a_black_hole(faults: Faults) -> None:
+    await faults.strike("database swallows", lambda stage: stage.unreachable("swallowed", 5))
+
+
+async def test_publish_whose_answer_is_lost_is_stored_once(faults: Faults) -> None:
+    stage = await faults.strike(
+        "publish cut off",
+        *[lambda stage: stage.answer_lost(before=False)] * 3,
+        *[lambda stage: stage.answer_lost(before=True)] * 2,
+    )
+    assert sum(publisher.refused.total() for publisher in stage.publishers) >= 5
+
+
+async def test_nothing_is_lost_when_the_clock_is_set_back(faults: Faults) -> None:
+    await faults.strike("clock set back", Stage.clock_set_back)
+
+
+async def test_nothing_is_lost_when_the_sequencer_raises(faults: Faults) -> None:
+    await faults.strike("sequencer raises", Stage.sequencer_raises, Stage.sequencer_raises)
+
+
+async def test_nothing_is_lost_when_descriptors_run_out(faults: Faults) -> None:
+    await faults.strike("no descriptors left", Stage.descriptors_run_out)
+
+
+async def test_nothing_is_lost_when_the_ring_holds_almost_nothing(faults: Faults) -> None:
+    async def hurry(stage: Stage) -> None:
+        chunks = stage.consumers[0]
+        seen = len(chunks.transcript)
+        await until(lambda: len(chunks.transcript) > seen + 300)
+
+    await faults.strike("full ring", hurry, ring_max_bytes="2KiB", page_cache_max_bytes="0")
+
+
+async def test_server_ends_with_a_message_when_the_database_goes_back(faults: Faults) -> None:
+    async with staged(faults.postgres, faults.seed) as stage:
+        database = stage.database
+        seqs = database.insert(50)
+
+        async def streamed() -> bool:
+            return await metric(stage.port, "sse_labels_head_seq") == seqs[-1]
+
+        await until_so(streamed)
+        stage.proxy.refuse()
+        await stage.until_ready(503)
+        database.execute("ALTER TABLE label DISABLE TRIGGER USER")
+        database.execute("DELETE FROM label WHERE id > 10")
+        database.execute("ALTER TABLE label ENABLE TRIGGER USER")
+        database.execute("SELECT setval(pg_get_serial_sequence('label', 'id'), 10)")
+        await stage.proxy.accept()
+        assert stage.program is not None
+        status = await asyncio.to_thread(stage.program.wait)
+        assert status == 1
+        assert "the database went back or was rebuilt" in stage.program.err[-1]
+        assert stage.program.err[-1].startswith("sse-labels: ")

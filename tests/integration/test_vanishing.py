@@ -1,0 +1,140 @@
+"""Clients that vanish, counted from within: no task, no queue, no descriptor is left over."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import socket
+import struct
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from oracle import tell
+
+from sse_labels.outbox import ChunkQueue, Outbox
+from sse_labels.web.connection import Connection
+
+from support.database import TestDatabase, until
+from support.server import Gate, RunServer, Server, insert_large
+
+#: Of each kind; half of them leave with a reset, the others in order.
+CLIENTS = 100
+#: Labels of 8 KiB: more than the buffers between the server and a client hold.
+HISTORY = 60
+#: What one client keeps alive in the server.
+KEPT = (Outbox, ChunkQueue, Connection)
+
+
+class Crowd:
+    """Clients at every place on a stream's way, all of them at once."""
+
+    def __init__(self, server: Server, database: TestDatabase, count: int) -> None:
+        self._app = server.app
+        self._port = int(server.url.rpartition(":")[2])
+        self._database = database
+        self._count = count
+        self._socks: list[socket.socket] = []
+
+    async def vanish(self) -> dict[str, int]:
+        """Come, get stuck, and leave; return how many stood where."""
+        store, count = self._app.store, self._count
+        pages, gate = store.page, Gate()
+        try:
+            # Nothing asked, half a head, all of it and gone before the first byte of an answer:
+            # these the server may not even have seen when they leave.
+            await self._come("")
+            await self._come("GET /stream?cursor=0 HT")
+            # Stuck in a write in the midst of history: their kernel takes no more.
+            await self._come(ask("?cursor=0"))
+            await until(lambda: self._streams() == count)
+            # Waiting for a page of the database, which does not come; each for one of its own.
+            store.page = gate.before(pages)  # type: ignore[method-assign]
+            for number in range(count):
+                await self._come(ask(f"?cursor=0&values=other{number}"), 1)
+            await gate.reached.wait()
+            await until(lambda: self._streams() == 2 * count)
+            # Live: at rest, and with a queue that fills up while they are stuck.
+            await self._come(ask(""))
+            await until(lambda: self._caught_up() == count)
+            await asyncio.to_thread(insert_large, self._database, HISTORY)
+            await until(lambda: self._queued() >= count)
+            await self._come(ask("?values=none"))
+            await until(lambda: self._caught_up() == 2 * count)
+            found = dict(self.census())
+            await self._come(ask(""))
+        finally:
+            for number, sock in enumerate(self._socks):
+                if number % 2:
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                sock.close()
+            gate.opened.set()
+            store.page = pages  # type: ignore[method-assign]
+        return found
+
+    def left(self, before: Counter[str]) -> dict[str, int]:
+        """What there is more of than there was."""
+        now = self.census()
+        return {name: max(0, now[name] - before[name]) for name in before}
+
+    def census(self) -> Counter[str]:
+        gc.collect()
+        found = Counter({kind.__name__: 0 for kind in KEPT})
+        found.update(type(one).__name__ for one in gc.get_objects() if type(one) in KEPT)
+        found["streams"] = self._streams()
+        found["tasks"] = len(asyncio.all_tasks())
+        # The pool keeps its connections to the database.
+        opened = sum(1 for _ in Path("/proc/self/fd").iterdir())
+        found["descriptors"] = opened - len(self._app.database._idle)
+        return found
+
+    def _streams(self) -> int:
+        return len(self._app.streams._open)
+
+    def _caught_up(self) -> int:
+        return sum(outbox.caught_up for outbox in self._app.streams._open)
+
+    def _queued(self) -> int:
+        return sum(not outbox._queue.empty() for outbox in self._app.streams._open)
+
+    async def _come(self, text: str, count: int | None = None) -> None:
+        loop = asyncio.get_running_loop()
+        for _ in range(self._count if count is None else count):
+            sock = socket.socket()
+            self._socks.append(sock)
+            sock.setblocking(False)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            await loop.sock_connect(sock, ("127.0.0.1", self._port))
+            await loop.sock_sendall(sock, text.encode())
+
+
+def ask(query: str) -> str:
+    """The head of a request for a stream."""
+    return f"GET /stream{query} HTTP/1.1\r\nHost: test\r\n\r\n"
+
+
+async def test_clients_that_vanish_leave_no_task_no_queue_no_descriptor(
+    run_server: RunServer, database: TestDatabase, request: pytest.FixtureRequest
+) -> None:
+    insert_large(database, HISTORY)
+    # No heartbeat finds out what the end of a connection did not.
+    async with run_server(
+        page_max_events=10, page_cache_max_bytes=0, heartbeat_seconds=60
+    ) as server:
+        # What is made once, by whoever comes first, is no leftover.
+        rehearsal = Crowd(server, database, 1)
+        await rehearsal.vanish()
+        await until(lambda: rehearsal.census()["streams"] == 0)
+        await until(lambda: rehearsal.census()["Connection"] == 0)
+        crowd = Crowd(server, database, CLIENTS)
+        before = crowd.census()
+        present = await crowd.vanish()
+        assert present["Outbox"] == present["ChunkQueue"] == present["streams"] == 4 * CLIENTS
+        assert present["Connection"] >= 4 * CLIENTS
+        try:
+            await until(lambda: not any(crowd.left(before).values()))
+        finally:
+            left = crowd.left(before)
+            tell(request.config, f"{7 * CLIENTS} clients that vanished; at most {present}")
+            tell(request.config, f"left over: {left}")
+        assert server.app.sequencer._subscribers == {}
