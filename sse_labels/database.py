@@ -108,8 +108,14 @@ class Database:
                 return await self._connect_to(address)
             except (psycopg2.Error, TimeoutError, OSError, DatabaseUnavailable) as error:
                 cause = error
-                reasons.append(str(error).strip() or f"no answer in {self._connect_timeout:g} s")
+                reasons.append(self._why(error))
         raise DatabaseUnavailable("cannot connect: " + "; ".join(reasons)) from cause
+
+    def _why(self, error: BaseException) -> str:
+        if isinstance(error, TimeoutError):
+            return f"no answer in {self._connect_timeout:g} s"
+        # libpq says nothing when there is no descriptor left for the socket.
+        return str(error).strip() or "libpq gives no reason (are too many files open?)"
 
     @contextlib.asynccontextmanager
     async def borrow(self) -> AsyncIterator[Connection]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import signal
 from collections.abc import Awaitable, Callable, Iterator
 from types import FrameType
@@ -29,6 +30,8 @@ from sse_labels.embedded import EmbeddedPostgres, default_data_dir
 from sse_labels.errors import DatabaseUnavailable, SseLabelsError
 from sse_labels.publish_token import keep_token
 from sse_labels.store import Store
+
+log = logging.getLogger(__name__)
 
 #: What tells a server to stop. SIGHUP: its terminal was closed.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -159,12 +162,13 @@ def run(
         pass  # by `drain`
     except BaseExceptionGroup as group:
         ours, others = group.split(SseLabelsError)
-        if ours is None or others is not None:
-            raise
         # One task's failure ends all; its sentence is what the operator needs.
-        first: BaseException = ours
+        first: BaseException = group if ours is None else ours
         while isinstance(first, BaseExceptionGroup):
             first = first.exceptions[0]
+        if others is not None:
+            log.critical("a part of the server failed, which ends it: error=%r", first)
+            raise
         raise first from None
 
 

@@ -238,7 +238,9 @@ def most_connections(wanted: int, others: int) -> int:
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if limit == resource.RLIM_INFINITY:
         return wanted
-    fit = max(1, limit - _open_descriptors() - others - MAX_REFUSALS - SPARE_DESCRIPTORS)
+    free = limit - _open_descriptors() - others - SPARE_DESCRIPTORS
+    # Where there are few, refusals take a quarter: whoever then finds none is refused in haste.
+    fit = max(1, free - min(MAX_REFUSALS, free // 4))
     if fit < wanted:
         log.warning(
             "fewer files may be open than connections are allowed: files=%s max_connections=%s "

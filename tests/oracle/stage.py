@@ -448,7 +448,7 @@ class Stage:
         self._trap.touch()
         assert self.program is not None
         assert await asyncio.to_thread(self.program.wait) == 1
-        assert any(line.endswith(TRAP_REASON) for line in self.program.err), self.log()
+        assert any("which ends it" in line and TRAP_REASON in line for line in self.program.err)
         await until(lambda: all(n > before[c] for c, n in self._told("ServerStopping").items()))
         await self.start_server()
 

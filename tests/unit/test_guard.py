@@ -463,6 +463,10 @@ def test_limit_of_connections_leaves_descriptors_for_the_rest(
     assert 500 < allowed < 1024 - 20 - open_descriptors()
     assert "max_connections=15000" in caplog.text
     assert most_connections(100, others=20) == 100
+    # With very few, refusals do not take them all.
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (256, 4096))
+    few = 256 - 20 - open_descriptors()
+    assert few // 2 < most_connections(15_000, others=20) < few
 
 
 async def test_out_of_descriptors_clients_are_refused_and_the_others_live() -> None:
