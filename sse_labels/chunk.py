@@ -102,7 +102,10 @@ class Chunk:
             return self
         keys = None if self._keys is None else self._keys[first:last]
         start = min(max(cursor, self.start), self.end)
-        end = self.end if last == len(self) else self.seqs[last - 1]
+        end = self.end
+        if last < len(self):
+            # Of no events at all there is no last one, and nothing may be passed over.
+            end = self.seqs[last - 1] if last > first else start
         return Chunk(start, end, self.seqs[first:last], self._frames(first, last), keys)
 
     def count_after(self, cursor: int) -> int:

@@ -49,9 +49,14 @@ class Run:
     def encode(self, **options: Any) -> Chunk:
         return encode_rows(self.rows, start=self.start, end=self.end, with_keys=True, **options)
 
-    def after(self, cursor: int) -> Run:
+    def after(self, cursor: int, max_events: int | None = None) -> Run:
         start = max(self.start, min(cursor, self.end))
-        return Run(start, self.end, [row for row in self.rows if row[0] > cursor])
+        rows = [row for row in self.rows if row[0] > cursor]
+        if max_events is None or len(rows) <= max_events:
+            return Run(start, self.end, rows)
+        # Cut short, it goes no further than what it shows.
+        rows = rows[:max_events]
+        return Run(start, rows[-1][0] if rows else start, rows)
 
     def select(self, narrowed: Filter) -> Run:
         kept = [row for row in self.rows if narrowed.matches(row[1], row[2], row[4])]
@@ -132,6 +137,37 @@ class TestAfter:
         chunk = run.encode()
         for cursor in range(run.start - 2, run.end + 3):
             assert_same(chunk.after(cursor), run.after(cursor).encode())
+
+    @settings(max_examples=40, deadline=None)
+    @given(runs())
+    def test_after_any_cursor_its_first_events_are_what_encoding_those_anew_gives(
+        self, run: Run
+    ) -> None:
+        chunk = run.encode()
+        for cursor in range(run.start - 2, run.end + 3):
+            for max_events in (*range(4), len(run.rows) - 1, len(run.rows), len(run.rows) + 1):
+                if max_events >= 0:
+                    part = chunk.after(cursor, max_events)
+                    assert_same(part, run.after(cursor, max_events).encode())
+
+    @settings(max_examples=30, deadline=None)
+    @given(runs(), st.integers(1, 5))
+    def test_page_by_page_it_is_read_to_its_end_and_nothing_is_left_out(
+        self, run: Run, max_events: int
+    ) -> None:
+        chunk = run.encode()
+        parts = [chunk.after(run.start, max_events)]
+        while parts[-1].end < run.end:
+            parts.append(chunk.after(parts[-1].end, max_events))
+        assert max(map(len, parts)) <= max_events
+        assert_same(merge(parts), chunk)
+
+    @settings(max_examples=30, deadline=None)
+    @given(runs())
+    def test_what_comes_after_a_cursor_is_counted(self, run: Run) -> None:
+        chunk = run.encode()
+        for cursor in range(run.start - 2, run.end + 3):
+            assert chunk.count_after(cursor) == len(run.after(cursor).rows)
 
     @settings(max_examples=30, deadline=None)
     @given(runs(), st.data())
@@ -218,6 +254,36 @@ class TestMerge:
         before = [(part.wire, list(part.seqs), part.start, part.end) for part in parts]
         merge(parts)
         assert [(part.wire, list(part.seqs), part.start, part.end) for part in parts] == before
+
+
+class TestTogether:
+    """Any slices, choices and mergers, one after the other."""
+
+    @settings(max_examples=60, deadline=None)
+    @given(runs(), st.data())
+    def test_it_is_what_encoding_what_is_left_anew_gives(
+        self, run: Run, data: st.DataObject
+    ) -> None:
+        chunk = run.encode()
+        for _ in range(data.draw(st.integers(1, 4))):
+            match data.draw(st.sampled_from(["after", "select", "merge"])):
+                case "after":
+                    cursor = data.draw(st.integers(run.start - 1, run.end + 1))
+                    max_events = data.draw(st.none() | st.integers(0, 6))
+                    chunk, run = chunk.after(cursor, max_events), run.after(cursor, max_events)
+                case "select":
+                    narrowed = data.draw(st.sampled_from(FILTERS))
+                    chunk, run = chunk.select(narrowed), run.select(narrowed)
+                case "merge":
+                    seqs = [row[0] for row in run.rows[:-1]]
+                    if seqs:
+                        cut = data.draw(st.sampled_from(seqs))
+                        head = chunk.after(run.start, seqs.index(cut) + 1)
+                        chunk = merge([head, chunk.after(cut)])
+            assert_same(chunk, run.encode())
+            alone = [encode_rows([row], start=0, end=0).data for row in run.rows]
+            assert chunk.data == b"".join(alone)
+            assert unchunk(chunk.wire) == chunk.data
 
 
 class TestWire:
