@@ -253,7 +253,11 @@ def _string(obj: dict[Any, Any], field: str, is_valid: Callable[[str], bool]) ->
 
 
 def _signature(obj: dict[Any, Any]) -> bytes:
-    """Decode `{"$bytes": …}`: standard base64 alphabet, with or without padding."""
+    """Decode `{"$bytes": …}`: standard base64 alphabet, with or without padding.
+
+    The digits must be those that encoding the bytes gives: other bits in the last one (RFC 4648,
+    3.5) would come out as another text than went in.
+    """
     sig = obj["sig"]
     if isinstance(sig, dict) and len(sig) == 1:
         text = sig.get("$bytes")
@@ -263,7 +267,8 @@ def _signature(obj: dict[Any, Any]) -> bytes:
             # One digit over holds six bits, which is no byte; padding is whole or not there.
             if len(padding) < 3 and text in (digits, digits + padding):
                 decoded = a2b_base64(digits + padding)
-                if len(decoded) <= SIG_MAX_BYTES:
+                canonical = b2a_base64(decoded, newline=False).decode("ascii") == digits + padding
+                if canonical and len(decoded) <= SIG_MAX_BYTES:
                     return decoded
     expected = f'{{"$bytes": base64 of 1 to {SIG_MAX_BYTES} bytes}}'
     if isinstance(sig, dict) and set(sig) == {"$bytes"}:
