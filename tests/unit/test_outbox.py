@@ -323,6 +323,24 @@ class TestBackfill:
         await steps.aclose()
 
     @virtual_time
+    async def test_a_reader_whom_the_ring_leaves_behind_while_others_have_their_turn_goes_on(
+        self,
+    ) -> None:
+        bench = Bench(page_max_events=2, ring_max_bytes=2000)
+        bench.publish(1)
+        bench.publish(2)
+        bench.publish(3)
+        reading = asyncio.ensure_future(anext(bench.outbox().events(0)))
+        # It found its cursor in the ring, and has not taken the page yet.
+        await asyncio.sleep(0)
+        assert bench.sequencer.ring.covers(0)
+        for seq in range(4, 30):
+            bench.publish(seq)
+        assert not bench.sequencer.ring.covers(0)
+        assert seqs_of(await reading) == [1, 2]
+        assert bench.reads[0] == 0
+
+    @virtual_time
     async def test_the_next_page_is_read_while_this_one_is_being_written(self) -> None:
         bench = Bench(history=20, page_max_events=4)
         steps = bench.outbox().events(0)
@@ -601,6 +619,21 @@ class TestSilence:
         await steps.aclose()
 
     @virtual_time
+    async def test_an_event_that_comes_right_when_it_has_lasted_too_long_is_kept(self) -> None:
+        bench = Bench()
+        steps = bench.outbox().events(0)
+        await until_caught_up(steps)
+        reading = asyncio.ensure_future(anext(steps))
+        await asyncio.sleep(0)
+        # The timer of the silence, which was set before, expires in the same turn of the loop.
+        loop = asyncio.get_running_loop()
+        loop.call_at(loop.time() + HEARTBEAT_SECONDS, bench.publish, 1)
+        assert isinstance(await reading, Silence)
+        assert now() == pytest.approx(HEARTBEAT_SECONDS)
+        assert seqs_of(await anext(steps)) == [1]
+        await steps.aclose()
+
+    @virtual_time
     async def test_it_is_reported_while_a_page_is_being_read(self) -> None:
         bench = Bench(history=3, page_max_events=100)
         bench.gate.clear()
@@ -636,6 +669,15 @@ class TestRetention:
         steps = bench.outbox().events(2)
         assert await anext(steps) == Outdated(cursor=2, floor=5)
         assert seqs_of(await anext(steps)) == [5, 6, 7, 8]
+        await steps.aclose()
+
+    @virtual_time
+    async def test_a_single_event_that_was_taken_is_told_too(self) -> None:
+        bench = Bench(history=10)
+        bench.retire(floor=5)
+        steps = bench.outbox().events(3)
+        assert await anext(steps) == Outdated(cursor=3, floor=5)
+        assert await until_caught_up(steps) == [5, 6, 7, 8, 9, 10]
         await steps.aclose()
 
     @virtual_time

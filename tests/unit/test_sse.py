@@ -108,6 +108,7 @@ class TestBlocks:
 class TestFrames:
     @settings(max_examples=150, deadline=None)
     @given(seqs, columns())
+    @example(SEQ_MAX, ("s", "u", "", "v", None, "c", None, None))
     @example(1, (FORGED[0],) * 4 + (True, FORGED[1], FORGED[2], None))
     @example(2, (FORGED[3], FORGED[4], FORGED[5], "\ud800", False, "", "", memoryview(b"\n\n")))
     def test_no_label_can_forge_a_line_or_a_frame(self, seq: int, row: tuple[Any, ...]) -> None:
