@@ -100,6 +100,7 @@ class App:
         self.retention = Retention(
             self.store,
             lambda: self.sequencer.head,
+            self.sequencer.expect,
             self.metrics,
             max_age_seconds=settings.retention_max_age_seconds,
             max_labels=settings.retention_max_labels,
@@ -146,8 +147,7 @@ class App:
             if self.settings.migrate:
                 await migrate(self.database)
             await self.store.check()
-            if self.settings.migrate:
-                await self.store.claim_epoch()
+            await self.store.claim_epoch()
             self._check_retention()
             async with asyncio.TaskGroup() as tasks:
                 following = tasks.create_task(self.sequencer.run(), name="sequencer")
@@ -163,6 +163,7 @@ class App:
             for listener in sockets:
                 listener.close()
             await self.pages.close()
+            await self.query.close()
             self.database.close()
 
     @contextlib.asynccontextmanager

@@ -87,30 +87,35 @@ class Outbox:
         self.position = cursor
         from_ring = True
         try:
-            # Backfill: from the ring when it reaches back that far, else from the database.
-            while (waiting := self._cut_over()) is None:
-                if self._sequencer.ring.covers(self.position):
-                    # Others get their turn, also when the filter hides all and nothing is written.
-                    await asyncio.sleep(0)
-                    ring = self._sequencer.ring
-                    if not ring.covers(self.position):
-                        continue
-                    chunks = [ring.page(self.position, self._page_max_events, self._narrowed)]
-                else:
-                    from_ring = False
-                    while not await self._page_arrived():
-                        yield Silence()
-                    page = self._take_page()
-                    if page.floor > self.position + 1:
-                        yield Outdated(self.position, page.floor)
-                    chunks = [page.chunk]
-                yield Events(self._advance(chunks))
-            self._metrics.count["ring_hits"] += from_ring
-            yield Events(self._advance(waiting))
-            yield CaughtUp()
             while True:
-                chunks = await self._live()
-                yield Events(self._advance(chunks)) if chunks else Silence()
+                # Backfill: from the ring when it reaches back that far, else from the database.
+                while (waiting := self._cut_over()) is None:
+                    if self._sequencer.ring.covers(self.position):
+                        # Others get their turn, also when the filter hides all.
+                        await asyncio.sleep(0)
+                        ring = self._sequencer.ring
+                        if not ring.covers(self.position):
+                            continue
+                        chunks = [ring.page(self.position, self._page_max_events, self._narrowed)]
+                    else:
+                        from_ring = False
+                        while not await self._page_arrived():
+                            yield Silence()
+                        page = self._take_page()
+                        if page.floor > self.position + 1:
+                            yield Outdated(self.position, page.floor)
+                        chunks = [page.chunk]
+                    yield Events(self._advance(chunks))
+                self._metrics.count["ring_hits"] += from_ring
+                yield Events(self._advance(waiting))
+                yield CaughtUp()
+                # Live, until the sequencer says that it cannot continue what it pushed.
+                while self.caught_up or not self._queue.empty():
+                    chunks = await self._live()
+                    if chunks:
+                        yield Events(self._advance(chunks))
+                    elif self.caught_up:
+                        yield Silence()
         finally:
             self._sequencer.unsubscribe(self, self._narrowed)
             if self._reading is not None:
@@ -127,6 +132,12 @@ class Outbox:
         except asyncio.QueueFull:
             self._metrics.count["queue_overflows"] += 1
             self.close(ConsumerTooSlow(f"more than {self._queue.maxsize} events waited to be read"))
+
+    def fall_back(self) -> None:
+        """Read on from the table after what waits; called by the sequencer."""
+        self._sequencer.unsubscribe(self, self._narrowed)
+        self.caught_up = False
+        self._queue.wake()
 
     def close(self, reason: StreamClosed) -> None:
         """End the stream with `reason`: unsubscribe, free the queue, wake the stream. Only once."""
@@ -250,11 +261,16 @@ class ChunkQueue(asyncio.Queue["Chunk | None"]):
         """Return the number of events that wait."""
         return self._events
 
+    def wake(self) -> None:
+        """Let the reader look up, behind all that waits."""
+        if self.empty():
+            self.put_nowait(None)
+
     def end(self) -> None:
         """Free all that waits, and let the reader find the end."""
         self._queue.clear()
         self._events = 0
-        self.put_nowait(None)
+        self.wake()
 
 
 def _weight(item: Chunk | None) -> int:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from sse_labels.database import Connection
 from sse_labels.errors import DatabaseUnavailable
 from sse_labels.metrics import Metrics
-from sse_labels.store import Store
+from sse_labels.store import State, Store
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +33,7 @@ class Retention:
         self,
         store: Store,
         head: Callable[[], int],
+        expect: Callable[[State], None],
         metrics: Metrics,
         *,
         max_age_seconds: float | None,
@@ -42,6 +43,7 @@ class Retention:
     ) -> None:
         self._store = store
         self._head = head
+        self._expect = expect
         self._metrics = metrics
         self._max_age_seconds = max_age_seconds
         self._max_labels = max_labels
@@ -54,7 +56,10 @@ class Retention:
         """Sweep until cancelled; while the database is away nothing is deleted."""
         while True:
             try:
-                self._floor = (await self._store.state()).floor
+                state = await self._store.state()
+                self._floor = state.floor
+                # The sequencer would notice a new epoch only at its next connection.
+                self._expect(state)
                 if self._store.may_delete or self._store.may_publish:
                     await self.sweep()
             except DatabaseUnavailable as error:
@@ -69,7 +74,8 @@ class Retention:
                 return False
             if self._store.may_publish:
                 await self._store.forget_requests(connection, REQUEST_MEMORY_SECONDS)
-            if not self._store.may_delete:
+            horizons = (self._max_age_seconds, self._max_labels)
+            if not self._store.may_delete or horizons == (None, None):
                 return True
             await self._store.forget_times(connection)
             horizon = await self._horizon(connection)

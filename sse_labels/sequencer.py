@@ -23,7 +23,7 @@ from sse_labels.filters import Filter
 from sse_labels.metrics import Metrics
 from sse_labels.ring import Ring
 from sse_labels.settled import HOLE_LOG_SECONDS, SettledRule
-from sse_labels.store import Store
+from sse_labels.store import State, Store
 
 log = logging.getLogger(__name__)
 
@@ -34,10 +34,13 @@ SAMPLE_SECONDS = 1.0
 
 
 class Subscriber(Protocol):
-    """Who receives chunks. `push` must not await, must not raise, and may unsubscribe."""
+    """Who receives chunks. `Neither method may await or raise; both may unsubscribe."""
 
     def push(self, chunk: Chunk) -> None:
         """Take the chunk that continues the one before."""
+
+    def fall_back(self) -> None:
+        """Read on from the table: what comes next does not continue what was pushed."""
 
 
 class Sequencer:
@@ -136,6 +139,14 @@ class Sequencer:
                 log.critical("the sequencer stops, a promise is broken: error=%s", error)
                 raise
 
+    def expect(self, state: State) -> None:
+        """Raise BrokenPromise when the database is in another epoch than what is streamed."""
+        if self.started.is_set() and state.epoch != self.epoch:
+            raise BrokenPromise(
+                f"the database has begun epoch {state.epoch}, and {self.head} has been streamed in "
+                f"epoch {self.epoch}: restart, to stream the new one"
+            )
+
     async def _start(self, connection: Connection) -> None:
         """Find the head, or after a reconnect make sure that the rule still holds."""
         await self._store.check()
@@ -215,9 +226,31 @@ class Sequencer:
         more = rule.hole is None and (taken < len(rows) or len(rows) == self._limit)
         if head == rule.head:
             return None, more
+        if (not taken or rows[0][0] != rule.head + 1) and await self._was_overtaken(rule):
+            return None, True
         chunk = encode_rows(rows[:taken], start=rule.head, end=head, with_keys=True)
         rule.publish(head)
         return chunk, more
+
+    async def _was_overtaken(self, rule: SettledRule) -> bool:
+        """Go on from the floor when the gap after the head is one that retention made.
+
+        It stays below the head of the server that deletes, and that may be ahead of this one.
+        Read after the rows, as `Store.page` does: rows that it took show as a gap before them.
+        """
+        floor = (await self._store.state()).floor
+        if floor <= rule.head + 1:
+            return False
+        log.warning(
+            "labels were deleted before they were streamed here: head=%s floor=%s", rule.head, floor
+        )
+        # Whoever deletes has seen its own head settle, and that is true for all.
+        rule.publish(floor - 1)
+        self.ring = Ring(floor - 1, self._ring_max_bytes)
+        for group in tuple(self._subscribers.values()):
+            for subscriber in tuple(group):
+                subscriber.fall_back()
+        return True
 
     def _admit(self, rule: SettledRule, rows: list[Row]) -> tuple[int, int]:
         return rule.admit([row[0] for row in rows], complete=len(rows) < self._limit)

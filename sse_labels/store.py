@@ -48,6 +48,7 @@ class Store:
         self.has_commit_time = False
         self.may_publish = False
         self.may_delete = False
+        self.may_claim = False
 
     async def check(self) -> None:
         """Raise SchemaError when nothing can be streamed from this database without loss."""
@@ -72,7 +73,7 @@ class Store:
             )
         self.has_state = has_state
         self.has_commit_time = has_commit_time
-        self.may_publish, self.may_delete = rights
+        self.may_publish, self.may_delete, self.may_claim = rights
 
     async def dedicated(self) -> Connection:
         """Return a connection that is the caller's own; the caller closes it."""
@@ -110,18 +111,27 @@ class Store:
     async def claim_epoch(self) -> str | None:
         """Return the epoch; a new one when this database was rebuilt since it was last claimed.
 
-        Needs UPDATE on label_stream.
+        Raises SchemaError when it was, and this role may not begin a new one.
         """
         if not self.has_state:
             return None
-        before = await self.state()
+        [(_, before, known)] = await self._database.fetch("state")
         [(identity,)] = await self._database.fetch("identity")
+        if known == identity or (known is None and not self.may_claim):
+            return str(before)
+        if not self.may_claim:
+            raise SchemaError(
+                "label_stream.identity",
+                known,
+                f"{identity}: this database was rebuilt from a backup. Run `sse-labels migrate` as "
+                "a role that may UPDATE label_stream, to begin a new epoch",
+            )
         [(epoch,)] = await self._database.fetch("claim_identity", identity=identity)
-        if epoch != before.epoch:
+        if epoch != before:
             log.warning(
                 "this database was rebuilt: consumers that name the old epoch are told so. If it "
                 "is older than what they have seen, run `sse-labels reseed` before anything is "
-                "published: old_epoch=%s new_epoch=%s", before.epoch, epoch,
+                "published: old_epoch=%s new_epoch=%s", before, epoch,
             )  # fmt: skip
         return str(epoch)
 

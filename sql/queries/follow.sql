@@ -4,7 +4,8 @@
 -- name: describe
 -- One row: have we a label table; and our own state beside it to read; name and cache of the id
 -- sequence; are commit timestamps kept; the server's version as a number; may this role publish
--- (label_publish is there, and it may do all that it does); may it delete old labels.
+-- (label_publish is there, and it may do all that it does); may it delete old labels; may it begin
+-- a new epoch.
 SELECT to_regclass('label') IS NOT NULL AS has_label,
        (SELECT has_table_privilege(attrelid, 'SELECT') FROM pg_attribute
          WHERE attrelid = to_regclass('label_stream') AND attname = 'epoch') IS TRUE AS has_state,
@@ -22,7 +23,8 @@ SELECT to_regclass('label') IS NOT NULL AS has_label,
            AND has_table_privilege(to_regclass('label'), 'DELETE')
            AND (SELECT bool_and(has_table_privilege(to_regclass('label_clock'), needed))
                   FROM unnest(ARRAY['SELECT', 'INSERT', 'DELETE']) AS needed)
-           IS TRUE AS may_delete
+           IS TRUE AS may_delete,
+       has_table_privilege(to_regclass('label_stream'), 'UPDATE') IS TRUE AS may_claim
   FROM (SELECT CASE WHEN to_regclass('label') IS NOT NULL
                     THEN pg_get_serial_sequence('label', 'id') END AS name) AS sequence;
 

@@ -8,7 +8,7 @@ import httpx
 import pytest
 from psycopg2.extensions import make_dsn, parse_dsn
 
-from sse_labels.errors import BrokenPromise
+from sse_labels.errors import BrokenPromise, SchemaError
 
 from support.database import TestDatabase, role
 from support.reading import reading
@@ -129,3 +129,28 @@ async def test_reseed_below_the_newest_seq_moves_nothing_back(
     async with run_server() as server:
         assert (await server.app.store.reseed(1))[0] == 3
     assert database.insert() == [4]
+
+
+async def test_server_that_may_not_begin_an_epoch_refuses_a_rebuilt_database(
+    run_server: RunServer, database: TestDatabase
+) -> None:
+    async with run_server(migrate=True):
+        pass
+    with role(database, "SELECT ON label, label_stream", "SELECT ON SEQUENCE label_id_seq") as dsn:
+        async with run_server(dsn) as server:
+            assert server.app.sequencer.epoch == epoch_of(database)
+        database.execute("UPDATE label_stream SET identity = 'another/cluster/1'")
+        with pytest.raises(SchemaError, match="Run `sse-labels migrate`"):
+            async with run_server(dsn):
+                pass
+
+
+async def test_epoch_that_another_server_begins_is_noticed_at_the_next_sweep(
+    run_server: RunServer, database: TestDatabase
+) -> None:
+    with pytest.raises(ExceptionGroup) as caught:
+        async with run_server(retention_sweep_seconds=0.05):
+            database.execute("UPDATE label_stream SET epoch = gen_random_uuid()")
+            async with asyncio.timeout(10):
+                await asyncio.Event().wait()
+    assert caught.group_contains(BrokenPromise, match="has begun epoch")

@@ -15,7 +15,7 @@ from sse_labels.store import Page
 
 from support.database import TestDatabase, insert_with
 from support.reading import reading
-from support.server import RunServer, Server
+from support.server import Gate, RunServer, Server
 
 
 async def sweep(server: Server, **horizon: Any) -> None:
@@ -182,3 +182,42 @@ async def test_horizon_that_the_role_may_not_keep_is_a_config_error(
     with pytest.raises(ConfigError, match="--retention-max-labels"):
         async with app.running():
             pass
+
+
+async def test_live_reader_of_a_server_that_lags_is_told_what_another_deleted(
+    run_server: RunServer, database: TestDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with (
+        run_server() as lagging,
+        run_server() as other,
+        reading(lagging.stream_url) as live,
+        reading(lagging.stream_url, values="never") as hidden,
+    ):
+        database.insert(1)
+        await live.until_events(1)
+        await hidden.until_seq(1)
+        gate = Gate()
+        store = lagging.app.store
+        monkeypatch.setattr(store, "rows_after", gate.before(store.rows_after))
+        await gate.reached.wait()
+        database.fill(100)
+        await at_head(other, 101)
+        await sweep(other, max_labels=10)
+        gate.opened.set()
+        await live.until_seq(101)
+        await hidden.until_seq(101)
+        [after] = database.insert(1)
+        await live.until_seq(after)
+    assert live.events[1:] == database.stored()
+    for reader in (live, hidden):
+        [(kind, news)] = reader.news
+        assert (kind, news["name"], news["floor"]) == ("info", "OutdatedCursor", 92)
+
+
+async def test_nothing_is_deleted_without_a_horizon(server: Server, database: TestDatabase) -> None:
+    database.fill(20)
+    await at_head(server, 20)
+    # As a server left it that was killed between raising the floor and deleting.
+    database.execute("UPDATE label_stream SET floor = 15")
+    await server.app.retention.sweep()
+    assert len(database.stored()) == 20
