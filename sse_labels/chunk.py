@@ -30,6 +30,9 @@ Row = tuple[Any, ...]
 #: (8 each), the key's tuple (64) and the URI's string header (49), by
 #: `sys.getsizeof` on CPython 3.11; src and val are interned.
 EVENT_OVERHEAD_BYTES = 129
+#: What a cache spends on an entry beside the chunk's events and the filter: the chunk itself, the
+#: key and its place. Without it, pages of which a filter hides all would cost nothing.
+KEPT_BYTES = 1024
 
 
 class Key(NamedTuple):
@@ -181,3 +184,8 @@ def merge(chunks: Sequence[Chunk]) -> Chunk:
         keys.extend(chunk._keys or ())
     with_keys = all(chunk._keys is not None for chunk in chunks)
     return Chunk(chunks[0].start, chunks[-1].end, seqs, frames, keys if with_keys else None)
+
+
+def kept_nbytes(chunk: Chunk, narrowed: Filter | None) -> int:
+    """Return about how much memory a cache spends that keeps `chunk` for those who ask for it."""
+    return KEPT_BYTES + chunk.nbytes + (0 if narrowed is None else narrowed.nbytes)

@@ -19,6 +19,10 @@ from sse_labels.labels import URI_MAX_BYTES, VAL_MAX_BYTES, is_did, is_uri, is_v
 
 #: How many entries each parameter may carry, counted as sent. It bounds what one event costs.
 FILTER_MAX_ENTRIES = 100
+#: What a filter takes without any entry, and what each entry takes beside its characters (one to
+#: four bytes each): a string's header, and its place in a set that is half empty.
+EMPTY_BYTES = 1024
+ENTRY_BYTES = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +37,12 @@ class Filter:
     uris: frozenset[str] = frozenset()
     uri_prefixes: tuple[str, ...] = ()
     values: frozenset[str] = frozenset()
+
+    @property
+    def nbytes(self) -> int:
+        """Return about how much memory it takes: sets, and one object for each entry."""
+        entries = [*self.sources, *self.uris, *self.uri_prefixes, *self.values]
+        return EMPTY_BYTES + sum(ENTRY_BYTES + 4 * len(entry) for entry in entries)
 
     def matches(self, src: str, uri: str, val: str) -> bool:
         """Tell whether the label with these columns passes; case and bytes must agree exactly."""

@@ -13,6 +13,7 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Callable
 
+from sse_labels.chunk import kept_nbytes
 from sse_labels.filters import Filter
 from sse_labels.metrics import Metrics
 from sse_labels.store import Page, Store
@@ -83,7 +84,7 @@ class Pages:
 
     def _keep(self, key: PageKey, page: Page) -> None:
         self._cache[key] = page
-        self._cache_bytes += page.chunk.nbytes
+        self._cache_bytes += kept_nbytes(page.chunk, key[1])
         while self._cache_bytes > self._cache_max_bytes:
-            _, oldest = self._cache.popitem(last=False)
-            self._cache_bytes -= oldest.chunk.nbytes
+            oldest, left = self._cache.popitem(last=False)
+            self._cache_bytes -= kept_nbytes(left.chunk, oldest[1])

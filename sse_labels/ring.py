@@ -13,7 +13,7 @@ from bisect import bisect_right
 from collections import OrderedDict, deque
 from collections.abc import Iterator
 
-from sse_labels.chunk import Chunk, merge
+from sse_labels.chunk import Chunk, kept_nbytes, merge
 from sse_labels.errors import BrokenPromise
 from sse_labels.filters import Filter
 
@@ -102,10 +102,10 @@ class Ring:
         page = merge(parts).select(narrowed)
         if events >= max_events:
             self._pages[key] = page
-            self._pages_nbytes += page.nbytes
+            self._pages_nbytes += kept_nbytes(page, narrowed)
             while self._pages_nbytes > self._max_bytes // PAGES_SHARE:
-                _, oldest = self._pages.popitem(last=False)
-                self._pages_nbytes -= oldest.nbytes
+                (_, _, oldest), left = self._pages.popitem(last=False)
+                self._pages_nbytes -= kept_nbytes(left, oldest)
         return page
 
     def _from(self, cursor: int) -> Iterator[Chunk]:

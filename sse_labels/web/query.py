@@ -7,9 +7,14 @@ Does not belong here: streams.
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Sequence
+
 from aiohttp import web
 
+from sse_labels.chunk import Row
 from sse_labels.errors import InvalidRequest, NotReady
+from sse_labels.filters import Filter
 from sse_labels.labels import label_json
 from sse_labels.sequencer import Sequencer
 from sse_labels.store import Store
@@ -22,6 +27,11 @@ LIMIT_MAX = 250
 LIMIT_DEFAULT = 50
 
 
+#: Queries that read at the same time, fewer than the pool has connections for requests:
+#: however many ask, publishing finds one.
+QUERIES_AT_ONCE = 4
+
+
 class QueryHandler:
     """Answers with labels whose URI matches; `sources` and `values` narrow further."""
 
@@ -29,6 +39,8 @@ class QueryHandler:
         self._store = store
         self._sequencer = sequencer
         self._auth = auth
+        self._slots = asyncio.Semaphore(QUERIES_AT_ONCE)
+        self._reading: set[asyncio.Task[Sequence[Row]]] = set()
 
     async def handle(self, request: web.Request) -> web.Response:
         """Answer `{"cursor": "…", "labels": […]}`; no cursor when there is nothing more."""
@@ -42,8 +54,35 @@ class QueryHandler:
             raise NotReady("the sequencer has no head yet")
         cursor = whole_number(request, "cursor", 0, 0, SEQ_MAX)
         # One more than asked for says whether there is a next page.
-        rows = await self._store.query(narrowed, cursor, self._sequencer.head, limit + 1)
+        rows = await self._read(narrowed, cursor, limit + 1)
         answer: dict[str, object] = {"labels": [label_json(*row[1:]) for row in rows[:limit]]}
         if len(rows) > limit:
             answer["cursor"] = str(rows[limit - 1][0])
         return json_response(answer)
+
+    async def _read(self, narrowed: Filter | None, cursor: int, limit: int) -> Sequence[Row]:
+        """Return the rows; the query goes on, and keeps its slot, when the client leaves.
+
+        A cancelled one would close its connection, which PostgreSQL notices only when it is done:
+        clients that hang up could have it work on more than the pool allows.
+        """
+        await self._slots.acquire()
+        head = self._sequencer.head
+        task = asyncio.create_task(self._store.query(narrowed, cursor, head, limit), name="query")
+        self._reading.add(task)
+        task.add_done_callback(self._done)
+        return await asyncio.shield(task)
+
+    def _done(self, task: asyncio.Task[Sequence[Row]]) -> None:
+        self._slots.release()
+        self._reading.discard(task)
+        # The client may be gone when it fails; then nobody else would look at the error.
+        if not task.cancelled():
+            task.exception()
+
+    async def close(self) -> None:
+        """End the queries that are under way; called when no request is left."""
+        reading = tuple(self._reading)
+        for task in reading:
+            task.cancel()
+        await asyncio.gather(*reading, return_exceptions=True)

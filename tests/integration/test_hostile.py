@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import httpx
 import pytest
@@ -19,10 +20,11 @@ from sse_labels.embedded import EmbeddedPostgres
 from sse_labels.errors import DatabaseUnavailable
 from sse_labels.filters import parse_filter
 from sse_labels.ring import Ring
+from sse_labels.web.query import QUERIES_AT_ONCE
 
 from support.database import TestDatabase, reachable_directory, until
 from support.reading import reading
-from support.server import PUBLISH_TOKEN, RunServer, Server, insert_large, until_head
+from support.server import PUBLISH_TOKEN, Gate, RunServer, Server, insert_large, until_head
 
 
 @contextmanager
@@ -184,3 +186,52 @@ async def test_what_is_no_http_is_refused_in_json_and_not_repeated(
     assert " 400 " in answer.partition("\r\n")[0]
     assert answer.partition("\r\n\r\n")[2].startswith('{"error":"InvalidRequest"')
     assert "\u0661" not in answer
+
+
+async def test_pages_that_many_filters_hide_are_counted_with_their_filters(
+    run_server: RunServer, database: TestDatabase
+) -> None:
+    database.fill(1200)
+    bound = 64 * 1024
+    async with run_server(page_cache_max_bytes=bound, ring_max_bytes=0) as server:
+        for number in range(40):
+            values = [f"v{number}-{place}" for place in range(90)]
+            async with reading(server.stream_url, cursor=0, values=values) as reader:
+                await reader.until_seq(1200)
+        # Each entry has a filter of 90 entries, over 13 kB: a handful, and not eighty.
+        assert 1 <= len(server.app.pages._cache) <= 5
+
+
+async def test_queries_of_clients_that_hang_up_keep_to_their_slots(
+    run_server: RunServer, database: TestDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate()
+    under_way: list[int] = []
+    async with run_server() as server:
+        query = server.app.store.query
+
+        async def held(*given: Any) -> Any:
+            under_way.append(1)
+            gate.reached.set()
+            await gate.opened.wait()
+            return await query(*given)
+
+        monkeypatch.setattr(server.app.store, "query", held)
+        host, port = "127.0.0.1", int(server.url.rsplit(":", 1)[1])
+        for _ in range(20):
+            _, writer = await asyncio.open_connection(host, port)
+            writer.write(
+                b"GET /xrpc/com.atproto.label.queryLabels?uriPatterns=* HTTP/1.1\r\nHost: x\r\n\r\n"
+            )
+            await gate.reached.wait()
+            writer.transport.abort()
+        await until(lambda: server.app.metrics.gauges["connections"]() == 0)
+        assert len(under_way) == QUERIES_AT_ONCE
+        # The others left the line when their clients did; whoever comes now is served.
+        gate.opened.set()
+        async with httpx.AsyncClient() as client:
+            answer = await client.get(
+                f"{server.url}/xrpc/com.atproto.label.queryLabels", params={"uriPatterns": "*"}
+            )
+        assert answer.status_code == 200
+        assert len(under_way) == QUERIES_AT_ONCE + 1
