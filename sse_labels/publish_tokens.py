@@ -155,7 +155,7 @@ class WatchedFile(Generic[T]):
             if not stat.S_ISREG(status.st_mode) or status.st_size > FILE_MAX_BYTES:
                 raise Unusable(f"a file of at most {FILE_MAX_BYTES} bytes")
             content = self._path.read_bytes()
-            young = time.time() - status.st_mtime < YOUNG_SECONDS
+            young = abs(time.time() - status.st_mtime) < YOUNG_SECONDS
             self._stamp = None if young else stamp
             self._value = self._parse(content)
         except OSError as error:

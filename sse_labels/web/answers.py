@@ -34,8 +34,9 @@ SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    # Else aiohttp tells its version and Python's.
+    hdrs.SERVER: "sse_labels",
 }
-SERVER = "sse_labels"
 #: What such a page may send.
 ALLOWED_HEADERS = "Authorization, Content-Type, Idempotency-Key, Last-Event-ID"
 #: What a browser may remember of a preflight, in seconds.
@@ -104,11 +105,11 @@ def _from_aiohttp(error: web.HTTPException) -> tuple[web.Response, str]:
 
 
 async def add_security_headers(request: web.Request, response: web.StreamResponse) -> None:
-    """Add what every answer carries, unless its handler said it otherwise."""
-    for name, value in SECURITY_HEADERS.items():
-        response.headers.setdefault(name, value)
-    # Else aiohttp tells its version and Python's.
-    response.headers[hdrs.SERVER] = SERVER
+    """Add what every answer carries; a handler may have a policy of its own."""
+    own = response.headers.get("Content-Security-Policy")
+    response.headers.update(SECURITY_HEADERS)
+    if own is not None:
+        response.headers["Content-Security-Policy"] = own
 
 
 def allow_origins(app: web.Application, origins: tuple[str, ...]) -> None:

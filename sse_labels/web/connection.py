@@ -107,7 +107,8 @@ class Connection(web.RequestHandler):
             self.cut()
             return False
         if self._tail is not None:
-            seen = self._tail + data
+            # Empty lines before a request count, and do not end its head (RFC 9112, 2.2).
+            seen = (self._tail + data) if self._tail else data.lstrip(b"\r\n")
             self._tail = None if b"\r\n\r\n" in seen else seen[-3:]
             if self._tail is not None and self._unread > MAX_HEAD_BYTES:
                 self._answer(HeadTooLarge(f"expected a head of at most {MAX_HEAD_BYTES} bytes"))
@@ -155,13 +156,9 @@ class Connection(web.RequestHandler):
         self.cut()
 
     def cut(self) -> None:
-        """Reset: the kernel frees at once what it holds for a client that does not read."""
-        if self._wire is None:
-            return
-        raw = self._wire.get_extra_info("socket")
-        if raw is not None:
-            raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self._wire.abort()
+        """End it at once, whether its client reads or not."""
+        if self._wire is not None:
+            reset(self._wire)
 
     def _answer(self, error: RequestError) -> None:
         """Answer between requests, where nobody else writes, and close."""
@@ -201,6 +198,17 @@ class Connection(web.RequestHandler):
         )
         response.force_close()
         return response
+
+
+def reset(transport: asyncio.WriteTransport) -> None:
+    """Reset the connection: the kernel frees what it holds, and the client sees a close.
+
+    A plain abort would leave the socket an orphan that waits for a reader who does not read.
+    """
+    raw = transport.get_extra_info("socket")
+    if raw is not None:
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    transport.abort()
 
 
 class Terms:

@@ -1,6 +1,6 @@
 """`POST /labels`: who may publish, and what a publish request looks like.
 
-Promises: nothing is stored unless the answer is 201; a token is compared in
+Promises: an answer of 4xx has stored nothing, one of 201 everything; a token is compared in
 constant time and never logged.
 Stands at the door of the corridor, in front of the publisher.
 Does not belong here: what makes a label valid (`labels`), SQL.

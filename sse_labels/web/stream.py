@@ -13,8 +13,6 @@ import asyncio
 import contextlib
 import logging
 import random
-import socket
-import struct
 import time
 from collections.abc import AsyncGenerator
 
@@ -44,6 +42,7 @@ from sse_labels.sse import HEARTBEAT, encode_error, encode_id, encode_info, enco
 from sse_labels.store import Store
 from sse_labels.web.addresses import PerAddress, TrustedProxies
 from sse_labels.web.auth import Grant, StreamAuth, narrow
+from sse_labels.web.connection import reset
 from sse_labels.web.parameters import request_filter, stream_cursor
 
 log = logging.getLogger(__name__)
@@ -260,7 +259,7 @@ class Stream:
             async with contextlib.aclosing(self._outbox.events(start)) as steps:
                 return await self._write_all(steps)
         except TimeoutError:
-            self._cut()
+            reset(self._transport)
             return self._outbox.closed.name if self._outbox.closed else "SendTimeout"
         except ConnectionError:
             return "ClientGone"
@@ -362,16 +361,6 @@ class Stream:
             # A write that is stuck now and the last event after it share what draining has.
             return min(grace, self._settings.drain_seconds / 2)
         return grace
-
-    def _cut(self) -> None:
-        """Reset the connection: the kernel frees what it holds, the client sees a close.
-
-        A plain abort would leave the socket an orphan that waits for a reader who does not read.
-        """
-        raw = self._transport.get_extra_info("socket")
-        if raw is not None:
-            raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self._transport.abort()
 
 
 def retry_ms(settings: Settings) -> int:

@@ -365,12 +365,16 @@ async def test_answer_that_comes_before_the_body_is_whole_arrives_alone() -> Non
         (b"GET /hello HTTP/1.1\r\n" + b"X: secret\r\n" * 200 + b"\r\n", 400, "InvalidRequest"),
         (b"GET /hello HTTP/1.1\r\n" + (b"X: " + b"secret" * 900 + b"\r\n") * 20,
          431, "HeadTooLarge"),
+        (b"\r\n\r\nGET /hello HTTP/1.1\r\n" + (b"X: " + b"secret" * 900 + b"\r\n") * 20,
+         431, "HeadTooLarge"),
+        (b"\r\n" * 40_000, 431, "HeadTooLarge"),
         (b"secret\r\n\r\n", 400, "InvalidRequest"),
         (b"\x16\x03\x01\x02\x00\x01\x00secret\r\n\r\n", 400, "InvalidRequest"),
         (b"GET /hello HTTP/1.1\r\nsecret\r\n\r\n", 400, "InvalidRequest"),
         (b"GET /hello HTTP/1.1\r\n\r\n", 400, "InvalidRequest"),
     ],
-    ids=["field", "line", "fields", "head", "garbage", "tls", "no-colon", "no-host"],
+    ids=["field", "line", "fields", "head", "late-head", "empty-lines", "garbage", "tls",
+         "no-colon", "no-host"],
 )  # fmt: skip
 async def test_what_is_not_a_request_is_refused_in_json_without_an_echo(
     request_: bytes, status: int, name: str, caplog: pytest.LogCaptureFixture
@@ -380,6 +384,7 @@ async def test_what_is_not_a_request_is_refused_in_json_without_an_echo(
         got, headers, body = await (await site.connect()).refusal(request_)
         assert (got, body["error"]) == (status, name)
         assert headers["content-type"] == "application/json; charset=utf-8"
+        assert headers.get("server", "sse_labels") == "sse_labels"
         assert "secret" not in body["message"]
         assert site.metrics.requests_refused[name] == 1
     # Strangers must not be able to fill the log, and what they sent may hold a token.
