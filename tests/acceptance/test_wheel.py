@@ -212,7 +212,7 @@ async def events_as_curl_reads_them(url: str, count: int) -> list[dict[str, Any]
     ):
         assert response.status_code == 200
         async for line in response.aiter_lines():
-            if line.startswith("data: "):
+            if line.startswith('data: {"seq":'):
                 events.append(json.loads(line.removeprefix("data: ")))
             if len(events) == count:
                 break
