@@ -17,7 +17,16 @@ from urllib.parse import urlsplit
 import click
 
 from sse_labels.cli.layout import Option
-from sse_labels.config import Expected, Parse, Settings, boolean, env_name, option_name, read
+from sse_labels.config import (
+    Expected,
+    Parse,
+    Settings,
+    boolean,
+    env_name,
+    option_name,
+    read,
+    words,
+)
 from sse_labels.embedded import default_data_dir
 from sse_labels.errors import ConfigError
 
@@ -145,6 +154,13 @@ def server_url(text: str) -> str:
     if not good or not text.isprintable() or " " in text:
         raise Expected("an address such as http://127.0.0.1:8080")
     return text.rstrip("/")
+
+
+def token_text(text: str) -> str:
+    """Read a token that can stand in a header (RFC 9110, 5.5: visible ASCII)."""
+    if text.isascii() and text.isprintable() and " " not in words(text):
+        return text
+    raise Expected("a token of visible ASCII characters, without spaces")
 
 
 def _is_written(name: str) -> bool:

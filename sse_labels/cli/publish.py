@@ -32,8 +32,8 @@ import ujson
 from sse_labels.backoff import Backoff
 from sse_labels.cli.layout import Command
 from sse_labels.cli.lines import Batch, NotJson, read_batches
-from sse_labels.cli.options import option, server_url
-from sse_labels.config import Expected, integer, path, seconds, size, words
+from sse_labels.cli.options import option, server_url, token_text
+from sse_labels.config import integer, path, seconds, size
 from sse_labels.embedded import default_data_dir
 from sse_labels.errors import ConfigError, SseLabelsError
 from sse_labels.publish_token import FILE_NAME, read_token
@@ -207,13 +207,6 @@ class Sender:
         if not self._told_of_rate:
             self._told_of_rate = True
             say(f"{trouble.reason}; waiting, now and whenever it answers so again")
-
-
-def token_text(text: str) -> str:
-    """Read a token that can stand in a header (RFC 9110, 5.5: visible ASCII)."""
-    if text.isascii() and text.isprintable() and " " not in words(text):
-        return text
-    raise Expected("a token of visible ASCII characters, without spaces")
 
 
 @click.command(cls=Command, short_help="Publish labels from a file or standard input.")

@@ -24,7 +24,7 @@ from httpx_sse import EventSource, ServerSentEvent, SSEError, connect_sse
 
 from sse_labels.backoff import Backoff
 from sse_labels.cli.layout import Command
-from sse_labels.cli.options import named_as_given, option, server_url, switch
+from sse_labels.cli.options import named_as_given, option, server_url, switch, token_text
 from sse_labels.cli.state import State
 from sse_labels.config import integer, path, read
 from sse_labels.errors import ConfigError, SseLabelsError
@@ -46,8 +46,13 @@ class Refused(SseLabelsError):
 class Tail:
     """Follows one URL and writes what it receives to standard output."""
 
-    def __init__(self, url: str, cursor: int | None, state: State | None, until_head: bool) -> None:
+    def __init__(
+        self, url: str, cursor: int | None, state: State | None, until_head: bool, token: str | None
+    ) -> None:
         self._url = url
+        #: As messages name it: a token may stand in the query.
+        self._place = url.partition("?")[0]
+        self._authorization = {} if token is None else {"Authorization": f"Bearer {token}"}
         self._cursor = cursor
         self._state = state
         self._until_head = until_head
@@ -79,7 +84,9 @@ class Tail:
 
     def _follow(self, client: httpx.Client) -> bool:
         """Read one response; return whether the end that was asked for is reached."""
-        headers = {} if self._cursor is None else {"Last-Event-ID": str(self._cursor)}
+        headers = dict(self._authorization)
+        if self._cursor is not None:
+            headers["Last-Event-ID"] = str(self._cursor)
         with connect_sse(client, "GET", self._url, headers=headers) as source:
             if source.response.status_code != 200:
                 self._refused(source.response)
@@ -89,7 +96,7 @@ class Tail:
             try:
                 return self._read(source)
             except SSEError as error:
-                raise Refused(f"{self._url} is no event stream: {error}") from error
+                raise Refused(f"{self._place} is no event stream: {error}") from error
 
     def _read(self, source: EventSource) -> bool:
         for event in source.iter_sse():
@@ -131,7 +138,7 @@ class Tail:
         if not event.id:
             return None
         if not (event.id.isascii() and event.id.isdigit() and len(event.id) <= 19):
-            raise Refused(f"{self._url} is no stream of labels: event id {event.id[:60]!r}")
+            raise Refused(f"{self._place} is no stream of labels: event id {event.id[:60]!r}")
         seq = int(event.id)
         if self._cursor is not None and seq < self._cursor + bool(event.data):
             raise Refused(f"the server went back: seq {seq} came after {self._cursor}")
@@ -155,7 +162,7 @@ class Tail:
             text = f"{problem['error']}: {problem['message']}"
         except (ValueError, TypeError, KeyError):
             text = response.reason_phrase
-        text = f"{self._url} answered {response.status_code}, {text}"
+        text = f"{self._place} answered {response.status_code}, {text}"
         if response.status_code not in TEMPORARY:
             raise Refused(text)
         say(text)
@@ -213,8 +220,14 @@ def url_of(context: click.Context, parameter: click.Parameter, given: str | None
     "state", path, "File that keeps the cursor across runs; once it has one, --cursor is not used.",
     metavar="FILE",
 )  # fmt: skip
+@option(
+    "token", token_text, "Token that may read, where streams need one.", metavar="TOKEN",
+    secret=True,
+)  # fmt: skip
 @switch("until_head", "End when the newest label of the moment it started has been read.")
-def tail(url: str, cursor: int | None, state: Path | None, until_head: bool) -> None:
+def tail(
+    url: str, cursor: int | None, state: Path | None, token: str | None, until_head: bool
+) -> None:
     """Write the labels of the stream at URL, one JSON object per line.
 
     URL is a server's address, or its stream's with filters; also SSE_LABELS_URL.
@@ -232,4 +245,4 @@ def tail(url: str, cursor: int | None, state: Path | None, until_head: bool) -> 
     with named_as_given():
         kept = None if state is None else State(state)
         known = None if kept is None else kept.load()
-    Tail(url, cursor if known is None else known, kept, until_head).run()
+    Tail(url, cursor if known is None else known, kept, until_head, token).run()

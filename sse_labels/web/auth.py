@@ -165,7 +165,10 @@ class StreamAuth:
             raise _refused("the token has expired")
         if max(not_before or 0, issued or 0) > now + LEEWAY_SECONDS:
             raise _refused("the token is not valid yet")
-        if in_query and (issued is None or expires - issued > QUERY_TOKEN_MAX_SECONDS):
+        if in_query and issued is None:
+            raise _refused("the claim iat is missing: a token in the URL needs it")
+        # A second more: whoever asks the clock twice is not to be refused for it.
+        if in_query and expires - (issued or 0) > QUERY_TOKEN_MAX_SECONDS + 1:
             raise _refused(
                 f"a token in the URL may live {QUERY_TOKEN_MAX_SECONDS} seconds at most, "
                 "from iat to exp"

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,6 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import jwt
 import pytest
 
 from support.database import TestDatabase
@@ -377,3 +379,28 @@ def test_seqs_of_a_run_increase_also_while_labels_are_written(database: TestData
     events = events_of(tail)
     assert all(before["seq"] < after["seq"] for before, after in pairwise(events))
     assert events == database.stored(after=events[0]["seq"] - 1)
+
+
+def test_protected_stream_is_read_with_a_token_that_no_message_shows(
+    database: TestDatabase,
+) -> None:
+    secret = "0123456789abcdef0123456789abcdef"
+    now = int(time.time())
+    token = jwt.encode({"iat": now, "exp": now + 60}, secret, "HS256")
+    database.insert(3)
+    arguments = ("serve", *QUICK_SERVER, "--dsn", database.dsn)
+    with running(*arguments, env=environment(SSE_LABELS_JWT_SECRET=secret)) as server:
+        url = server.wait_for(r"(http://\S+)")[1]
+        asked = ("tail", url, "--cursor=0", "--until-head")
+        read, refused, in_url = ran_all(
+            [
+                (asked, {"SSE_LABELS_TOKEN": token}),
+                (asked, {}),
+                (("tail", f"{url}/stream?access_token={token}x"), {}),
+            ]
+        )
+    assert [json.loads(line) for line in read.out] == database.stored()
+    for run in (refused, in_url):
+        status, said = failure(run)
+        assert (status, "answered 401, AuthRequired" in said) == (1, True)
+        assert token not in said
