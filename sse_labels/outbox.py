@@ -76,6 +76,11 @@ class Outbox:
         self._queue = ChunkQueue(max_events)
         self._reading: asyncio.Task[Page] | None = None
         self.closed: StreamClosed | None = None
+        #: Writes a live chunk at once, in the sequencer's step; says whether all of it is gone.
+        #: Used while the consumer waits for the next one and nothing waits for it.
+        self.express: Callable[[Chunk], bool] | None = None
+        self._parked = False
+        self._express_at = 0.0
         #: Called once, when the outbox closes while the stream may be stuck in a write.
         self.on_close: Callable[[], None] | None = None
         #: Every event up to here has been yielded, or hidden by the filter.
@@ -111,11 +116,8 @@ class Outbox:
                 yield CaughtUp()
                 # Live, until the sequencer says that it cannot continue what it pushed.
                 while self.caught_up or not self._queue.empty():
-                    chunks = await self._live()
-                    if chunks:
-                        yield Events(self._advance(chunks))
-                    elif self.caught_up:
-                        yield Silence()
+                    live = await self._live()
+                    yield Silence() if live is None else Events(self._advance(live))
         finally:
             self._sequencer.unsubscribe(self, self._narrowed)
             if self._reading is not None:
@@ -126,6 +128,19 @@ class Outbox:
         if not chunk.seqs and self._queue.empty() and chunk.start <= self.position:
             # The filter hides all of it: the position moves and nobody needs to wake.
             self.position = max(self.position, chunk.end)
+            return
+        if (
+            self._parked
+            and self.express is not None
+            and chunk.start == self.position
+            and self._queue.empty()
+        ):
+            # Waking the stream's task costs twice what the write does.
+            self.position = chunk.end
+            self._express_at = asyncio.get_running_loop().time()
+            if not self.express(chunk):
+                # The task waits until the rest is gone; what comes meanwhile waits in the queue.
+                self._queue.wake()
             return
         try:
             self._queue.put_nowait(chunk)
@@ -201,15 +216,17 @@ class Outbox:
                 log.info("a backfill waits: error=%s next_try_seconds=%.1f", error, wait)
                 await asyncio.sleep(wait)
 
-    async def _live(self) -> list[Chunk]:
-        """Return what waits in the queue, about a page at most; nothing after a silence."""
+    async def _live(self) -> list[Chunk] | None:
+        """Return what waits in the queue, about a page at most; None after a silence."""
         queue = self._queue
         if queue.empty():
+            self._parked = True
             try:
-                async with asyncio.timeout(self._heartbeat_seconds):
-                    chunks = [await queue.get()]
+                chunks = [await self._next()]
             except TimeoutError:
-                return []
+                return None
+            finally:
+                self._parked = False
         else:
             chunks = [queue.get_nowait()]
         events = 0
@@ -219,6 +236,21 @@ class Outbox:
         if self.closed is not None:
             raise self.closed
         return [chunk for chunk in chunks if chunk is not None]
+
+    async def _next(self) -> Chunk | None:
+        """Return what comes into the queue; raise TimeoutError after a silence."""
+        wait = self._heartbeat_seconds
+        while True:
+            try:
+                async with asyncio.timeout(wait):
+                    return await self._queue.get()
+            except TimeoutError:
+                # What went express broke the silence, and woke nobody.
+                wait = (
+                    self._express_at + self._heartbeat_seconds - asyncio.get_running_loop().time()
+                )
+                if wait <= 0:
+                    raise
 
     def _advance(self, chunks: list[Chunk]) -> list[Chunk]:
         """Move the position over `chunks`; drop what lies before it (the cursor was ahead)."""

@@ -19,6 +19,7 @@ from collections.abc import AsyncGenerator
 from aiohttp import hdrs, web
 from aiohttp.abc import AbstractStreamWriter
 
+from sse_labels.chunk import Chunk
 from sse_labels.config import Settings
 from sse_labels.errors import (
     BrokenPromise,
@@ -252,6 +253,7 @@ class Stream:
         # Any byte that the kernel does not take pauses the writer: backpressure begins at once.
         self._transport.set_write_buffer_limits(high=0)
         self._outbox.on_close = self._hurry
+        self._outbox.express = self._express
         try:
             await self._response.write(encode_opening(retry_ms(self._settings), start) + news)
             self._told = start
@@ -282,14 +284,7 @@ class Stream:
     def _write(self, step: Step) -> None:
         match step:
             case Events(chunks):
-                chunks = [chunk for chunk in chunks if chunk.seqs]
-                if not chunks:
-                    self._break_silence()
-                else:
-                    wire = [chunk.wire if self._chunked else chunk.data for chunk in chunks]
-                    self._send(wire[0] if len(wire) == 1 else b"".join(wire))
-                    self._metrics.events_delivered += sum(map(len, chunks))
-                    self._told = chunks[-1].seqs[-1]
+                self._write_chunks([chunk for chunk in chunks if chunk.seqs])
             case Silence():
                 self._tell_position(otherwise=HEARTBEAT)
             case CaughtUp():
@@ -297,6 +292,22 @@ class Stream:
             case Outdated(cursor, floor):
                 message = f"cursor {cursor} is below the floor: going on from seq {floor}"
                 self._send_block(encode_info("OutdatedCursor", message, floor=floor))
+
+    def _write_chunks(self, chunks: list[Chunk]) -> None:
+        if not chunks:
+            self._break_silence()
+            return
+        wire = [chunk.wire if self._chunked else chunk.data for chunk in chunks]
+        self._send(wire[0] if len(wire) == 1 else b"".join(wire))
+        self._metrics.events_delivered += sum(map(len, chunks))
+        self._told = chunks[-1].seqs[-1]
+
+    def _express(self, chunk: Chunk) -> bool:
+        """Write a live chunk from the sequencer's step; say whether the kernel took all of it."""
+        if self._transport.is_closing():
+            return False
+        self._write_chunks([chunk])
+        return self._transport.get_write_buffer_size() == 0
 
     def _break_silence(self) -> None:
         """Write a heartbeat when it is due although events come: the filter hides them all."""

@@ -590,6 +590,123 @@ class TestFilters:
         assert chunks[0] is chunks[1]
 
 
+class Express:
+    """A socket's side: takes chunks at once, and can be full."""
+
+    def __init__(self, outbox: Outbox) -> None:
+        self.seqs: list[int] = []
+        self.full = False
+        outbox.express = self._take
+
+    def _take(self, chunk: Chunk) -> bool:
+        self.seqs += chunk.seqs
+        return not self.full
+
+
+class TestExpress:
+    @virtual_time
+    async def test_a_waiting_consumer_is_written_to_without_being_woken(self) -> None:
+        bench = Bench()
+        outbox = bench.outbox()
+        express = Express(outbox)
+        steps = outbox.events(0)
+        await until_caught_up(steps)
+        waiting = asyncio.ensure_future(anext(steps))
+        await asyncio.sleep(0)
+        for seq in (1, 2, 4):
+            bench.publish(seq)
+            assert express.seqs[-1] == outbox.position == seq
+        await asyncio.sleep(1)
+        assert not waiting.done()
+        assert express.seqs == [1, 2, 4]
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        await steps.aclose()
+
+    @virtual_time
+    async def test_nothing_goes_express_while_the_consumer_writes(self) -> None:
+        bench = Bench()
+        outbox = bench.outbox()
+        express = Express(outbox)
+        steps = outbox.events(0)
+        await until_caught_up(steps)
+        # It is not waiting: the step before is still being written.
+        bench.publish(1)
+        bench.publish(2)
+        assert express.seqs == []
+        assert await next_seqs(steps, 2) == [1, 2]
+        await steps.aclose()
+
+    @virtual_time
+    async def test_what_follows_a_full_socket_waits_in_the_queue(self) -> None:
+        bench = Bench()
+        outbox = bench.outbox()
+        express = Express(outbox)
+        steps = outbox.events(0)
+        await until_caught_up(steps)
+        waiting = asyncio.ensure_future(anext(steps))
+        await asyncio.sleep(0)
+        express.full = True
+        bench.publish(1)
+        bench.publish(2)
+        assert express.seqs == [1]
+        # Woken to wait for the socket, and given what came meanwhile.
+        assert seqs_of(await waiting) == [2]
+        express.full = False
+        waiting = asyncio.ensure_future(anext(steps))
+        await asyncio.sleep(0)
+        bench.publish(3)
+        assert express.seqs == [1, 3]
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        await steps.aclose()
+
+    @virtual_time
+    async def test_a_full_socket_that_stays_full_overflows_the_queue(self) -> None:
+        bench = Bench()
+        outbox = bench.outbox(max_events=5)
+        Express(outbox).full = True
+        steps = outbox.events(0)
+        await until_caught_up(steps)
+        waiting = asyncio.ensure_future(anext(steps))
+        await asyncio.sleep(0)
+        for seq in range(1, 9):
+            bench.publish(seq)
+        assert isinstance(outbox.closed, ConsumerTooSlow)
+        with pytest.raises(ConsumerTooSlow):
+            await waiting
+
+    @virtual_time
+    async def test_it_puts_silence_off(self) -> None:
+        bench = Bench()
+        outbox = bench.outbox()
+        express = Express(outbox)
+        steps = outbox.events(0)
+        await until_caught_up(steps)
+        asyncio.get_running_loop().call_later(10, bench.publish, 1)
+        asyncio.get_running_loop().call_later(20, bench.publish, 2)
+        assert isinstance(await anext(steps), Silence)
+        assert now() == pytest.approx(20 + HEARTBEAT_SECONDS)
+        assert express.seqs == [1, 2]
+        await steps.aclose()
+
+    @virtual_time
+    async def test_falling_back_ends_it_until_the_consumer_has_caught_up(self) -> None:
+        bench = Bench()
+        outbox = bench.outbox()
+        express = Express(outbox)
+        steps = outbox.events(0)
+        await until_caught_up(steps)
+        waiting = asyncio.ensure_future(anext(steps))
+        await asyncio.sleep(0)
+        outbox.fall_back()
+        bench.publish(1)
+        assert express.seqs == []
+        assert seqs_of(await waiting) == []
+        assert await until_caught_up(steps) == [1]
+        await steps.aclose()
+
+
 class TestSilence:
     @virtual_time
     async def test_it_is_reported_each_time_nothing_came_for_the_heartbeat(self) -> None:
