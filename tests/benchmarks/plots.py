@@ -8,6 +8,7 @@ from typing import Any
 COLORS = {
     "service": "#1a7f64",
     "nchan": "#8a8f98",
+    "nchan-serial": "#4f6d8f",
     "aiohttp-sse": "#c9a227",
     "sse-starlette": "#b5543c",
 }

@@ -20,9 +20,6 @@ from psycopg2.extras import execute_values
 from benchmarks import labels, measure
 from benchmarks.worker import obey
 
-#: Nchan: POSTs that wait for their answer at the same time.
-PIPELINE = 64
-
 
 class Target(Protocol):
     """Where to publish."""
@@ -70,13 +67,17 @@ class Post:
 
 
 class Pipelined(Post):
-    """A peer that takes one message in one POST: several are on their way at once."""
+    """A peer that takes one message in one POST; at most `pipeline` wait for their answer."""
+
+    def __init__(self, host: str, port: int, path: str, pipeline: int) -> None:
+        super().__init__(host, port, path)
+        self._pipeline = pipeline
 
     def publish(self, numbers: range) -> None:
         for number in numbers:
             body = labels.data(time.monotonic_ns(), number)
             self._http.send(f"{self._head}{len(body)}\r\n\r\n{body}".encode())
-            if self._http.waiting >= PIPELINE:
+            if self._http.waiting >= self._pipeline:
                 self._http.take()
         self._http.finish()
 

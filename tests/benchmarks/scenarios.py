@@ -62,7 +62,7 @@ SMALL = Numbers(
     b=(20, 2000),
     c=(500, 20),
     d_rows=(5000, 20_000),
-    d_readers=(1, 5, 20),
+    d_readers=(1, 5),
     e=(300, 200, 400),
     f=(100, 200, 2),
     f_filters=10,
@@ -132,9 +132,14 @@ class Run:
     tell: Callable[[str], None] = lambda text: None
     results: list[Result] = field(default_factory=list)
 
-    def everybody(self) -> list[str]:
+    def everybody(self, *, paced: bool = False) -> list[str]:
         """The service first: the others are compared with it."""
-        return [SERVICE, *self.peers]
+        return [SERVICE, *(self.peers if paced else self.others)]
+
+    @property
+    def others(self) -> list[str]:
+        """The peers, without the one that is there for paced publishing alone."""
+        return [name for name in self.peers if name != servers.NCHAN_SERIAL]
 
     def opened(self, name: str, history: int = 0) -> AbstractContextManager[Server]:
         """Start a server by its name."""
@@ -323,7 +328,7 @@ def _paced(run: Run, scenario: str, size: tuple[int, float, float]) -> None:
             rate=rate, patience=run.numbers.patience_seconds,
         )  # fmt: skip
 
-    for name in run.everybody():
+    for name in run.everybody(paced=True):
         run.measured(scenario, f"{connections} x {rate:g}/s", name, work)
 
 
@@ -367,7 +372,7 @@ def d(run: Run) -> None:
         for readers in run.numbers.d_readers:
             variant = f"{rows} stored, {readers} at once"
             run.measured("D", variant, SERVICE, _history(run, rows, readers), history=rows)
-    for name in run.peers:
+    for name in run.others:
         for rows in run.numbers.d_rows:
             if "history" not in servers.ABILITIES.get(name, ()) or rows > nchan.BUFFER:
                 run.left_out("D", name, NO_HISTORY if name != "nchan" else "not in its memory")
@@ -461,7 +466,7 @@ def e(run: Run) -> None:
     after_break, after_restart = f"{clients} clients after a break", f"{clients} after a restart"
     run.measured("E", after_break, SERVICE, work(restart=False))
     run.measured("E", after_restart, SERVICE, work(restart=True))
-    for name in run.peers:
+    for name in run.others:
         if "resume" in servers.ABILITIES.get(name, ()):
             run.measured("E", after_break, name, work(restart=False))
         else:
@@ -504,7 +509,7 @@ def f(run: Run) -> None:
 
     variant = f"{connections} x {rate:g}/s, {filters} filters"
     run.measured("F", variant, SERVICE, work)
-    for name in run.peers:
+    for name in run.others:
         run.left_out("F", name, "has no filters")
 
 

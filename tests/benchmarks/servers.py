@@ -34,6 +34,9 @@ from support.program import command, environment, free_port
 
 HOST = "127.0.0.1"
 SERVICE = "service"
+#: Only where publishing is paced. Nchan joins what waits for a client when messages come faster
+#: than it sends them, which a publisher that waits for each answer never lets happen.
+NCHAN_SERIAL = "nchan-serial"
 START_SECONDS = 30.0
 FILL_ROWS = 100_000
 
@@ -321,7 +324,7 @@ def nchan_(place: Place) -> Iterator[Server]:
             )
         server = Nchan(
             "nchan", version, process, port, "/sub",
-            {"kind": "nchan", "host": HOST, "port": port, "path": "/pub"},
+            {"kind": "nchan", "host": HOST, "port": port, "path": "/pub", "pipeline": 64},
             "one POST for each message (it takes no batches), pipelined",
             batch=1,
         )  # fmt: skip
@@ -330,6 +333,16 @@ def nchan_(place: Place) -> Iterator[Server]:
             yield server
         finally:
             end(process)
+
+
+@contextmanager
+def nchan_serial(place: Place) -> Iterator[Server]:
+    """Nchan, published to by somebody who waits for each answer."""
+    with nchan_(place) as server:
+        server.name = NCHAN_SERIAL
+        server.target["pipeline"] = 1
+        server.how = "one POST for each message, each answered before the next"
+        yield server
 
 
 #: What they can do beyond sending what is published now.
@@ -342,6 +355,7 @@ PEERS: dict[str, Callable[[Place], AbstractContextManager[Server]]] = {
     "aiohttp-sse": aiohttp_sse,
     "sse-starlette": sse_starlette,
     "nchan": nchan_,
+    NCHAN_SERIAL: nchan_serial,
 }
 
 
