@@ -73,7 +73,8 @@ soak: $(DONE)/package $(DONE)/dev ## The long run: all faults in random order, S
 	  tests/soak/soak.py tests/acceptance/test_frozen_readers.py
 
 # As it was asked for: figures and tables carry it.
-bench_command = make bench$(foreach name,ONLY PEERS SIZE HISTORY,$(if $(filter command line environment,$(origin $(name))),$(if $($(name)), $(name)="$($(name))")))
+bench_command = $(strip make bench $(foreach name,ONLY PEERS SIZE HISTORY,\
+  $(if $(findstring file,$(origin $(name))),,$(name)="$($(name))")))
 
 bench: $(DONE)/package $(DONE)/bench ## Measure the service beside its peers; takes a long while
 	@cd tests && exec $(abspath $(BIN))/python -m benchmarks --command '$(bench_command)' \

@@ -16,7 +16,7 @@ def test_small_benchmark_delivers_everything_and_writes_json(tmp_path: Path) -> 
         *("--peers", "-", "--history", "2000", "--out", str(tmp_path)),
     ]
     done = subprocess.run(
-        command, cwd=REPOSITORY / "tests", capture_output=True, text=True, timeout=60
+        command, cwd=REPOSITORY / "tests", capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "results.json").read_text())
