@@ -3,7 +3,8 @@
 # What has been done is kept as files in $(DONE), so that nothing is installed twice:
 #
 #   python ──> run ──> package      make demo
-#               └────> dev          make lint; make test needs both
+#               ├────> dev          make lint; make test needs both
+#               └────> bench        make bench, with package
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,6 +12,11 @@ ARGS ?=
 PYTEST_ARGS ?=
 SECONDS ?= 600
 SEED ?=
+ONLY ?=
+PEERS ?=
+SIZE ?= full
+HISTORY ?=
+OUT ?=
 
 ifneq ($(words $(VENV)),1)
 $(error VENV must be one word, without spaces: '$(VENV)')
@@ -39,7 +45,7 @@ unexport PYTHONPATH PYTHONHOME PIP_USER PIP_TARGET PIP_PREFIX PIP_REQUIRE_VIRTUA
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .SUFFIXES:
-.PHONY: help demo test soak lint format clean FORCE
+.PHONY: help demo test soak bench lint format clean FORCE
 
 ## What there is
 
@@ -49,6 +55,9 @@ help: ## This list
 	@echo "  ARGS=…         more for sse-labels demo:  make demo ARGS='--port 8081'"
 	@echo "  PYTEST_ARGS=…  more for pytest:           make test PYTEST_ARGS='-k cutover'"
 	@echo "  SECONDS=…      how long a soak lasts, and with SEED=… the one that failed again"
+	@echo "  ONLY=… PEERS=… SIZE=small HISTORY=… OUT=…"
+	@echo "                 scenarios, peers (- for none), size, most labels stored, and folder"
+	@echo "                 of a bench:                make bench ONLY='A B' PEERS=nchan"
 	@echo "  PYTHON=…       the Python to use          ($(PYTHON))"
 	@echo "  VENV=…         where it is installed      ($(VENV))"
 
@@ -62,6 +71,15 @@ soak: $(DONE)/package $(DONE)/dev ## The long run: all faults in random order, S
 	@SSE_LABELS_SOAK_SECONDS='$(SECONDS)' $(if $(SEED),SSE_LABELS_TEST_SEED='$(SEED)') \
 	  $(BIN)/pytest -o cache_dir='$(CACHES)/pytest' $(PYTEST_ARGS) \
 	  tests/soak/soak.py tests/acceptance/test_frozen_readers.py
+
+# As it was asked for: figures and tables carry it.
+bench_command = $(strip make bench $(foreach name,ONLY PEERS SIZE HISTORY,\
+  $(if $(findstring file,$(origin $(name))),,$(name)="$($(name))")))
+
+bench: $(DONE)/package $(DONE)/bench ## Measure the service beside its peers; takes a long while
+	@cd tests && exec $(abspath $(BIN))/python -m benchmarks --command '$(bench_command)' \
+	  --size '$(SIZE)' $(if $(ONLY),--only '$(ONLY)') $(if $(PEERS),--peers '$(PEERS)') \
+	  $(if $(HISTORY),--history '$(HISTORY)') $(if $(OUT),--out '$(abspath $(OUT))')
 
 lint: $(DONE)/dev ## Check style, types, and the direction of imports
 	@status=0; \
@@ -132,6 +150,12 @@ $(DONE)/dev: $(DONE)/run
 	@$(requirements) dev >$@.wanted
 	@cmp -s $@.wanted $@.installed || { echo 'installing what it is tested with'; \
 	  $(PIP) install -q -r $@.wanted && mv $@.wanted $@.installed; }
+	@touch $@
+
+$(DONE)/bench: $(DONE)/run
+	@$(requirements) bench >$@.wanted
+	@cmp -s $@.wanted $@.installed || { echo 'installing what it is measured beside'; \
+	  $(PIP) install -q --prefer-binary -r $@.wanted && mv $@.wanted $@.installed; }
 	@touch $@
 
 $(DONE)/package: $(DONE)/run $(SOURCES)
