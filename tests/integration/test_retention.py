@@ -188,7 +188,7 @@ async def test_live_reader_of_a_server_that_lags_is_told_what_another_deleted(
     run_server: RunServer, database: TestDatabase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with (
-        run_server() as lagging,
+        run_server(heartbeat_seconds=0.1) as lagging,
         run_server() as other,
         reading(lagging.stream_url) as live,
         reading(lagging.stream_url, values="never") as hidden,
