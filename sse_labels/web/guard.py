@@ -181,6 +181,8 @@ class Door:
         loop.remove_reader(self._listener)
         if self._pause is not None:
             self._pause.cancel()
+        # Now, not when all is drained: whoever comes meanwhile is refused, or goes to a neighbour.
+        self._listener.close()
         await asyncio.gather(*self._handing_over)
 
     def _accept(self, loop: asyncio.AbstractEventLoop) -> None:
