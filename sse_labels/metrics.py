@@ -42,6 +42,7 @@ COUNTERS = {
     "holes": "Holes that made the sequencer wait for open transactions.",
     "database_reconnects": "Connections to the database that were lost and made anew.",
     "broken_promises": "Times that a promise of this service did not hold.",
+    "workers_replaced": "Worker processes that ended and were replaced.",
 }
 GAUGES = {
     "head_seq": "The newest settled seq.",
