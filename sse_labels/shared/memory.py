@@ -111,6 +111,7 @@ class Share:
         self._others = [number for number in range(memory.workers) if number != index]
         self._all_words = words
         self._read: dict[int, Snapshot] = {}
+        self._yielded_to = (-1, -1)
         self.connections = self._tally(_Word.CONNECTIONS)
         self.streams = self._tally(_Word.STREAMS)
         cells = [
@@ -141,14 +142,28 @@ class Share:
     def serving(self, value: bool) -> None:
         self._words[_Word.SERVING] = value
 
-    def is_ahead(self) -> bool:
-        """Return whether another process that serves holds clearly fewer connections."""
+    def yields(self) -> bool:
+        """Return whether the next connection should be another process's.
+
+        One that serves and holds clearly fewer; but not one that has taken none since this was
+        last answered with yes: it is busy, or stuck, and nobody shall wait for it.
+        """
         mine = self._words[_Word.CONNECTIONS]
-        least = mine - AHEAD - mine // AHEAD_PART
-        return any(
-            words[_Word.CONNECTIONS] < least and words[_Word.SERVING]
-            for words in (self._all_words[other] for other in self._others)
+        few = mine - AHEAD - mine // AHEAD_PART
+        if few <= 0:
+            return False
+        least, other = min(
+            (
+                (words[_Word.CONNECTIONS], other)
+                for other in self._others
+                if (words := self._all_words[other])[_Word.SERVING]
+            ),
+            default=(few, -1),
         )
+        if least >= few or (least, other) == self._yielded_to:
+            return False
+        self._yielded_to = (least, other)
+        return True
 
     def write(self, snapshot: Snapshot) -> None:
         """Show the others what this process counts; raise ValueError when it is too large."""

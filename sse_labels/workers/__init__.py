@@ -21,6 +21,6 @@ All accept from one socket. With one for each (SO_REUSEPORT) the kernel resets w
 in the queue of a worker that is killed (57 of 100 connections, of which nobody knows),
 and spreads by chance; from one socket alone, whoever wakes first takes most: of 1,000
 connections in a row four workers got 171, 465, 14 and 350. So the one that is ahead lets
-the others accept (`Share.is_ahead`): 251, 249, 253, 247; and after a death the clients
-that come back fill the replacement instead of its neighbours.
+the others accept (`Share.yields`): 500 in a row became 128, 124, 125, 123, and 492 that
+came back after a death filled the replacement, 492 : 508, instead of its neighbour.
 """

@@ -126,15 +126,15 @@ class TestBalance:
     def test_who_holds_clearly_more_lets_those_accept_that_serve(self, shares: list[Share]) -> None:
         one, other, _ = shares
         for _ in range(AHEAD + 1):
-            assert not one.is_ahead()
+            assert not one.yields()
             one.connections.take(100)
         # Nobody else serves yet.
-        assert not one.is_ahead()
+        assert not one.yields()
         other.serving = True
-        assert one.is_ahead()
-        assert not other.is_ahead()
+        assert one.yields()
+        assert not other.yields()
         other.connections.take(100)
-        assert not one.is_ahead()
+        assert not one.yields()
 
     def test_with_many_the_difference_may_be_larger(self, shares: list[Share]) -> None:
         one, other, _ = shares
@@ -143,9 +143,22 @@ class TestBalance:
             one.connections.take(10_000)
         for _ in range(1600 - 100 - AHEAD):
             other.connections.take(10_000)
-        assert not one.is_ahead()
+        assert not one.yields()
         one.connections.take(10_000)
-        assert one.is_ahead()
+        assert one.yields()
+
+    def test_nobody_waits_for_one_that_takes_none(self, shares: list[Share]) -> None:
+        one, stuck, _ = shares
+        stuck.serving = True
+        for _ in range(50):
+            one.connections.take(100)
+        assert one.yields()
+        for _ in range(3):
+            assert not one.yields()
+            one.connections.take(100)
+        # It was only busy.
+        stuck.connections.take(100)
+        assert one.yields()
 
 
 class TestRates:
