@@ -31,6 +31,7 @@ from sse_labels.publish_tokens import PublishTokens
 from sse_labels.publisher import Publisher
 from sse_labels.retention import Retention
 from sse_labels.sequencer import Sequencer
+from sse_labels.shared import Share
 from sse_labels.store import Store
 from sse_labels.web.addresses import PerAddress, TrustedProxies
 from sse_labels.web.answers import add_security_headers, allow_origins, errors_as_json
@@ -58,10 +59,24 @@ GC_THRESHOLD = (100_000, 50, 100)
 class App:
     """All parts of one server process, wired but not started."""
 
-    def __init__(self, settings: Settings, dsn: str, publish_token: str | None) -> None:
-        """`dsn` is where the labels are; without `publish_token` publishing is off."""
+    def __init__(
+        self,
+        settings: Settings,
+        dsn: str,
+        publish_token: str | None,
+        *,
+        share: Share | None = None,
+        listeners: list[socket.socket] | None = None,
+    ) -> None:
+        """`dsn` is where the labels are; without `publish_token` publishing is off.
+
+        One of several processes gets its `share` of what they know together, and the
+        sockets that they all accept from.
+        """
         self.settings = settings
-        self.metrics = Metrics()
+        self.share = share
+        self._listeners = listeners
+        self.metrics = Metrics(share)
         self.database = Database(
             dsn,
             connect_timeout_seconds=settings.connect_timeout_seconds,
@@ -95,8 +110,9 @@ class App:
             jwt_audience=settings.jwt_audience,
         )
         self.streams = StreamHandler(
-            self.sequencer, self.pages, self.store, self.metrics, self.proxies, self.auth, settings
-        )
+            self.sequencer, self.pages, self.store, self.metrics, self.proxies, self.auth, settings,
+            share,
+        )  # fmt: skip
         self.retention = Retention(
             self.store,
             lambda: self.sequencer.head,
@@ -111,7 +127,11 @@ class App:
         self.publish = PublishHandler(
             Publisher(self.store, self.metrics),
             PublishTokens(publish_token, settings.publish_tokens_file),
-            PublishRate(settings.publish_rate_labels, settings.publish_burst_labels),
+            PublishRate(
+                settings.publish_rate_labels,
+                settings.publish_burst_labels,
+                share.rates if share else None,
+            ),
             max_labels=settings.publish_max_labels,
             body_seconds=settings.request_seconds,
         )
@@ -142,20 +162,17 @@ class App:
         database does not answer. A task that fails later ends the block with its error.
         """
         # First of all: a port that is taken should not cost a migration.
-        sockets = listening_sockets(self.settings)
+        sockets = self._listeners or listening_sockets(self.settings)
         try:
-            if self.settings.migrate:
-                await migrate(self.database)
-            await self.store.check()
-            await self.store.claim_epoch()
-            self._check_retention()
+            port = sockets[0].getsockname()[1]
+            await self.prepare()
             async with asyncio.TaskGroup() as tasks:
                 following = tasks.create_task(self.sequencer.run(), name="sequencer")
                 listening = tasks.create_task(self.listener.run(), name="listener")
                 retaining = tasks.create_task(self.retention.run(), name="retention")
                 try:
                     async with self._http(sockets):
-                        yield sockets[0].getsockname()[1]
+                        yield port
                 finally:
                     for task in (following, listening, retaining):
                         task.cancel()
@@ -165,6 +182,14 @@ class App:
             await self.pages.close()
             await self.query.close()
             self.database.close()
+
+    async def prepare(self) -> None:
+        """Bring the database to where it can be served from, or raise as `running` does."""
+        if self.settings.migrate:
+            await migrate(self.database)
+        await self.store.check()
+        await self.store.claim_epoch()
+        self._check_retention()
 
     @contextlib.asynccontextmanager
     async def _http(self, sockets: list[socket.socket]) -> AsyncIterator[None]:
@@ -189,11 +214,17 @@ class App:
         others = settings.backfill_max_reads + REQUEST_CONNECTIONS + OWN_CONNECTIONS
         return Guard(
             self.metrics,
-            PerAddress(settings.max_per_address, exempt=self.proxies.trusts),
+            PerAddress(
+                settings.max_per_address,
+                self.proxies.trusts,
+                self.share.connections_by_address if self.share else None,
+            ),
             max_connections=most_connections(settings.max_connections, others),
             request_seconds=settings.request_seconds,
             keepalive_seconds=settings.keepalive_seconds,
             busy_retry_ms=lambda: BUSY_RETRY_FACTOR * retry_ms(settings),
+            share=self.share,
+            max_everywhere=settings.max_connections if self.share else None,
         )
 
     def _check_retention(self) -> None:

@@ -144,6 +144,9 @@ class Settings:
 
     host: str = setting("127.0.0.1", words, "Address to listen on.", metavar="HOST")
     port: int = setting(8080, integer(0, 65535), "Port to listen on; 0: any.", metavar="PORT")
+    workers: int = setting(
+        1, integer(1, 64), "Processes that serve, each on a core of its own.", metavar="PROCESSES"
+    )
     dsn: str | None = setting(
         None,
         words,
@@ -354,8 +357,9 @@ def read(
         raise ConfigError(key, "(not shown)" if secret else text, str(error)) from None
 
 
-def configure_logging(level: str) -> None:
-    """Send log lines to standard error, one per event."""
+def configure_logging(level: str, who: str = "") -> None:
+    """Send log lines to standard error, one per event; `who` names one process of several."""
+    who = f"{who} " if who else ""
     logging.basicConfig(
-        level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+        level=level.upper(), format=f"%(asctime)s %(levelname)s {who}%(name)s: %(message)s"
     )

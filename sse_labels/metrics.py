@@ -3,7 +3,8 @@
 Promises: counting costs an integer addition, because the fan-out counts for
 every delivery; the text form is made when somebody asks for it.
 Stands beside the corridor: every room counts here, this file knows none of them.
-Does not belong here: decisions. Nothing reads a metric to act on it.
+Does not belong here: decisions. Nothing reads a metric to act on it. How the numbers of
+several processes meet (`shared`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
+
+from sse_labels.shared import Share
+from sse_labels.shared.sums import Snapshot, Sums, add, counted, snapshot
 
 #: Seconds: from an idle server's to a label that a long transaction held back.
 FANOUT_BUCKETS = (
@@ -38,6 +42,7 @@ COUNTERS = {
     "holes": "Holes that made the sequencer wait for open transactions.",
     "database_reconnects": "Connections to the database that were lost and made anew.",
     "broken_promises": "Times that a promise of this service did not hold.",
+    "workers_replaced": "Worker processes that ended and were replaced.",
 }
 GAUGES = {
     "head_seq": "The newest settled seq.",
@@ -51,6 +56,11 @@ GAUGES = {
     "ring_chunks": "Chunks in the ring.",
     "following": "Whether the sequencer follows the table: 1 or 0.",
 }
+#: Of these, `--workers` shows each process's own.
+PER_WORKER = frozenset(
+    f"sse_labels_{name}"
+    for name in ("head_seq", "floor_seq", "holes_open", "hole_age_seconds", "following")
+)
 
 
 class Metrics(Collector):
@@ -59,7 +69,8 @@ class Metrics(Collector):
     `count` holds the counters by name; a gauge is a function that its owner sets.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, share: Share | None = None) -> None:
+        """With `share` the text says what all processes count, and `show` lets them know."""
         self.count: Counter[str] = Counter(dict.fromkeys(COUNTERS, 0))
         self.gauges: dict[str, Callable[[], float]] = {}
         self.streams_ended: Counter[str] = Counter()
@@ -76,10 +87,31 @@ class Metrics(Collector):
             buckets=FANOUT_BUCKETS,
             registry=self._registry,
         )
+        self._share = share
+        #: What those have counted that ended in our place: nothing is to go back.
+        self._before: Snapshot = {}
+        if share is not None:
+            self._before = counted(self._registry.collect(), share.read_mine())
 
     def render(self) -> bytes:
         """Return the text exposition format, version 0.0.4."""
-        return generate_latest(self._registry)
+        if self._share is None:
+            return generate_latest(self._registry)
+        self.show()
+        families = list(self._registry.collect())
+        others = [
+            numbers if alive else counted(families, numbers)
+            for numbers, alive in self._share.read_others()
+        ]
+        registry = CollectorRegistry(auto_describe=False)
+        registry.register(Sums(families, [self._share.read_mine(), *others]))
+        return generate_latest(registry)
+
+    def show(self) -> None:
+        """Let the other processes read what this one has counted by now."""
+        if self._share is not None:
+            mine = snapshot(self._registry.collect(), str(self._share.index + 1), PER_WORKER)
+            self._share.write(add([mine, self._before]))
 
     def collect(self) -> Iterator[Any]:
         """Yield all families but the histogram; called by the registry."""

@@ -34,7 +34,7 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 #: The settings as `serve --help` shows them; what is not listed comes last.
 GROUPS = {
-    "Where it listens": ("host", "port", "cors_origins"),
+    "Where it listens": ("host", "port", "workers", "cors_origins"),
     "The database": (
         "dsn", "data_dir", "migrate", "connect_timeout_seconds", "query_timeout_seconds",
         "poll_seconds", "gather_seconds", "page_max_events", "backfill_max_reads",

@@ -1,6 +1,6 @@
 """`sse-labels serve` and `sse-labels migrate`.
 
-Promises: with a DSN nothing is run but this process; without one the embedded
+Promises: with a DSN nothing is run but this process (and its workers); without one the embedded
 PostgreSQL is started before, and stopped after, whenever one is told to stop.
 SIGTERM, SIGHUP and Ctrl-C drain.
 Does not belong here: wiring (`app`).
@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import logging
 import signal
+import sys
 from collections.abc import Awaitable, Callable, Iterator
 from types import FrameType
 from typing import Any, NamedTuple
@@ -30,11 +31,18 @@ from sse_labels.embedded import EmbeddedPostgres, default_data_dir
 from sse_labels.errors import DatabaseUnavailable, SseLabelsError
 from sse_labels.publish_token import keep_token
 from sse_labels.store import Store
+from sse_labels.workers import supervisor
 
 log = logging.getLogger(__name__)
 
 #: What tells a server to stop. SIGHUP: its terminal was closed.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+#: Starts one of several processes. -P: no module comes from the directory we happen to be in.
+WORKER = (sys.executable, "-P", "-m", "sse_labels.cli.worker")
+
+Ready = Callable[[int], Awaitable[Any]]
 
 
 class Place(NamedTuple):
@@ -126,9 +134,28 @@ def on_signals(handler: Callable[[int, FrameType | None], None] | signal.Handler
 def run(
     settings: Settings,
     place: Place,
-    ready: Callable[[int], Awaitable[Any]] | None = None,
+    ready: Ready | None = None,
 ) -> None:
     """Serve until told to stop; raise what ended it otherwise."""
+
+    async def serve_here(stop: asyncio.Event, up: Ready) -> None:
+        app = application.App(settings, place.dsn, place.publish_token)
+        await application.serve(app, stop, up)
+
+    async def serve_by_workers(stop: asyncio.Event, up: Ready) -> None:
+        token = place.publish_token
+        await supervisor.serve(settings, place.dsn, token, stop, up, command=WORKER)
+
+    until_told(serve_here if settings.workers == 1 else serve_by_workers, ready)
+
+
+def until_told(
+    serve: Callable[[asyncio.Event, Ready], Awaitable[None]], ready: Ready | None = None
+) -> None:
+    """Run `serve(stop, up)`, and have it stop at the first signal; raise what ended it otherwise.
+
+    It awaits `up` with the port once it serves; `ready` is awaited then.
+    """
 
     async def serving() -> None:
         stop = asyncio.Event()
@@ -153,8 +180,7 @@ def run(
         # Not loop.add_signal_handler: it leaves SIG_DFL behind, and a SIGTERM that came then
         # would end us before PostgreSQL is stopped.
         on_signals(told)
-        app = application.App(settings, place.dsn, place.publish_token)
-        await application.serve(app, stop, up)
+        await serve(stop, up)
 
     try:
         asyncio.run(serving())

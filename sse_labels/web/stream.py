@@ -14,7 +14,7 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 
 from aiohttp import hdrs, web
 from aiohttp.abc import AbstractStreamWriter
@@ -39,6 +39,8 @@ from sse_labels.metrics import Metrics
 from sse_labels.outbox import CaughtUp, Events, Outbox, Outdated, Silence, Step
 from sse_labels.pages import Pages
 from sse_labels.sequencer import Sequencer
+from sse_labels.shared import Share
+from sse_labels.shared.counts import Tally
 from sse_labels.sse import HEARTBEAT, encode_error, encode_id, encode_info, encode_opening
 from sse_labels.store import Store
 from sse_labels.web.addresses import PerAddress, TrustedProxies
@@ -72,7 +74,9 @@ class StreamHandler:
         proxies: TrustedProxies,
         auth: StreamAuth,
         settings: Settings,
+        share: Share | None = None,
     ) -> None:
+        """`share` is what the server's other processes hold, if it has any."""
         self._sequencer = sequencer
         self._pages = pages
         self._store = store
@@ -80,7 +84,10 @@ class StreamHandler:
         self._settings = settings
         self._proxies = proxies
         self._auth = auth
-        self._per_address = PerAddress(settings.max_per_address, exempt=proxies.trusts)
+        self._per_address = PerAddress(
+            settings.max_per_address, proxies.trusts, share.streams_by_address if share else None
+        )
+        self._places = share.streams if share else Tally.alone()
         self._open: set[Outbox] = set()
         self._stopping = False
         metrics.gauges["streams"] = lambda: len(self._open)
@@ -96,9 +103,10 @@ class StreamHandler:
         with contextlib.ExitStack() as held:
             try:
                 start = await self._start(cursor, request.query.get("epoch"))
-                self._admit()
+                held.enter_context(self._place())
                 held.enter_context(self._per_address.hold(client))
             except (TooManyConnections, TooManyFromAddress, NotReady, EpochChanged) as error:
+                held.close()
                 if "text/event-stream" in request.headers.get(hdrs.ACCEPT, ""):
                     # A browser takes any other status than 200 for final, and never comes back.
                     return await self._busy(request, error)
@@ -189,10 +197,22 @@ class StreamHandler:
         """Raise what keeps one more stream from opening."""
         if self._stopping:
             raise NotReady("the server is stopping")
-        if len(self._open) >= self._settings.max_streams:
-            raise TooManyConnections(
-                f"{self._settings.max_streams} streams are open, the most here"
-            )
+        if self._places.everywhere() >= self._settings.max_streams:
+            raise self._full()
+
+    @contextlib.contextmanager
+    def _place(self) -> Iterator[None]:
+        """Be one of the streams for the block; raise what keeps one more from opening."""
+        self._admit()
+        if not self._places.take(self._settings.max_streams):
+            raise self._full()
+        try:
+            yield
+        finally:
+            self._places.give_back()
+
+    def _full(self) -> TooManyConnections:
+        return TooManyConnections(f"{self._settings.max_streams} streams are open, the most here")
 
     def _response(self, request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse(headers=HEADERS)

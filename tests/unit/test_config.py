@@ -46,6 +46,7 @@ class Sample(NamedTuple):
 SAMPLES = {
     "host": Sample("::1", "::1", " "),
     "port": Sample("0", 0, "65536"),
+    "workers": Sample("8", 8, "65"),
     "dsn": Sample("host=db password=secret", "host=db password=secret", "  "),
     "data_dir": Sample("/var/lib/x", Path("/var/lib/x"), "\t"),
     "migrate": Sample("no", False, "maybe"),
@@ -167,7 +168,7 @@ class TestEverySetting:
         assert spec.metadata["secret"] == (name in SECRETS)
         if isinstance(spec.default, int | float) and not isinstance(spec.default, bool):
             units = ("_seconds", "_bytes", "_events", "_reads", "_labels", "_streams")
-            counted = ("port", "max_connections", "max_per_address")
+            counted = ("port", "workers", "max_connections", "max_per_address")
             assert name.endswith(units) or name in counted
 
     @pytest.mark.parametrize("name", sorted(SECRETS))

@@ -1,0 +1,46 @@
+"""What `serve --workers N` starts N times: no command for people.
+
+Promises: standard output belongs to the supervisor; log lines name the worker.
+Does not belong here: what a worker does (`workers`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from functools import partial
+
+from sse_labels.cli.serve import until_told
+from sse_labels.config import configure_logging
+from sse_labels.errors import ConfigError, SseLabelsError
+from sse_labels.workers.job import READY, Job, encode_error
+from sse_labels.workers.worker import serve
+
+
+def main() -> int:
+    """Do the job that standard input brings; return the exit status."""
+    job = Job.read(sys.stdin.buffer)
+    if job is None:
+        return 0
+    supervisor = os.dup(sys.stdout.fileno())
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    configure_logging(job.settings.log_level, job.name)
+
+    def tell(line: bytes) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            os.write(supervisor, line)
+
+    async def ready(port: int) -> None:
+        tell(READY)
+
+    try:
+        until_told(partial(serve, job, sys.stdin.fileno()), ready)
+    except SseLabelsError as error:
+        tell(encode_error(error))
+        return 2 if isinstance(error, ConfigError) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

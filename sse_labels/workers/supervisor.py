@@ -1,0 +1,242 @@
+"""The first process: keeps the workers running, and serves nothing itself.
+
+Promises: a worker that dies is replaced, at once when it had served for a while, and ever
+more slowly when it dies again and again; when the supervisor ends every worker has ended,
+in order if it could within its time.
+Does not belong here: what a worker does; signals.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+from sse_labels.app import App, base_url, listening_sockets
+from sse_labels.backoff import Backoff
+from sse_labels.config import Settings
+from sse_labels.errors import BrokenPromise, ConfigError, SseLabelsError
+from sse_labels.shared import Memory
+from sse_labels.workers.job import GRACE_SECONDS, READY, Job, decode_error
+
+log = logging.getLogger(__name__)
+
+#: Who has served for so long died of something new.
+STEADY_SECONDS = 10.0
+FIRST_WAIT_SECONDS = 0.1
+LONGEST_WAIT_SECONDS = 10.0
+#: What another worker in its place would end with too.
+FINAL = (ConfigError, BrokenPromise)
+
+
+@dataclass(frozen=True)
+class End:
+    """How a worker ended: its exit status (negative: the signal), and what it said."""
+
+    status: int
+    error: SseLabelsError | None = None
+
+    def __str__(self) -> str:
+        """Return it in words."""
+        if self.error is not None:
+            return str(self.error)
+        if self.status >= 0:
+            return f"exit status {self.status}"
+        with contextlib.suppress(ValueError):
+            return signal.Signals(-self.status).name
+        return f"signal {-self.status}"
+
+
+class Worker(Protocol):
+    """A process that was started."""
+
+    async def ended(self, ready: Callable[[], None]) -> End:
+        """Return when it has ended; call `ready` when it serves."""
+
+    async def drained(self) -> None:
+        """Have it end; return when it has. Cancelled, it kills."""
+
+
+class Supervisor:
+    """Keeps one worker in each place."""
+
+    def __init__(
+        self,
+        places: int,
+        launch: Callable[[int, bool], Awaitable[Worker]],
+        forget: Callable[[int], None],
+        stopping: Callable[[], None],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        pause: Callable[[float], Awaitable[Any]] = asyncio.sleep,
+    ) -> None:
+        """`launch` starts one for a place, saying if it replaces another.
+
+        `forget` frees what one held, `stopping` is called before the first is told to end.
+        """
+        self._launch = launch
+        self._forget = forget
+        self._stopping = stopping
+        self._clock = clock
+        self._pause = pause
+        self._places = places
+        self._waiting_for = set(range(places))
+        #: Set once all have served.
+        self.ready = asyncio.Event()
+
+    async def run(self, stop: asyncio.Event, serving: Callable[[], Awaitable[Any]]) -> None:
+        """Keep all running until `stop` is set; `serving` is awaited once all serve.
+
+        Raises what makes it senseless to replace one: ConfigError, BrokenPromise.
+        """
+        async with asyncio.TaskGroup() as tasks:
+            keepers = [tasks.create_task(self._keep(place)) for place in range(self._places)]
+            telling = tasks.create_task(self._tell(serving))
+            try:
+                await stop.wait()
+            finally:
+                self._stopping()
+            for task in (telling, *keepers):
+                task.cancel()
+
+    async def _tell(self, serving: Callable[[], Awaitable[Any]]) -> None:
+        await self.ready.wait()
+        await serving()
+
+    async def _keep(self, place: int) -> None:
+        backoff = Backoff(FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS)
+        replaces = False
+        while True:
+            began = self._clock()
+            end = await self._live(place, replaces)
+            if isinstance(end.error, FINAL):
+                raise end.error
+            if self._clock() - began >= STEADY_SECONDS:
+                backoff.reset()
+            wait = backoff.next()
+            log.error(
+                "a worker ended, another takes its place: worker=%s how=%s seconds=%.1f "
+                "next_start_seconds=%.1f", place + 1, end, self._clock() - began, wait,
+            )  # fmt: skip
+            await self._pause(wait)
+            replaces = True
+
+    async def _live(self, place: int, replaces: bool) -> End:
+        try:
+            worker = await self._launch(place, replaces)
+        except OSError as error:
+            # No memory, no descriptor, for now: the others serve on.
+            return End(1, SseLabelsError(f"it cannot be started: {error}"))
+        try:
+            return await worker.ended(partial(self._serves, place))
+        finally:
+            # Does nothing to one that has ended. Else we are cancelled: told to stop, or because
+            # another worker's end is everybody's.
+            await worker.drained()
+            self._forget(place)
+
+    def _serves(self, place: int) -> None:
+        self._waiting_for.discard(place)
+        if not self._waiting_for:
+            self.ready.set()
+
+
+class Process:
+    """A worker as a process of its own."""
+
+    def __init__(self, process: asyncio.subprocess.Process, drain_seconds: float) -> None:
+        self._process = process
+        self._drain_seconds = drain_seconds
+
+    @classmethod
+    async def launch(cls, command: Sequence[str], job: Job) -> Process:
+        """Start one."""
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            pass_fds=(*job.listeners, job.memory),
+            # Ctrl-C reaches every process of the group; this one is told by us.
+            start_new_session=True,
+        )
+        assert process.stdin is not None  # noqa: S101 - a pipe was asked for
+        log.info("a worker starts: worker=%s pid=%s", job.index + 1, process.pid)
+        process.stdin.write(job.encode())
+        return cls(process, job.settings.drain_seconds)
+
+    async def ended(self, ready: Callable[[], None]) -> End:
+        """Return when it has ended; call `ready` when it serves."""
+        assert self._process.stdout is not None  # noqa: S101 - a pipe was asked for
+        error: SseLabelsError | None = None
+        async for line in self._process.stdout:
+            if line == READY:
+                ready()
+            else:
+                # What is no error of ours was written by accident.
+                with contextlib.suppress(ValueError, TypeError):
+                    error = decode_error(line)
+        return End(await self._process.wait(), error)
+
+    async def drained(self) -> None:
+        """Have it end, by closing its input; kill it when that takes too long."""
+        assert self._process.stdin is not None  # noqa: S101 - a pipe was asked for
+        self._process.stdin.close()
+        try:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._drain_seconds + GRACE_SECONDS):
+                    await self._process.wait()
+        finally:
+            if self._process.returncode is None:
+                log.error("a worker is killed, it does not end: pid=%s", self._process.pid)
+                self._process.kill()
+                await self._process.wait()
+
+
+async def serve(
+    settings: Settings,
+    dsn: str,
+    publish_token: str | None,
+    stop: asyncio.Event,
+    ready: Callable[[int], Awaitable[Any]],
+    *,
+    command: Sequence[str],
+) -> None:
+    """Serve by `settings.workers` processes until `stop` is set; as `app.serve` otherwise.
+
+    `command` starts one worker.
+    """
+    # As in a single process: a port that is taken should not cost a migration.
+    listeners = listening_sockets(settings)
+
+    def close() -> None:
+        for listener in listeners:
+            listener.close()
+
+    try:
+        port = listeners[0].getsockname()[1]
+        app = App(settings, dsn, publish_token)
+        try:
+            await app.prepare()
+        finally:
+            app.database.close()
+        with contextlib.closing(Memory.create(settings.workers)) as memory:
+
+            async def launch(index: int, replaces: bool) -> Worker:
+                numbers = tuple(listener.fileno() for listener in listeners)
+                job = Job(index, replaces, settings, dsn, publish_token, numbers, memory.descriptor)
+                return await Process.launch(command, job)
+
+            async def serving() -> None:
+                address = base_url(settings.host, port)
+                log.info("serving: address=%s workers=%s", address, settings.workers)
+                await ready(port)
+
+            await Supervisor(settings.workers, launch, memory.forget, close).run(stop, serving)
+    finally:
+        close()

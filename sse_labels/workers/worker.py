@@ -1,0 +1,67 @@
+"""One worker: the whole application, as one of several.
+
+Promises: it serves like a single process, and lets the others read what it counts.
+Does not belong here: signals, exit statuses.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from typing import Any
+
+from sse_labels import app as application
+from sse_labels.app import App
+from sse_labels.metrics import Metrics
+from sse_labels.shared import Memory
+from sse_labels.workers.job import GRACE_SECONDS, Job, when_the_supervisor_ends
+
+log = logging.getLogger(__name__)
+
+#: How old what a neighbour shows may be, and what the counts lose of a worker that is killed.
+SHOW_SECONDS = 0.25
+
+
+async def serve(
+    job: Job, pipe: int, stop: asyncio.Event, ready: Callable[[int], Awaitable[Any]]
+) -> None:
+    """Do `job` until `stop` is set or the supervisor, at the other end of `pipe`, ends."""
+    loop = asyncio.get_running_loop()
+    when_the_supervisor_ends(
+        pipe,
+        lambda: loop.call_soon_threadsafe(stop.set),
+        job.settings.drain_seconds + GRACE_SECONDS,
+    )
+    workers = job.settings.workers
+    settings = replace(
+        job.settings,
+        # The supervisor has done it.
+        migrate=False,
+        # Not counted together: a read waits for its turn here, and is refused nowhere.
+        backfill_max_reads=max(1, job.settings.backfill_max_reads // workers),
+    )
+    app = App(
+        settings,
+        job.dsn,
+        job.publish_token,
+        share=Memory(job.memory, workers).share(job.index),
+        listeners=[socket.socket(fileno=number) for number in job.listeners],
+    )
+    app.metrics.count["workers_replaced"] += job.replaces
+    async with asyncio.TaskGroup() as tasks:
+        showing = tasks.create_task(show(app.metrics))
+        try:
+            await application.serve(app, stop, ready)
+        finally:
+            showing.cancel()
+            app.metrics.show()
+
+
+async def show(metrics: Metrics) -> None:
+    """Let the other workers read what this one counts, until cancelled."""
+    while True:
+        metrics.show()
+        await asyncio.sleep(SHOW_SECONDS)

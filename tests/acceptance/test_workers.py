@@ -1,0 +1,364 @@
+"""`sse-labels serve --workers 2`: one server of two processes, also when one of them dies."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import signal
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from sse_labels.embedded import EmbeddedPostgres
+
+from support.database import TestDatabase, reachable_directory, until
+from support.program import QUICK_SERVER, Program, failure, postgres_runs_in, ran, running
+from support.reading import Reader, reading
+
+TOKEN = "a-token-for-tests"
+LABEL = {
+    "src": "did:plc:aaaaaaaaaaaaaaaaaaaaaaaa",
+    "uri": "at://did:plc:bbbbbbbbbbbbbbbbbbbbbbbb/app.bsky.feed.post/3k",
+    "val": "spam",
+    "cts": "2026-01-01T00:00:00.000Z",
+}
+
+
+@contextlib.contextmanager
+def two_workers(*arguments: str) -> Iterator[Program]:
+    env = {"SSE_LABELS_PUBLISH_TOKEN": TOKEN, "SSE_LABELS_WORKERS": "2"}
+    with running("serve", *QUICK_SERVER, *arguments, env=env) as server:
+        yield server
+
+
+async def url_of(server: Program) -> str:
+    """The address, once both workers serve."""
+    return (await asyncio.to_thread(server.wait_for, r"serving: address=(\S+) workers=2$"))[1]
+
+
+def pids(server: Program) -> dict[int, int]:
+    """The worker that was started last, in each place."""
+    found = re.findall(r"a worker starts: worker=(\d) pid=(\d+)$", server.errors, re.MULTILINE)
+    return {int(worker): int(pid) for worker, pid in found}
+
+
+def streams_by_worker(server: Program) -> Counter[str]:
+    return Counter(re.findall(r" (worker-\d) .*: stream opened: ", server.errors))
+
+
+async def get(url: str, **headers: str) -> httpx.Response:
+    """Ask on a connection of its own, so that any of the workers may answer."""
+    async with httpx.AsyncClient(timeout=20, verify=False) as client:
+        return await client.get(url, headers=headers)
+
+
+async def scrape(url: str) -> dict[str, float]:
+    """The metrics as any worker shows them; what has labels is named with them."""
+    answer = await get(f"{url}/metrics")
+    return {
+        sample.name.removeprefix("sse_labels_") + "".join(map(str, sample.labels.values())):
+        sample.value
+        for family in text_string_to_metric_families(answer.text)
+        for sample in family.samples
+    }  # fmt: skip
+
+
+async def until_shown(url: str, **expected: float) -> dict[str, float]:
+    """Scrape until all of `expected` is shown: a worker knows the other's numbers in a moment."""
+    async with asyncio.timeout(20):
+        while True:
+            shown = await scrape(url)
+            if all(shown.get(name) == value for name, value in expected.items()):
+                return shown
+            await asyncio.sleep(0.02)
+
+
+@contextlib.asynccontextmanager
+async def streams(url: str, count: int, **query: object) -> AsyncIterator[list[Reader]]:
+    """Open so many, one after another."""
+    async with contextlib.AsyncExitStack() as stack:
+        readers = []
+        for _ in range(count):
+            readers.append(await stack.enter_async_context(reading(f"{url}/stream", **query)))
+            await readers[-1].until_opened()
+        yield readers
+
+
+async def test_streams_are_spread_each_gets_every_label_and_metrics_are_sums(
+    database: TestDatabase,
+) -> None:
+    database.fill(50)
+    with two_workers("--dsn", database.dsn) as server:
+        url = await url_of(server)
+        async with streams(url, 16, cursor=0) as readers:
+            database.fill(30)
+            stored = database.stored()
+            for reader in readers:
+                assert await reader.until_events(80) == stored
+            spread = streams_by_worker(server)
+            assert sum(spread.values()) == 16
+            assert set(spread) == {"worker-1", "worker-2"}
+            assert min(spread.values()) >= 4
+            shown = await until_shown(
+                url,
+                streams=16,
+                # The one that asks is one of them.
+                connections=17,
+                events_delivered_total=16 * 80,
+                events_followed_total=2 * 30,
+            )
+            assert {name: shown[name] for name in shown if name.startswith("head_seq")} == {
+                "head_seq1": 80,
+                "head_seq2": 80,
+            }
+            assert shown["following1"] == shown["following2"] == 1
+            assert await asyncio.to_thread(server.end) == 0
+            for reader in readers:
+                await reader.until_closed()
+                assert reader.news[-1][1]["error"] == "ServerStopping"
+                assert reader.events == stored
+    assert "Traceback" not in server.errors
+    assert "killed" not in server.errors
+
+
+async def test_killed_worker_is_replaced_and_its_consumers_lose_nothing(
+    database: TestDatabase,
+) -> None:
+    database.fill(20)
+    # As many as there are: what the dead one held must be free again.
+    with two_workers("--dsn", database.dsn, "--max-streams=10") as server:
+        url = await url_of(server)
+        async with streams(url, 10, cursor=0) as readers:
+            for reader in readers:
+                await reader.until_events(20)
+            await until_shown(url, events_delivered_total=200, streams=10)
+            of_first = streams_by_worker(server)["worker-1"]
+            server_pids = pids(server)
+            os.kill(server_pids[1], signal.SIGKILL)
+            database.fill(20)
+            cut = []
+            for reader in readers:
+                try:
+                    await reader.until_events(40)
+                except httpx.RemoteProtocolError:
+                    cut.append(reader)
+            assert len(cut) == of_first > 0
+            await until_shown(url, streams=10 - of_first)
+            for reader in cut:
+                async with reading(f"{url}/stream", last_event_id=reader.last_id) as again:
+                    reader.events += await again.until_seq(40)
+            for reader in readers:
+                assert reader.events == database.stored()
+            await asyncio.to_thread(
+                server.wait_until, lambda: server.errors.count("worker-1 sse_labels.app: serv") == 2
+            )
+            assert pids(server)[1] != server_pids[1]
+            assert pids(server)[2] == server_pids[2]
+            shown = await until_shown(url, workers_replaced_total=1, head_seq1=40)
+            assert shown["events_delivered_total"] == 200 + 200
+        assert await asyncio.to_thread(server.end) == 0
+    assert "another takes its place: worker=1 how=SIGKILL " in server.errors
+    assert "Traceback" not in server.errors
+
+
+async def test_limits_hold_over_all_workers(database: TestDatabase) -> None:
+    limits = ("--max-streams=6", "--max-per-address=4", "--max-connections=16",
+              "--publish-rate-labels=1", "--publish-burst-labels=10")  # fmt: skip
+    with two_workers("--dsn", database.dsn, *limits) as server:
+        url = await url_of(server)
+        greedy = {"X-Forwarded-For": "203.0.113.9"}
+        async with contextlib.AsyncExitStack() as stack:
+
+            async def opened(**headers: str) -> int:
+                """Open one more stream, on a connection of its own; return the status."""
+                client = await stack.enter_async_context(httpx.AsyncClient(verify=False))
+                answer = await stack.enter_async_context(
+                    client.stream("GET", f"{url}/stream", headers=headers)
+                )
+                if answer.status_code != 200:
+                    await client.aclose()
+                return answer.status_code
+
+            assert [await opened(**greedy) for _ in range(8)] == [200] * 4 + [429] * 4
+            assert [await opened() for _ in range(4)] == [200] * 2 + [503] * 2
+            # An idle connection is one too.
+            idle: list[asyncio.StreamWriter] = []
+            async with asyncio.timeout(20):
+                while True:
+                    answers = [await get(f"{url}/health/live") for _ in range(4)]
+                    if all(answer.status_code == 503 for answer in answers):
+                        break
+                    # One that was refused meanwhile holds nothing, so there may be more than fit.
+                    idle.append((await asyncio.open_connection(*address_of(url)))[1])
+                    stack.callback(idle[-1].close)
+            assert len(idle) >= 8
+            assert "16 connections are open" in answers[0].json()["message"]
+            for writer in idle:
+                writer.close()
+            await until_live(url)
+            assert len(streams_by_worker(server)) == 2
+
+        statuses = [await publish(url, 2) for _ in range(10)]
+        assert statuses[:5] == [201] * 5
+        assert statuses.count(429) >= 4
+        assert len(database.stored()) == 2 * statuses.count(201)
+
+
+def address_of(url: str) -> tuple[str, int]:
+    parts = httpx.URL(url)
+    return parts.host, parts.port or 0
+
+
+async def until_live(url: str) -> None:
+    """Ask until it answers: who goes is seen by a worker when it comes round to it."""
+    async with asyncio.timeout(20):
+        while True:
+            if (await get(f"{url}/health/live")).status_code == 200:
+                return
+            await asyncio.sleep(0.01)
+
+
+async def publish(url: str, count: int) -> int:
+    async with httpx.AsyncClient(timeout=20, verify=False) as client:
+        answer = await client.post(
+            f"{url}/labels",
+            content=json.dumps({"labels": [LABEL] * count}),
+            headers={"Authorization": f"Bearer {TOKEN}"},
+        )
+        return answer.status_code
+
+
+async def test_killed_supervisor_leaves_no_worker_and_the_port_free(
+    database: TestDatabase,
+) -> None:
+    with two_workers("--dsn", database.dsn) as server:
+        url = await url_of(server)
+        async with streams(url, 6) as readers:
+            # Returns when nobody has its output open any more: neither of the workers.
+            assert await asyncio.to_thread(server.end, signal.SIGKILL) == -signal.SIGKILL
+            for reader in readers:
+                await reader.until_closed()
+                assert reader.news[-1][1]["error"] == "ServerStopping"
+    for pid in pids(server).values():
+        await until(lambda pid=pid: not is_alive(pid))
+    with pytest.raises(ConnectionRefusedError):
+        await asyncio.open_connection(*address_of(url))
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; one that nobody has waited for yet does not."""
+    try:
+        return " Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+
+
+async def test_stuck_worker_keeps_no_client_waiting_and_is_killed_in_the_end(
+    database: TestDatabase,
+) -> None:
+    with two_workers("--dsn", database.dsn, "--drain-seconds=0.1") as server:
+        url = await url_of(server)
+        stuck = pids(server)[2]
+        os.kill(stuck, signal.SIGSTOP)
+        async with streams(url, 8):
+            assert streams_by_worker(server) == {"worker-1": 8}
+        assert await asyncio.to_thread(server.end, signal.SIGINT) == 0
+    assert f"a worker is killed, it does not end: pid={stuck}" in server.errors
+    assert "Traceback" not in server.errors
+
+
+async def test_all_told_at_once_drain_once(database: TestDatabase) -> None:
+    """What systemd does: SIGTERM to every process of the service."""
+    with two_workers("--dsn", database.dsn) as server:
+        url = await url_of(server)
+        async with streams(url, 6) as readers:
+            for pid in (server.process.pid, *pids(server).values()):
+                os.kill(pid, signal.SIGTERM)
+            for reader in readers:
+                await reader.until_closed()
+                assert reader.news[-1][1]["error"] == "ServerStopping"
+            assert await asyncio.to_thread(server.wait) == 0
+    assert "Traceback" not in server.errors
+    assert "killed" not in server.errors
+
+
+async def test_broken_promise_in_a_worker_ends_all(database: TestDatabase) -> None:
+    database.fill(20)
+    with two_workers("--dsn", database.dsn) as server:
+        url = await url_of(server)
+        async with streams(url, 6, cursor=0) as readers:
+            for reader in readers:
+                await reader.until_events(20)
+            # As after a restore from a backup that is older than what was streamed.
+            database.execute("UPDATE label_stream SET floor = 1000")
+            database.execute("DELETE FROM label")
+            database.execute("SELECT setval(pg_get_serial_sequence('label', 'id'), 5)")
+            database.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                " WHERE datname = current_database() AND application_name = 'sse-labels'"
+            )
+            assert await asyncio.to_thread(server.wait) == 1
+            for reader in readers:
+                await reader.until_closed()
+                assert reader.news[-1][0] == "error"
+    assert server.err[-1].startswith(
+        "sse-labels: the database went back or was rebuilt: its newest seq is 5 in epoch "
+    )
+    assert "takes its place" not in server.errors
+    assert "Traceback" not in server.errors
+
+
+async def test_worker_that_cannot_start_ends_all_with_one_sentence(database: TestDatabase) -> None:
+    with two_workers("--dsn", database.dsn) as server:
+        await url_of(server)
+        database.execute("ALTER TABLE label RENAME TO gone")
+        os.kill(pids(server)[1], signal.SIGKILL)
+        assert await asyncio.to_thread(server.wait) == 2
+    assert server.errors.count("sse-labels: ") == 1
+    assert failure(server)[1].startswith("sse-labels: ")
+
+
+def test_what_is_wrong_for_one_process_is_said_once_by_two(empty_database: TestDatabase) -> None:
+    refused = ran(
+        "serve", "--port=0", "--workers=2", "--no-migrate", "--dsn", empty_database.dsn
+    )  # fmt: skip
+    assert failure(refused)[0] == 2
+    assert len(refused.err) == 2
+    assert refused.err[0].startswith("publishing is off")
+
+
+@pytest.fixture(scope="module")
+def data_dir() -> Iterator[Path]:
+    """One data directory for all tests here: making it takes most of a server's first start."""
+    with reachable_directory() as directory:
+        with EmbeddedPostgres(directory / "data"):
+            pass
+        yield directory / "data"
+
+
+async def test_embedded_database_is_the_supervisors_alone(data_dir: Path) -> None:
+    with two_workers("--data-dir", str(data_dir)) as server:
+        url = await url_of(server)
+        assert [await publish(url, 1) for _ in range(4)] == [201] * 4
+        assert postgres_runs_in(data_dir)
+        assert await asyncio.to_thread(server.end, signal.SIGHUP) == 0
+    assert "Traceback" not in server.errors
+    assert not postgres_runs_in(data_dir)
+
+
+async def test_embedded_database_of_a_killed_server_is_joined_by_the_next(data_dir: Path) -> None:
+    with two_workers("--data-dir", str(data_dir)) as server:
+        await url_of(server)
+        assert await asyncio.to_thread(server.end, signal.SIGKILL) == -signal.SIGKILL
+    # As with a single process: at most PostgreSQL is left, and no claim to it.
+    with two_workers("--data-dir", str(data_dir)) as server:
+        await url_of(server)
+        assert await asyncio.to_thread(server.end) == 0
+    assert not postgres_runs_in(data_dir)

@@ -1,0 +1,241 @@
+"""The supervisor with workers that are no processes: when they are replaced, and when not."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+
+from sse_labels.config import Settings
+from sse_labels.errors import BrokenPromise, ConfigError, DatabaseUnavailable, SchemaError
+from sse_labels.workers.job import Job, decode_error, encode_error
+from sse_labels.workers.supervisor import (
+    FIRST_WAIT_SECONDS,
+    LONGEST_WAIT_SECONDS,
+    STEADY_SECONDS,
+    End,
+    Supervisor,
+)
+
+
+class Fake:
+    """A worker that ends when the test says so."""
+
+    def __init__(self, place: int, replaces: bool) -> None:
+        self.place = place
+        self.replaces = replaces
+        self.end: asyncio.Future[End] = asyncio.get_running_loop().create_future()
+        self.ready: Callable[[], None] | None = None
+        self.was_drained = False
+
+    async def ended(self, ready: Callable[[], None]) -> End:
+        self.ready = ready
+        return await self.end
+
+    async def drained(self) -> None:
+        self.was_drained = True
+
+
+@dataclass
+class Stage:
+    """A supervisor of `places`, its clock, and what it did."""
+
+    places: int = 2
+    now: float = 0.0
+    launched: list[Fake] = field(default_factory=list)
+    forgotten: list[int] = field(default_factory=list)
+    waits: list[float] = field(default_factory=list)
+    events: list[str] = field(default_factory=list)
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def launch(self, place: int, replaces: bool) -> Fake:
+        self.launched.append(Fake(place, replaces))
+        return self.launched[-1]
+
+    async def pause(self, seconds: float) -> None:
+        self.waits.append(seconds)
+        self.now += seconds
+
+    async def serving(self) -> None:
+        self.events.append("serving")
+
+    def run(self) -> asyncio.Future[None]:
+        supervisor = Supervisor(
+            self.places,
+            self.launch,
+            self.forgotten.append,
+            lambda: self.events.append("stopping"),
+            clock=lambda: self.now,
+            pause=self.pause,
+        )
+        return asyncio.ensure_future(supervisor.run(self.stop, self.serving))
+
+    async def settle(self) -> None:
+        """Let everything run that can."""
+        for _ in range(20):
+            await asyncio.sleep(0)
+
+    async def die(self, worker: Fake, end: End | None = None, *, after: float = 0.0) -> Fake:
+        """End a worker that lived for so long; return the one that took its place."""
+        self.now += after
+        worker.end.set_result(end or End(-9))
+        await self.settle()
+        return self.launched[-1]
+
+
+async def test_it_serves_once_all_do_and_stops_when_all_have_ended() -> None:
+    stage = Stage()
+    running = stage.run()
+    await stage.settle()
+    first, second = stage.launched
+    assert [worker.replaces for worker in stage.launched] == [False, False]
+    assert first.ready is not None
+    assert second.ready is not None
+    first.ready()
+    first.ready()
+    await stage.settle()
+    assert stage.events == []
+    second.ready()
+    await stage.settle()
+    assert stage.events == ["serving"]
+    stage.stop.set()
+    await running
+    assert stage.events == ["serving", "stopping"]
+    assert first.was_drained
+    assert second.was_drained
+    assert sorted(stage.forgotten) == [0, 1]
+
+
+async def test_dead_worker_is_forgotten_and_replaced_in_its_place() -> None:
+    stage = Stage()
+    running = stage.run()
+    await stage.settle()
+    again = await stage.die(stage.launched[1])
+    assert (again.place, again.replaces) == (1, True)
+    assert stage.forgotten == [1]
+    assert len(stage.launched) == 3
+    assert not stage.launched[0].was_drained
+    stage.stop.set()
+    await running
+
+
+async def test_waits_grow_while_it_dies_at_once_and_begin_anew_after_it_has_served() -> None:
+    stage = Stage(places=1)
+    running = stage.run()
+    await stage.settle()
+    worker = stage.launched[0]
+    for _ in range(12):
+        worker = await stage.die(worker)
+    ceiling = FIRST_WAIT_SECONDS
+    for wait in stage.waits:
+        assert ceiling / 2 <= wait <= ceiling
+        ceiling = min(LONGEST_WAIT_SECONDS, 2 * ceiling)
+    assert ceiling == LONGEST_WAIT_SECONDS
+    await stage.die(worker, after=STEADY_SECONDS)
+    assert stage.waits[-1] <= FIRST_WAIT_SECONDS
+    stage.stop.set()
+    await running
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        BrokenPromise("it went back"),
+        ConfigError("--port", 1, "x"),
+        SchemaError("s", 3, "x"),
+    ],
+)
+async def test_what_would_end_its_successor_too_ends_all(error: Exception) -> None:
+    stage = Stage()
+    running = stage.run()
+    await stage.settle()
+    stage.launched[0].end.set_result(End(1, error))
+    with pytest.raises(ExceptionGroup) as caught:
+        await running
+    assert caught.value.exceptions == (error,)
+    assert stage.launched[1].was_drained
+    assert stage.events == ["stopping"]
+    assert len(stage.launched) == 2
+
+
+async def test_database_that_is_away_is_waited_for() -> None:
+    stage = Stage(places=1)
+    running = stage.run()
+    await stage.settle()
+    again = await stage.die(stage.launched[0], End(1, DatabaseUnavailable("cannot connect")))
+    assert again.replaces
+    stage.stop.set()
+    await running
+
+
+async def test_machine_that_can_start_none_now_is_asked_again() -> None:
+    stage = Stage(places=1)
+    launch, refused = stage.launch, [OSError("no memory"), OSError("no memory")]
+
+    async def launch_later(place: int, replaces: bool) -> Fake:
+        if refused:
+            raise refused.pop()
+        return await launch(place, replaces)
+
+    stage.launch = launch_later  # type: ignore[method-assign]
+    running = stage.run()
+    await stage.settle()
+    assert len(stage.launched) == 1
+    assert len(stage.waits) == 2
+    stage.stop.set()
+    await running
+
+
+async def test_told_to_stop_in_the_midst_of_a_wait_it_starts_no_other() -> None:
+    stage = Stage(places=1)
+    waiting = asyncio.Event()
+
+    async def wait_for_ever(seconds: float) -> None:
+        waiting.set()
+        await asyncio.Event().wait()
+
+    stage.pause = wait_for_ever  # type: ignore[method-assign]
+    running = stage.run()
+    await stage.settle()
+    stage.launched[0].end.set_result(End(-9))
+    await waiting.wait()
+    stage.stop.set()
+    await running
+    assert len(stage.launched) == 1
+
+
+@pytest.mark.parametrize(
+    ("end", "words"),
+    [(End(-9), "SIGKILL"), (End(3), "exit status 3"), (End(-99), "signal 99"),
+     (End(1, BrokenPromise("it went back")), "it went back")],
+)  # fmt: skip
+def test_an_end_is_said_in_words(end: End, words: str) -> None:
+    assert str(end) == words
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConfigError("--port", 80, "a free port"),
+        SchemaError("the database's schema", 9, "at most 3"),
+        ConfigError("--data-dir", None, "a directory"),
+        BrokenPromise("the database went back: é"),
+        DatabaseUnavailable("cannot connect"),
+    ],
+)
+def test_an_error_keeps_its_class_and_its_words(error: Exception) -> None:
+    again = decode_error(encode_error(error))
+    assert type(again) is type(error)
+    assert str(again) == str(error)
+
+
+def test_a_job_arrives_whole(tmp_path) -> None:
+    job = Job(1, True, Settings(workers=2), "host=db password=geheim", "token", (5, 6), 7)
+    file = tmp_path / "pipe"
+    for sent, read in ((job.encode(), job), (b"", None), (b"\x01", None)):
+        file.write_bytes(sent)
+        with file.open("rb") as pipe:
+            assert Job.read(pipe) == read
+    assert job.name == "worker-2"
