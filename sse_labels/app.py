@@ -37,12 +37,13 @@ from sse_labels.web.addresses import PerAddress, TrustedProxies
 from sse_labels.web.answers import add_security_headers, allow_origins, errors_as_json
 from sse_labels.web.auth import StreamAuth
 from sse_labels.web.dashboard import dashboard
+from sse_labels.web.event_stream import retry_ms
 from sse_labels.web.guard import Guard, most_connections
 from sse_labels.web.health import HealthHandlers
 from sse_labels.web.publish import PublishHandler
 from sse_labels.web.query import QueryHandler
 from sse_labels.web.rate import PublishRate
-from sse_labels.web.stream import BUSY_RETRY_FACTOR, StreamHandler, retry_ms
+from sse_labels.web.stream import BUSY_RETRY_FACTOR, StreamHandler
 
 log = logging.getLogger(__name__)
 

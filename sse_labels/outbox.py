@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
 from typing import NamedTuple
 
 from sse_labels.backoff import Backoff
@@ -54,7 +54,17 @@ Step = Events | Outdated | CaughtUp | Silence
 
 
 class Outbox:
-    """One consumer's way from its cursor to live. Not reusable: one `events` per outbox."""
+    """One consumer's way from its cursor to live. Not reusable: one `events` per outbox.
+
+    Ten thousand consumers wait at a time, most of them for long: one that waits is this
+    object, a future and a timer. A queue it has while something waits in it.
+    """
+
+    __slots__ = (
+        "_from_ring", "_heartbeat_seconds", "_loop", "_max_events", "_metrics", "_narrowed",
+        "_next", "_page_max_events", "_pages", "_parked", "_queue", "_quiet_since", "_reading",
+        "_sequencer", "_timer", "caught_up", "closed", "express", "on_close", "position",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -72,87 +82,116 @@ class Outbox:
         self._metrics = metrics
         self._narrowed = narrowed
         self._page_max_events = page_max_events
+        self._max_events = max_events
         self._heartbeat_seconds = heartbeat_seconds
-        self._queue = ChunkQueue(max_events)
+        #: A step that belongs behind the one that was yielded; its events are yet to be advanced.
+        self._next: Step | None = None
+        #: Live chunks that wait for the consumer; None when there are none.
+        self._queue: ChunkQueue | None = None
+        #: What the consumer waits for, while it waits for live events.
+        self._parked: asyncio.Future[bool] | None = None
+        self._quiet_since = 0.0
+        self._timer: asyncio.TimerHandle | None = None
         self._reading: asyncio.Task[Page] | None = None
+        self._from_ring = True
         self.closed: StreamClosed | None = None
         #: Writes a live chunk at once, in the sequencer's step; says whether all of it is gone.
         #: Used while the consumer waits for the next one and nothing waits for it.
         self.express: Callable[[Chunk], bool] | None = None
-        self._parked = False
-        self._express_at = 0.0
         #: Called once, when the outbox closes while the stream may be stuck in a write.
         self.on_close: Callable[[], None] | None = None
         #: Every event up to here has been yielded, or hidden by the filter.
         self.position = 0
         self.caught_up = False
 
-    async def events(self, cursor: int) -> AsyncGenerator[Step, None]:
-        """Yield what comes after `cursor`, for ever; raise StreamClosed when it has to end."""
+    def events(self, cursor: int) -> Outbox:
+        """Return what yields all that comes after `cursor`, for ever; to be closed by `aclose`.
+
+        Raises StreamClosed when it has to end.
+        """
         self.position = cursor
-        from_ring = True
+        return self
+
+    @property
+    def queued(self) -> int:
+        """How many live events wait for the consumer."""
+        return 0 if self._queue is None else self._queue.qsize()
+
+    def __aiter__(self) -> Outbox:
+        return self
+
+    async def __anext__(self) -> Step:
+        """Return the next step. Not a generator: it would cost each consumer 1 KiB."""
         try:
             while True:
-                # Backfill: from the ring when it reaches back that far, else from the database.
-                while (waiting := self._cut_over()) is None:
-                    if self._sequencer.ring.covers(self.position):
-                        # Others get their turn, also when the filter hides all.
-                        await asyncio.sleep(0)
-                        ring = self._sequencer.ring
-                        if not ring.covers(self.position):
-                            continue
-                        chunks = [ring.page(self.position, self._page_max_events, self._narrowed)]
-                    else:
-                        from_ring = False
-                        while not await self._page_arrived():
-                            yield Silence()
-                        page = self._take_page()
-                        if page.floor > self.position + 1:
-                            yield Outdated(self.position, page.floor)
-                        chunks = [page.chunk]
-                    yield Events(self._advance(chunks))
-                self._metrics.count["ring_hits"] += from_ring
-                yield Events(self._advance(waiting))
-                yield CaughtUp()
-                # Live, until the sequencer says that it cannot continue what it pushed.
-                while self.caught_up or not self._queue.empty():
-                    live = await self._live()
-                    yield Silence() if live is None else Events(self._advance(live))
-        finally:
-            self._sequencer.unsubscribe(self, self._narrowed)
-            if self._reading is not None:
-                self._reading.cancel()
+                if self.closed is not None:
+                    raise self.closed
+                if self._next is not None:
+                    step, self._next = self._next, None
+                    return Events(self._advance(step.chunks)) if isinstance(step, Events) else step
+                if self._queue is not None:
+                    if not self._queue.empty():
+                        return Events(self._advance(self._take(self._queue)))
+                    self._queue = None
+                if self.caught_up:
+                    # Live, until the sequencer says that it cannot continue what it pushed.
+                    if await self._silence():
+                        return Silence()
+                    if self._queue is None and self.caught_up and self.closed is None:
+                        # What went express did not go whole: the stream is to wait for the rest.
+                        return Events([])
+                elif (found := await self._backfill()) is not None:
+                    return found
+        except BaseException:
+            self._leave()
+            raise
+
+    async def aclose(self) -> None:
+        """Leave, from wherever it is."""
+        self._leave()
+
+    def _leave(self) -> None:
+        self._sequencer.unsubscribe(self, self._narrowed)
+        self._queue = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._reading is not None:
+            self._reading.cancel()
 
     def push(self, chunk: Chunk) -> None:
         """Take a live chunk from the sequencer; when the queue is full, close."""
-        if not chunk.seqs and self._queue.empty() and chunk.start <= self.position:
-            # The filter hides all of it: the position moves and nobody needs to wake.
-            self.position = max(self.position, chunk.end)
-            return
-        if (
-            self._parked
-            and self.express is not None
-            and chunk.start == self.position
-            and self._queue.empty()
-        ):
-            # Waking the stream's task costs twice what the write does.
-            self.position = chunk.end
-            self._express_at = asyncio.get_running_loop().time()
-            if not self.express(chunk):
-                # The task waits until the rest is gone; what comes meanwhile waits in the queue.
-                self._queue.wake()
-            return
+        if self._queue is None or self._queue.empty():
+            if not chunk.seqs and chunk.start <= self.position:
+                # The filter hides all of it: the position moves and nobody needs to wake.
+                self.position = max(self.position, chunk.end)
+                return
+            if (
+                self._parked is not None
+                and self.express is not None
+                and chunk.start == self.position
+            ):
+                # Waking the stream's task costs twice what the write does.
+                self.position = chunk.end
+                self._quiet_since = self._loop.time()
+                if not self.express(chunk):
+                    # The task waits until the rest is gone; what comes meanwhile is queued.
+                    self._wake()
+                return
+        if self._queue is None:
+            self._queue = ChunkQueue(self._max_events)
         try:
             self._queue.put_nowait(chunk)
         except asyncio.QueueFull:
             self._metrics.count["queue_overflows"] += 1
-            self.close(ConsumerTooSlow(f"more than {self._queue.maxsize} events waited to be read"))
+            self.close(ConsumerTooSlow(f"more than {self._max_events} events waited to be read"))
+        self._wake()
 
     def fall_back(self) -> None:
         """Read on from the table after what waits; called by the sequencer."""
         self._sequencer.unsubscribe(self, self._narrowed)
         self.caught_up = False
-        self._queue.wake()
+        self._wake()
 
     def close(self, reason: StreamClosed) -> None:
         """End the stream with `reason`: unsubscribe, free the queue, wake the stream. Only once."""
@@ -160,11 +199,78 @@ class Outbox:
             return
         self.closed = reason
         self._sequencer.unsubscribe(self, self._narrowed)
-        self._queue.end()
+        self._queue = None
+        self._wake()
         if self._reading is not None:
             self._reading.cancel()
         if self.on_close is not None:
             self.on_close()
+
+    def _take(self, queue: ChunkQueue) -> list[Chunk]:
+        """Return what waits in the queue, about a page at most."""
+        chunks = [queue.get_nowait()]
+        events = 0
+        while not queue.empty() and events < self._page_max_events:
+            chunks.append(queue.get_nowait())
+            events += len(chunks[-1])
+        return chunks
+
+    async def _silence(self) -> bool:
+        """Wait for something to do; return whether it is only that all was quiet for long."""
+        self._loop = asyncio.get_running_loop()
+        self._quiet_since = self._loop.time()
+        if self._timer is None:
+            self._timer = self._loop.call_later(self._heartbeat_seconds, self._look_up)
+        parked: asyncio.Future[bool] = self._loop.create_future()
+        self._parked = parked
+        try:
+            return await parked
+        finally:
+            self._parked = None
+
+    def _wake(self, *, silent: bool = False) -> None:
+        """Let the consumer look up, if it waits. From here on it does not: no more express."""
+        parked, self._parked = self._parked, None
+        if parked is not None and not parked.done():
+            parked.set_result(silent)
+
+    def _look_up(self) -> None:
+        """See whether all was quiet for `heartbeat_seconds`: one timer, not one for each event."""
+        now = self._loop.time()
+        due = self._quiet_since + self._heartbeat_seconds
+        if self._parked is None or now >= due:
+            self._wake(silent=True)
+            due = now + self._heartbeat_seconds
+        self._timer = self._loop.call_at(due, self._look_up)
+
+    async def _backfill(self) -> Step | None:
+        """Return the next step of history: from the ring if it reaches back so far, or a page.
+
+        Returns None when others had their turn and one should look again.
+        """
+        waiting = self._cut_over()
+        if waiting is not None:
+            self._metrics.count["ring_hits"] += self._from_ring
+            self._next = CaughtUp()
+            return Events(self._advance(waiting))
+        if self._sequencer.ring.covers(self.position):
+            # Others get their turn, also when the filter hides all.
+            await asyncio.sleep(0)
+            ring = self._sequencer.ring
+            if not ring.covers(self.position):
+                return None
+            page = ring.page(self.position, self._page_max_events, self._narrowed)
+            return Events(self._advance([page]))
+        self._from_ring = False
+        if not await self._page_arrived():
+            return Silence()
+        if self.closed is not None:
+            raise self.closed
+        cursor, found = self.position, self._take_page()
+        if found.floor > cursor + 1:
+            self._next = Events([found.chunk])
+            return Outdated(cursor, found.floor)
+        return Events(self._advance([found.chunk]))
 
     def _cut_over(self) -> list[Chunk] | None:
         """Subscribe when the ring holds less than a page to come; return that rest, else None.
@@ -173,8 +279,6 @@ class Outbox:
         in between would reach neither. Guarded by
         test_live_event_during_cutover_is_delivered_once.
         """
-        if self.closed is not None:
-            raise self.closed
         ring = self._sequencer.ring
         if not ring.covers(self.position):
             return None
@@ -194,8 +298,6 @@ class Outbox:
 
     def _take_page(self) -> Page:
         """Return the page that arrived; the next one is read while this one is being written."""
-        if self.closed is not None:
-            raise self.closed
         assert self._reading is not None  # noqa: S101 - `_page_arrived` started it
         page = self._reading.result()
         more = page.full and not self._sequencer.ring.covers(page.chunk.end)
@@ -216,42 +318,6 @@ class Outbox:
                 log.info("a backfill waits: error=%s next_try_seconds=%.1f", error, wait)
                 await asyncio.sleep(wait)
 
-    async def _live(self) -> list[Chunk] | None:
-        """Return what waits in the queue, about a page at most; None after a silence."""
-        queue = self._queue
-        if queue.empty():
-            self._parked = True
-            try:
-                chunks = [await self._next()]
-            except TimeoutError:
-                return None
-            finally:
-                self._parked = False
-        else:
-            chunks = [queue.get_nowait()]
-        events = 0
-        while not queue.empty() and events < self._page_max_events:
-            chunks.append(queue.get_nowait())
-            events += len(chunks[-1] or ())
-        if self.closed is not None:
-            raise self.closed
-        return [chunk for chunk in chunks if chunk is not None]
-
-    async def _next(self) -> Chunk | None:
-        """Return what comes into the queue; raise TimeoutError after a silence."""
-        wait = self._heartbeat_seconds
-        while True:
-            try:
-                async with asyncio.timeout(wait):
-                    return await self._queue.get()
-            except TimeoutError:
-                # What went express broke the silence, and woke nobody.
-                wait = (
-                    self._express_at + self._heartbeat_seconds - asyncio.get_running_loop().time()
-                )
-                if wait <= 0:
-                    raise
-
     def _advance(self, chunks: list[Chunk]) -> list[Chunk]:
         """Move the position over `chunks`; drop what lies before it (the cursor was ahead)."""
         kept = []
@@ -267,24 +333,24 @@ class Outbox:
         return kept
 
 
-class ChunkQueue(asyncio.Queue["Chunk | None"]):
+class ChunkQueue(asyncio.Queue[Chunk]):
     """An `asyncio.Queue` of chunks whose size and bound are counted in events.
 
     A put that finds it full raises QueueFull, so it holds less than `maxsize` events plus one
-    chunk. A chunk without events counts as one, else they were unbounded. `None` marks the end.
+    chunk. A chunk without events counts as one, else they were unbounded.
     """
 
-    _queue: deque[Chunk | None]
+    _queue: deque[Chunk]
 
     def _init(self, maxsize: int) -> None:
         self._queue = deque()
         self._events = 0
 
-    def _put(self, item: Chunk | None) -> None:
+    def _put(self, item: Chunk) -> None:
         self._queue.append(item)
         self._events += _weight(item)
 
-    def _get(self) -> Chunk | None:
+    def _get(self) -> Chunk:
         item = self._queue.popleft()
         self._events -= _weight(item)
         return item
@@ -293,17 +359,6 @@ class ChunkQueue(asyncio.Queue["Chunk | None"]):
         """Return the number of events that wait."""
         return self._events
 
-    def wake(self) -> None:
-        """Let the reader look up, behind all that waits."""
-        if self.empty():
-            self.put_nowait(None)
 
-    def end(self) -> None:
-        """Free all that waits, and let the reader find the end."""
-        self._queue.clear()
-        self._events = 0
-        self.wake()
-
-
-def _weight(item: Chunk | None) -> int:
-    return max(1, len(item)) if item is not None else 0
+def _weight(item: Chunk) -> int:
+    return max(1, len(item))

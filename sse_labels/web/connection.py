@@ -18,7 +18,7 @@ import asyncio
 import logging
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from itertools import takewhile
 from typing import Any
 
@@ -40,6 +40,10 @@ MAX_FIELDS = 100
 MAX_HEAD_BYTES = 64 * 1024
 #: How long what is left of an unwanted body is read, so that no reset overtakes the answer.
 LINGERING_SECONDS = 2.0
+
+
+class LongAnswer(web.StreamResponse):
+    """An answer that takes its time, and bounds it itself."""
 
 
 class Connection(web.RequestHandler):
@@ -124,19 +128,20 @@ class Connection(web.RequestHandler):
         self._unread = 0
         self._tail = b""
 
-    async def finish_response(
+    def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
-    ) -> tuple[web.StreamResponse, bool]:
+    ) -> Coroutine[Any, Any, tuple[web.StreamResponse, bool]]:
         """Send the rest of an answer; called by aiohttp when its handler is done.
 
         From here on it must be taken, or the next request come.
         """
-        self._handling = False
-        if self._wire is not None:
-            self._terms.answers.start(self)
-            if self._unread:
-                self._terms.heads.start(self)
-        return await super().finish_response(request, resp, start_time)
+        if not isinstance(resp, LongAnswer):
+            self._handling = False
+            if self._wire is not None:
+                self._terms.answers.start(self)
+                if self._unread:
+                    self._terms.heads.start(self)
+        return super().finish_response(request, resp, start_time)
 
     def head_is_late(self) -> None:
         """Answer 408, or end a connection that never said anything."""

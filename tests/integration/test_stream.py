@@ -22,6 +22,7 @@ from sse_labels.app import App
 from sse_labels.config import Settings
 from sse_labels.errors import ConsumerTooSlow
 from sse_labels.web import stream as stream_module
+from sse_labels.web.event_stream import EventStream
 
 from support.database import TestDatabase, until
 from support.reading import PATIENCE_SECONDS, Reader, reading
@@ -85,7 +86,9 @@ async def get(url: str, method: str = "GET", **given: Any) -> httpx.Response:
 
 async def caught_up(server: Server, streams: int) -> None:
     """Return when so many streams are live."""
-    await until(lambda: sum(outbox.caught_up for outbox in server.app.streams._open) == streams)
+    await until(
+        lambda: sum(visit.outbox.caught_up for visit in server.app.streams._open) == streams
+    )
 
 
 # The wire
@@ -522,7 +525,9 @@ async def test_a_reader_that_takes_nothing_is_reset_and_the_others_get_everythin
         frozen(server) as client,
     ):
         await caught_up(server, 3)
-        stalled = next(o for o in server.app.streams._open if o.position == 0)
+        stalled = next(
+            visit.outbox for visit in server.app.streams._open if visit.outbox.position == 0
+        )
         for seq in range(10, 201, 10):
             insert_large(database, 10)
             await asyncio.gather(one.until_seq(seq), other.until_seq(seq))
@@ -530,7 +535,7 @@ async def test_a_reader_that_takes_nothing_is_reset_and_the_others_get_everythin
         await until(lambda: metrics.streams_ended["ConsumerTooSlow"] == 1)
         assert metrics.count["queue_overflows"] == 1
         # What waited for it is freed, and it was never more than the bound and a chunk.
-        assert stalled._queue.qsize() == 0
+        assert stalled.queued == 0
         received = await until_reset(client)
         assert received.startswith(b"HTTP/1.1 200 OK\r\n")
         assert len(received) < 100_000
@@ -604,21 +609,21 @@ async def test_a_slow_reader_that_drains_within_the_grace_is_told_where_to_go_on
 
 
 @pytest.fixture
-def streams(monkeypatch: pytest.MonkeyPatch) -> list[stream_module.Stream]:
+def streams(monkeypatch: pytest.MonkeyPatch) -> list[EventStream]:
     """The streams that were opened, oldest first."""
-    opened: list[stream_module.Stream] = []
-    run = stream_module.Stream.run
+    opened: list[EventStream] = []
+    write = EventStream.write_eof
 
-    async def noted(stream: stream_module.Stream, start: int, news: bytes) -> str:
+    async def noted(stream: EventStream, data: bytes = b"") -> None:
         opened.append(stream)
-        return await run(stream, start, news)
+        await write(stream, data)
 
-    monkeypatch.setattr(stream_module.Stream, "run", noted)
+    monkeypatch.setattr(EventStream, "write_eof", noted)
     return opened
 
 
 async def test_the_last_event_is_not_waited_for_longer_than_the_grace(
-    run_server: RunServer, streams: list[stream_module.Stream]
+    run_server: RunServer, streams: list[EventStream]
 ) -> None:
     async with (
         run_server(slow_grace_seconds=0.2, send_timeout_seconds=0.2) as server,
@@ -636,7 +641,7 @@ async def test_the_last_event_is_not_waited_for_longer_than_the_grace(
             with pytest.raises(BlockingIOError):
                 while True:
                     raw.send(b"\n")
-        [outbox] = server.app.streams._open
+        [outbox] = [visit.outbox for visit in server.app.streams._open]
         outbox.close(ConsumerTooSlow("as if by an overflow"))
         ended = server.app.metrics.streams_ended
         await until(lambda: ended["ConsumerTooSlow"] == 1, seconds=3)
@@ -644,7 +649,7 @@ async def test_the_last_event_is_not_waited_for_longer_than_the_grace(
 
 
 async def test_an_overflow_in_the_moment_of_the_send_timeout_disturbs_nobody(
-    run_server: RunServer, database: TestDatabase, streams: list[stream_module.Stream]
+    run_server: RunServer, database: TestDatabase, streams: list[EventStream]
 ) -> None:
     async with (
         run_server(**{**STALLING, "outbox_max_events": 10_000}, send_timeout_seconds=0.3) as server,
@@ -660,7 +665,7 @@ async def test_an_overflow_in_the_moment_of_the_send_timeout_disturbs_nobody(
         raised: list[Exception] = []
 
         def overflow() -> None:
-            [outbox] = server.app.streams._open
+            [outbox] = [visit.outbox for visit in server.app.streams._open]
             try:
                 outbox.close(ConsumerTooSlow("as if by an overflow, in the sequencer's task"))
             except Exception as error:
@@ -860,8 +865,8 @@ async def test_deliveries_are_counted(run_server: RunServer, database: TestDatab
             assert metrics.count["backfill_pages"] == 4
             assert metrics.count["backfill_events"] == 20
             assert metrics.count["ring_hits"] == 0
-            # The frames, and what HTTP puts around each of the four pages.
-            assert 0 <= metrics.bytes_delivered - len(match[2]) <= 4 * len("ffff\r\n\r\n")
+            # All that was read, and what HTTP puts around the opening and each of the four pages.
+            assert 0 <= metrics.bytes_delivered - len(match[0]) <= 5 * len("ffff\r\n\r\n")
         database.fill(5)
         await until_head(server, 25)
         async with reading(server.stream_url, cursor=22) as reader:

@@ -92,10 +92,10 @@ class Crowd:
         return len(self._app.streams._open)
 
     def _caught_up(self) -> int:
-        return sum(outbox.caught_up for outbox in self._app.streams._open)
+        return sum(visit.outbox.caught_up for visit in self._app.streams._open)
 
     def _queued(self) -> int:
-        return sum(not outbox._queue.empty() for outbox in self._app.streams._open)
+        return sum(visit.outbox.queued > 0 for visit in self._app.streams._open)
 
     async def _come(self, text: str, count: int | None = None) -> None:
         loop = asyncio.get_running_loop()
@@ -129,7 +129,9 @@ async def test_clients_that_vanish_leave_no_task_no_queue_no_descriptor(
         crowd = Crowd(server, database, CLIENTS)
         before = crowd.census()
         present = await crowd.vanish()
-        assert present["Outbox"] == present["ChunkQueue"] == present["streams"] == 4 * CLIENTS
+        assert present["Outbox"] == present["streams"] == 4 * CLIENTS
+        # Only those that lag have a queue.
+        assert present["ChunkQueue"] == CLIENTS
         assert present["Connection"] >= 4 * CLIENTS
         try:
             await until(lambda: not any(crowd.left(before).values()))

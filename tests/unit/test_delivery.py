@@ -231,7 +231,7 @@ class Delivery(RuleBasedStateMachine):
         self.sequencer.publish(encode_rows(rows, start=start, end=end, with_keys=True))
         for consumer, position in positions:
             assert consumer.outbox.position >= position
-            assert consumer.outbox.closed is None or consumer.outbox._queue.qsize() == 0
+            assert consumer.outbox.closed is None or consumer.outbox.queued == 0
         for consumer, weight in waiting.items():
             outbox = consumer.outbox
             if outbox.caught_up and not consumer.ahead and consumer.steps is not None:
@@ -476,7 +476,7 @@ class Delivery(RuleBasedStateMachine):
         self.run(_turns(3))
         assert not self.sequencer._subscribers
         for consumer in self.consumers:
-            assert consumer.outbox.closed is None or consumer.outbox._queue.qsize() == 0
+            assert consumer.outbox.closed is None or consumer.outbox.queued == 0
 
     def has_all(self, consumer: Consumer) -> bool:
         at_head = consumer.position >= self.sequencer.head
