@@ -69,13 +69,14 @@ class Chunk:
         for frame in frames:
             total += len(frame)
             offsets.append(total)
+        #: Where each frame begins, and where the last one ends; the first need not be at 0.
         self._offsets = offsets
         # HTTP/1.1 chunked coding (RFC 9112, section 7.1) is made here, once, not per connection.
         if frames and isinstance(frames[0], str):
             data = "".join(frames).encode("ascii")  # type: ignore[arg-type]
         else:
             data = b"".join(frames)  # type: ignore[arg-type]
-        self.wire = b"%x\r\n%b\r\n" % (total, data) if total else b""
+        self.wire = _framed(data)
 
     def __len__(self) -> int:
         return len(self.seqs)
@@ -103,13 +104,19 @@ class Chunk:
         last = len(self) if max_events is None else min(len(self), first + max_events)
         if cursor <= self.start and last == len(self):
             return self
-        keys = None if self._keys is None else self._keys[first:last]
-        start = min(max(cursor, self.start), self.end)
-        end = self.end
+        part = Chunk.__new__(Chunk)
+        part.start = start = min(max(cursor, self.start), self.end)
+        part.end = self.end
         if last < len(self):
             # Of no events at all there is no last one, and nothing may be passed over.
-            end = self.seqs[last - 1] if last > first else start
-        return Chunk(start, end, self.seqs[first:last], self._frames(first, last), keys)
+            part.end = self.seqs[last - 1] if last > first else start
+        part.seqs = self.seqs[first:last]
+        part._keys = None if self._keys is None else self._keys[first:last]
+        # Slices alone: 10,000 clients come back at once, each from another place.
+        part._offsets = offsets = self._offsets[first : last + 1]
+        base = self._offsets[0]
+        part.wire = _framed(self._view()[offsets[0] - base : offsets[-1] - base])
+        return part
 
     def count_after(self, cursor: int) -> int:
         """Return how many events a consumer at `cursor` has not seen."""
@@ -125,22 +132,29 @@ class Chunk:
         kept = [i for i, key in enumerate(self._keys) if matches(key.src, key.uri, key.val)]
         if len(kept) == len(self):
             return self
-        view, offsets = self._view(), self._offsets
+        view, offsets, base = self._view(), self._offsets, self._offsets[0]
         return Chunk(
             self.start,
             self.end,
             array("q", [self.seqs[i] for i in kept]),
-            [bytes(view[offsets[i] : offsets[i + 1]]) for i in kept],
+            [bytes(view[offsets[i] - base : offsets[i + 1] - base]) for i in kept],
             [self._keys[i] for i in kept],
         )
 
     def _view(self) -> memoryview:
         head = self.wire.find(b"\n") + 1
-        return memoryview(self.wire)[head : head + self._offsets[-1]]
+        return memoryview(self.wire)[head : head + self._offsets[-1] - self._offsets[0]]
 
     def _frames(self, first: int, last: int) -> list[bytes]:
-        view = self._view()
-        return [bytes(view[begin:end]) for begin, end in pairwise(self._offsets[first : last + 1])]
+        view, base = self._view(), self._offsets[0]
+        return [
+            bytes(view[begin - base : end - base])
+            for begin, end in pairwise(self._offsets[first : last + 1])
+        ]
+
+
+def _framed(data: bytes | memoryview) -> bytes:
+    return b"".join((b"%x\r\n" % len(data), data, b"\r\n")) if data else b""
 
 
 def encode_rows(
