@@ -64,6 +64,8 @@ def parse_filter(
     string that a URI must begin with; the lone `*` lets every URI pass, whatever stands beside it.
     Raises `InvalidRequest` naming the parameter, the value and what was expected.
     """
+    if not (sources or uri_patterns or values):
+        return None
     for name, entries in (("sources", sources), ("uriPatterns", uri_patterns), ("values", values)):
         if len(entries) > FILTER_MAX_ENTRIES:
             raise InvalidRequest(
