@@ -113,7 +113,13 @@ class EventStream(LongAnswer):
             reset(self._transport)
         except ConnectionError:
             pass
+        except Exception:
+            log.exception("a stream failed: position=%s", self._outbox.position)
+            name = "InternalServerError"
+            how = await self._end(name, name, "see the server's log")
         finally:
+            # Whatever came after it was not read: no other request on this connection.
+            self.force_close()
             await self._outbox.aclose()
             self._ended(how)
 
@@ -226,7 +232,6 @@ class EventStream(LongAnswer):
             reset(self._transport)
         except ConnectionError:
             return "ClientGone"
-        self.force_close()
         return how
 
     def _grace_seconds(self) -> float:

@@ -13,6 +13,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from typing import Any
+from unittest.mock import AsyncMock
 
 import httpx
 import pytest
@@ -20,7 +21,7 @@ from httpx_sse import EventSource
 
 from sse_labels.app import App
 from sse_labels.config import Settings
-from sse_labels.errors import ConsumerTooSlow
+from sse_labels.errors import BrokenPromise, ConsumerTooSlow, SchemaError
 from sse_labels.web import stream as stream_module
 from sse_labels.web.event_stream import EventStream
 
@@ -344,6 +345,39 @@ async def test_below_the_floor_the_reader_is_told_and_goes_on_from_there(
     assert reader.events == inside.events == database.stored()
     assert [name for name, _ in reader.news] == ["info"]
     assert inside.news == []
+
+
+# What cannot be foreseen
+
+
+@pytest.mark.parametrize(
+    ("error", "how"),
+    [
+        (BrokenPromise("a hole after 3"), "BrokenPromise"),
+        (SchemaError("label.id", "no sequence", "one"), "InternalServerError"),
+    ],
+)
+async def test_a_stream_that_fails_says_so_and_from_where_to_go_on(
+    run_server: RunServer,
+    database: TestDatabase,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    how: str,
+) -> None:
+    database.fill(5)
+    async with run_server() as server:
+        with monkeypatch.context() as patch:
+            patch.setattr(server.app.pages, "read", AsyncMock(side_effect=error))
+            async with wire(server.stream_url, cursor=2) as opened:
+                end = await opened.until(
+                    opening(2, rest=r"retry: \d+\nevent: error\ndata: ([^\n]+)\n\n")
+                )
+        said = json.loads(end[2])
+        assert (said["error"], said["cursor"]) == ("InternalServerError", 2)
+        await until(lambda: not server.app.streams._open)
+        assert server.app.metrics.streams_ended[how] == 1
+        async with reading(server.stream_url, cursor=2) as reader:
+            await reader.until_seq(5)
 
 
 # Heartbeats
