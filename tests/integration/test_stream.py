@@ -13,7 +13,6 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from typing import Any
-from unittest.mock import AsyncMock
 
 import httpx
 import pytest
@@ -351,29 +350,34 @@ async def test_below_the_floor_the_reader_is_told_and_goes_on_from_there(
 
 
 @pytest.mark.parametrize(
-    ("error", "how"),
+    ("kind", "said", "how"),
     [
-        (BrokenPromise("a hole after 3"), "BrokenPromise"),
-        (SchemaError("label.id", "no sequence", "one"), "InternalServerError"),
+        (BrokenPromise, ("a hole after 3",), "BrokenPromise"),
+        (SchemaError, ("label.id", "no sequence", "one"), "InternalServerError"),
     ],
 )
 async def test_a_stream_that_fails_says_so_and_from_where_to_go_on(
     run_server: RunServer,
     database: TestDatabase,
     monkeypatch: pytest.MonkeyPatch,
-    error: Exception,
+    kind: type[Exception],
+    said: tuple[str, ...],
     how: str,
 ) -> None:
+    async def fail(*_: object) -> None:
+        # A new one each time: its traceback would keep the connection for the tests after this.
+        raise kind(*said)
+
     database.fill(5)
     async with run_server() as server:
         with monkeypatch.context() as patch:
-            patch.setattr(server.app.pages, "read", AsyncMock(side_effect=error))
+            patch.setattr(server.app.pages, "read", fail)
             async with wire(server.stream_url, cursor=2) as opened:
                 end = await opened.until(
                     opening(2, rest=r"retry: \d+\nevent: error\ndata: ([^\n]+)\n\n")
                 )
-        said = json.loads(end[2])
-        assert (said["error"], said["cursor"]) == ("InternalServerError", 2)
+        last = json.loads(end[2])
+        assert (last["error"], last["cursor"]) == ("InternalServerError", 2)
         await until(lambda: not server.app.streams._open)
         assert server.app.metrics.streams_ended[how] == 1
         async with reading(server.stream_url, cursor=2) as reader:
