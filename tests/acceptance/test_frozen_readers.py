@@ -232,8 +232,9 @@ class Trickled(NamedTuple):
 
 async def trickle(port: int, begin: bytes, rest: bytes) -> Trickled:
     """Send `begin`, then `rest` again and again until the connection has ended."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    # Before the server can see it: its clock runs from accepting, and we may be told late.
     began = time.monotonic()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
 
     async def read() -> Trickled:
         answer = await reader.readuntil(b"}")
