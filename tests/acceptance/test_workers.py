@@ -377,6 +377,24 @@ def test_worker_that_never_starts_ends_the_server(database: TestDatabase, tmp_pa
     )
 
 
+async def test_told_to_stop_nobody_waits_for_a_worker_that_starts(database: TestDatabase) -> None:
+    # The database does not answer it: it has nothing to drain, and is not to be killed.
+    with two_workers("--dsn", database.dsn, "--drain-seconds=60") as server:
+        await url_of(server)
+        holder = database.connect(autocommit=False)
+        holder.cursor().execute("LOCK TABLE label_stream IN ACCESS EXCLUSIVE MODE")
+        os.kill(pids(server)[1], signal.SIGKILL)
+        await until(
+            lambda: database.execute(
+                "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation ="
+                " 'label_stream'::regclass AND pid <> pg_backend_pid()"
+            )[0][0] > 0
+        )  # fmt: skip
+        assert await asyncio.to_thread(server.end) == 0
+    assert "Traceback" not in server.errors
+    assert "killed" not in server.errors
+
+
 def test_what_is_wrong_for_one_process_is_said_once_by_two(empty_database: TestDatabase) -> None:
     refused = ran(
         "serve", "--port=0", "--workers=2", "--no-migrate", "--dsn", empty_database.dsn
