@@ -8,7 +8,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -402,17 +401,19 @@ async def test_told_to_stop_nobody_waits_for_a_worker_that_starts(database: Test
 async def test_workers_serve_without_a_standard_error(database: TestDatabase) -> None:
     port = free_port()
     call = [*command(), "serve", f"--port={port}", "--workers=2", "--dsn", database.dsn]
-    with subprocess.Popen(["sh", "-c", 'exec "$@" 2>&-', "sh", *call], env=environment()) as server:
-        try:
-            async with asyncio.timeout(20):
-                while True:
-                    with contextlib.suppress(httpx.ConnectError):
-                        if (await get(f"http://127.0.0.1:{port}/health/live")).status_code == 200:
-                            break
-                    await asyncio.sleep(0.02)
-        finally:
-            server.send_signal(signal.SIGTERM)
-            assert await asyncio.to_thread(server.wait, 20) == 0
+    server = await asyncio.create_subprocess_exec(
+        "sh", "-c", 'exec "$@" 2>&-', "sh", *call, env=environment()
+    )
+    try:
+        async with asyncio.timeout(20):
+            while True:
+                with contextlib.suppress(httpx.ConnectError):
+                    if (await get(f"http://127.0.0.1:{port}/health/live")).status_code == 200:
+                        break
+                await asyncio.sleep(0.02)
+    finally:
+        server.terminate()
+        assert await server.wait() == 0
 
 
 def test_what_is_wrong_for_one_process_is_said_once_by_two(empty_database: TestDatabase) -> None:
