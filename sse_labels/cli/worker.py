@@ -24,7 +24,9 @@ def main() -> int:
     if job is None:
         return 0
     supervisor = os.dup(sys.stdout.fileno())
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    # AttributeError: started without a standard error, `2>&-`; then nothing is written at all.
+    with contextlib.suppress(AttributeError):
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     configure_logging(job.settings.log_level, job.name)
 
     def tell(line: bytes) -> None:

@@ -2,7 +2,8 @@
 
 Promises: each process writes its own part and reads all, so that nothing waits for a
 lock and nothing is lost when one is killed; the rates of publishers alone, which are
-read and written in one step, have a lock, which the kernel takes from a killed holder.
+read and written in one step, have a lock, which the kernel takes from a killed holder,
+and which nobody waits for longer than a moment.
 Stands beside the corridor, and knows none of it. A single process has no such memory.
 Does not belong here: which limits there are, who starts and ends processes.
 """

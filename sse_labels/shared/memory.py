@@ -111,7 +111,7 @@ class Share:
         self._others = [number for number in range(memory.workers) if number != index]
         self._all_words = words
         self._read: dict[int, Snapshot] = {}
-        self._yielded_to = (-1, -1)
+        self._yielded_to: dict[int, int] = {}
         self.connections = self._tally(_Word.CONNECTIONS)
         self.streams = self._tally(_Word.STREAMS)
         cells = [
@@ -145,24 +145,22 @@ class Share:
     def yields(self) -> bool:
         """Return whether the next connection should be another process's.
 
-        One that serves and holds clearly fewer; but not one that has taken none since this was
-        last answered with yes: it is busy, or stuck, and nobody shall wait for it.
+        One that serves and holds clearly fewer; but not those that have taken none since this was
+        last answered with yes: they are busy, or stuck, and nobody shall wait for them.
         """
         mine = self._words[_Word.CONNECTIONS]
         few = mine - AHEAD - mine // AHEAD_PART
         if few <= 0:
             return False
-        least, other = min(
-            (
-                (words[_Word.CONNECTIONS], other)
-                for other in self._others
-                if (words := self._all_words[other])[_Word.SERVING]
-            ),
-            default=(few, -1),
-        )
-        if least >= few or (least, other) == self._yielded_to:
+        behind = {
+            other: held
+            for other in self._others
+            if (words := self._all_words[other])[_Word.SERVING]
+            and (held := words[_Word.CONNECTIONS]) < few
+        }
+        if behind.items() <= self._yielded_to.items():
             return False
-        self._yielded_to = (least, other)
+        self._yielded_to = behind
         return True
 
     def write(self, snapshot: Snapshot) -> None:

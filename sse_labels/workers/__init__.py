@@ -2,8 +2,8 @@
 
 Promises: there are N that serve; one that dies is replaced, and costs nobody but its own
 clients; whatever ends the first process, by whatever signal, ends them all; what none of
-them could serve from (a wrong setting, a broken promise) ends the server as it ends one
-process, with one sentence.
+them could serve from (a wrong setting at the start, a broken promise) ends the server as it
+ends one process, with one sentence.
 Stands above `app`, which every worker runs whole: each has its own sequencer.
 Does not belong here: the database's server, which the first process owns (`cli`); what
 the workers know of each other (`shared`).

@@ -1,8 +1,9 @@
 """The first process: keeps the workers running, and serves nothing itself.
 
 Promises: a worker that dies is replaced, at once when it had served for a while, and ever
-more slowly when it dies again and again; when the supervisor ends every worker has ended,
-in order if it could within its time.
+more slowly when it dies again and again; one that cannot even begin ends the server when it
+starts, as it ends a single process, and later only when no other worker serves; when the
+supervisor ends every worker has ended, in order if it could within its time.
 Does not belong here: what a worker does; signals.
 """
 
@@ -31,8 +32,6 @@ log = logging.getLogger(__name__)
 STEADY_SECONDS = 10.0
 FIRST_WAIT_SECONDS = 0.1
 LONGEST_WAIT_SECONDS = 10.0
-#: What another worker in its place would end with too.
-FINAL = (ConfigError, BrokenPromise)
 
 
 @dataclass(frozen=True)
@@ -86,14 +85,16 @@ class Supervisor:
         self._clock = clock
         self._pause = pause
         self._places = places
-        self._waiting_for = set(range(places))
+        #: Places in which one has served, and those in which one does.
+        self._served: set[int] = set()
+        self._serving: set[int] = set()
         #: Set once all have served.
         self.ready = asyncio.Event()
 
     async def run(self, stop: asyncio.Event, serving: Callable[[], Awaitable[Any]]) -> None:
         """Keep all running until `stop` is set; `serving` is awaited once all serve.
 
-        Raises what makes it senseless to replace one: ConfigError, BrokenPromise.
+        Raises what makes it senseless to replace one.
         """
         async with asyncio.TaskGroup() as tasks:
             keepers = [tasks.create_task(self._keep(place)) for place in range(self._places)]
@@ -115,8 +116,7 @@ class Supervisor:
         while True:
             began = self._clock()
             end = await self._live(place, replaces)
-            if isinstance(end.error, FINAL):
-                raise end.error
+            self._check(place, end)
             if self._clock() - began >= STEADY_SECONDS:
                 backoff.reset()
             wait = backoff.next()
@@ -127,6 +127,17 @@ class Supervisor:
             await self._pause(wait)
             replaces = True
 
+    def _check(self, place: int, end: End) -> None:
+        """Raise when no other worker shall take the place."""
+        if isinstance(end.error, BrokenPromise):
+            raise end.error  # all have streamed from the same database
+        if place not in self._served:
+            # The server only starts: to try again is for who started it, and can read why.
+            raise end.error or SseLabelsError(f"worker {place + 1} did not start: {end}")
+        if isinstance(end.error, ConfigError) and not self._serving:
+            # A file that went bad, say: who has read it before serves on, as a single process does.
+            raise end.error
+
     async def _live(self, place: int, replaces: bool) -> End:
         try:
             worker = await self._launch(place, replaces)
@@ -136,14 +147,16 @@ class Supervisor:
         try:
             return await worker.ended(partial(self._serves, place))
         finally:
+            self._serving.discard(place)
             # Does nothing to one that has ended. Else we are cancelled: told to stop, or because
             # another worker's end is everybody's.
             await worker.drained()
             self._forget(place)
 
     def _serves(self, place: int) -> None:
-        self._waiting_for.discard(place)
-        if not self._waiting_for:
+        self._served.add(place)
+        self._serving.add(place)
+        if len(self._served) == self._places:
             self.ready.set()
 
 

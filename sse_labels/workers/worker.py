@@ -29,10 +29,22 @@ async def serve(
     job: Job, pipe: int, stop: asyncio.Event, ready: Callable[[int], Awaitable[Any]]
 ) -> None:
     """Do `job` until `stop` is set or the supervisor, at the other end of `pipe`, ends."""
-    loop = asyncio.get_running_loop()
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    serves = False
+
+    async def up(port: int) -> None:
+        nonlocal serves
+        serves = True
+        await ready(port)
+
+    def drain() -> None:
+        if task is not None and not (serves or stop.is_set()):
+            task.cancel()  # nothing to drain yet: wait for no database
+        stop.set()
+
     when_the_supervisor_ends(
         pipe,
-        lambda: loop.call_soon_threadsafe(stop.set),
+        lambda: loop.call_soon_threadsafe(drain),
         job.settings.drain_seconds + GRACE_SECONDS,
     )
     workers = job.settings.workers
@@ -54,7 +66,7 @@ async def serve(
     async with asyncio.TaskGroup() as tasks:
         showing = tasks.create_task(show(app.metrics))
         try:
-            await application.serve(app, stop, ready)
+            await application.serve(app, stop, up)
         finally:
             showing.cancel()
             app.metrics.show()

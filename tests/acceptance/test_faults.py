@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 from oracle import SEED_VARIABLE, choose_seed, tell
 from oracle.stage import Stage, own_postgres, staged
 from oracle.verdict import Row, table
-from oracle.wire import metric, until_so
+from oracle.wire import get, metric, until_so
+from prometheus_client.parser import text_string_to_metric_families
 
 from sse_labels.embedded import EmbeddedPostgres
 
@@ -61,6 +63,58 @@ def faults(request: pytest.FixtureRequest) -> Iterator[Faults]:
 
 async def test_nothing_is_lost_when_the_server_is_killed_and_restarted(faults: Faults) -> None:
     await faults.strike("server killed", Stage.server_killed, Stage.server_killed)
+
+
+async def test_nothing_is_lost_when_workers_are_killed_and_no_count_goes_back(
+    faults: Faults,
+) -> None:
+    async def strike(stage: Stage) -> None:
+        assert stage.program is not None
+        await asyncio.to_thread(stage.program.wait_for, "serving: address=.* workers=2$")
+        async with counts_that_only_rise(stage.port):
+            for place in (1, 2, 1, 2):
+                await stage.worker_killed(place)
+
+    stage = await faults.strike("worker killed", strike, workers="2")
+    assert stage.program is not None
+    assert "Traceback" not in stage.program.errors
+
+
+@asynccontextmanager
+async def counts_that_only_rise(port: int) -> AsyncIterator[None]:
+    """Scrape the metrics in parallel all the time; fail when a counter was lower than before."""
+    highest: dict[str, float] = {}
+    scrapes = 0
+
+    async def scrape() -> None:
+        nonlocal scrapes
+        while True:
+            before = dict(highest)
+            try:
+                status, _, text = await get(port, "/metrics")
+            except OSError:
+                continue  # it was a killed worker's
+            assert status == 200
+            shown = {
+                sample.name + str(sample.labels): sample.value
+                for family in text_string_to_metric_families(text.decode())
+                if family.type in ("counter", "histogram")
+                for sample in family.samples
+            }
+            assert shown
+            for name, value in before.items():
+                assert shown[name] >= value, (name, value, shown[name])
+            for name, value in shown.items():
+                highest[name] = max(value, highest.get(name, 0))
+            scrapes += 1
+
+    async with asyncio.TaskGroup() as tasks:
+        scrapers = [tasks.create_task(scrape()) for _ in range(3)]
+        yield
+        for scraper in scrapers:
+            scraper.cancel()
+    assert scrapes > 20
+    assert highest["sse_labels_workers_replaced_total{}"] == 4
 
 
 async def test_nothing_is_lost_when_postgresql_crashes_twice(faults: Faults) -> None:

@@ -19,7 +19,18 @@ from prometheus_client.parser import text_string_to_metric_families
 from sse_labels.embedded import EmbeddedPostgres
 
 from support.database import TestDatabase, reachable_directory, until
-from support.program import QUICK_SERVER, Program, failure, postgres_runs_in, ran, running
+from support.program import (
+    QUICK_SERVER,
+    REPOSITORY,
+    Program,
+    command,
+    environment,
+    failure,
+    free_port,
+    postgres_runs_in,
+    ran,
+    running,
+)
 from support.reading import Reader, reading
 
 TOKEN = "a-token-for-tests"
@@ -315,14 +326,94 @@ async def test_broken_promise_in_a_worker_ends_all(database: TestDatabase) -> No
     assert "Traceback" not in server.errors
 
 
-async def test_worker_that_cannot_start_ends_all_with_one_sentence(database: TestDatabase) -> None:
-    with two_workers("--dsn", database.dsn) as server:
-        await url_of(server)
-        database.execute("ALTER TABLE label RENAME TO gone")
-        os.kill(pids(server)[1], signal.SIGKILL)
-        assert await asyncio.to_thread(server.wait) == 2
+async def test_worker_that_cannot_start_again_leaves_the_others_serving(
+    database: TestDatabase, tmp_path: Path
+) -> None:
+    """A file that went bad stays in use as it was: by those who have read it."""
+    tokens = tmp_path / "tokens"
+    tokens.touch()
+    with two_workers("--dsn", database.dsn, f"--publish-tokens-file={tokens}") as server:
+        url = await url_of(server)
+        async with streams(url, 8) as readers:
+            tokens.write_text("alice\n")
+            os.kill(pids(server)[1], signal.SIGKILL)
+            how = "worker=1 how=--publish-tokens-file: got "
+            await asyncio.to_thread(server.wait_for, how)
+            database.fill(1)
+            lived = 0
+            for reader in readers:
+                with contextlib.suppress(httpx.RemoteProtocolError):
+                    lived += len(await reader.until_events(1))
+            assert lived == streams_by_worker(server)["worker-2"] > 0
+            # Again and again, until somebody mends it.
+            tokens.write_text("")
+            await until_workers_serve(server, {"worker-1": 2, "worker-2": 1})
+            # Nobody serves any more: there is nothing to spare.
+            tokens.write_text("alice\n")
+            for pid in pids(server).values():
+                os.kill(pid, signal.SIGKILL)
+            assert await asyncio.to_thread(server.wait) == 2
     assert server.errors.count("sse-labels: ") == 1
-    assert failure(server)[1].startswith("sse-labels: ")
+    assert failure(server)[1].startswith("sse-labels: --publish-tokens-file: got ")
+
+
+async def until_workers_serve(server: Program, times: dict[str, int]) -> None:
+    """Wait until each has begun to serve as often as that."""
+
+    def served() -> Counter[str]:
+        return Counter(re.findall(r" (worker-\d) sse_labels.app: serving: ", server.errors))
+
+    await asyncio.to_thread(server.wait_until, lambda: served() == times, f"serving {times}")
+
+
+def test_worker_that_never_starts_ends_the_server(database: TestDatabase, tmp_path: Path) -> None:
+    """As from a broken installation: nothing would change by trying for ever."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys\nif 'sse_labels.cli.worker' in sys.orig_argv: os._exit(7)\n"
+    )
+    env = {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(REPOSITORY)])}
+    ended = ran("serve", "--port=0", "--workers=2", "--dsn", database.dsn, env=env)
+    assert ended.process.returncode == 1
+    assert ended.err[-1] in (
+        "sse-labels: worker 1 did not start: exit status 7",
+        "sse-labels: worker 2 did not start: exit status 7",
+    )
+
+
+async def test_told_to_stop_nobody_waits_for_a_worker_that_starts(database: TestDatabase) -> None:
+    # The database does not answer it: it has nothing to drain, and is not to be killed.
+    with two_workers("--dsn", database.dsn, "--drain-seconds=60") as server:
+        await url_of(server)
+        holder = database.connect(autocommit=False)
+        holder.cursor().execute("LOCK TABLE label_stream IN ACCESS EXCLUSIVE MODE")
+        os.kill(pids(server)[1], signal.SIGKILL)
+        await until(
+            lambda: database.execute(
+                "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation ="
+                " 'label_stream'::regclass AND pid <> pg_backend_pid()"
+            )[0][0] > 0
+        )  # fmt: skip
+        assert await asyncio.to_thread(server.end) == 0
+    assert "Traceback" not in server.errors
+    assert "killed" not in server.errors
+
+
+async def test_workers_serve_without_a_standard_error(database: TestDatabase) -> None:
+    port = free_port()
+    call = [*command(), "serve", f"--port={port}", "--workers=2", "--dsn", database.dsn]
+    server = await asyncio.create_subprocess_exec(
+        "sh", "-c", 'exec "$@" 2>&-', "sh", *call, env=environment()
+    )
+    try:
+        async with asyncio.timeout(20):
+            while True:
+                with contextlib.suppress(httpx.ConnectError):
+                    if (await get(f"http://127.0.0.1:{port}/health/live")).status_code == 200:
+                        break
+                await asyncio.sleep(0.02)
+    finally:
+        server.terminate()
+        assert await server.wait() == 0
 
 
 def test_what_is_wrong_for_one_process_is_said_once_by_two(empty_database: TestDatabase) -> None:

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import itertools
 import os
+import re
 import resource
 import signal
 import threading
@@ -361,6 +362,17 @@ class Stage:
         """SIGKILL, and a new start."""
         await self.stop_server(signal.SIGKILL)
         await self.start_server()
+
+    async def worker_killed(self, place: int) -> None:
+        """SIGKILL for one of several processes; another takes its place."""
+        assert self.program is not None
+        program, served = self.program, f" worker-{place} sse_labels.app: serving: "
+        before = program.errors.count(served)
+        started = re.findall(rf"a worker starts: worker={place} pid=(\d+)", program.errors)
+        os.kill(int(started[-1]), signal.SIGKILL)
+        await asyncio.to_thread(
+            program.wait_until, lambda: program.errors.count(served) > before, served
+        )
 
     async def postgres_crashes(self) -> None:
         """PostgreSQL stops at once, as after a crash, is away for a moment, and recovers."""

@@ -113,6 +113,19 @@ class TestAddresses:
                 shares[process].connections_by_address.add(f"2001:db8:{address}::/64", -1)
             assert not any(memory.part(0)[layout._WORDS_BYTES :][: layout._CELLS_BYTES])
 
+    @pytest.mark.parametrize(("clients", "most", "refused"), [(8000, 4, 0), (8000, 1, 300)])
+    def test_many_addresses_are_not_taken_for_one(
+        self, clients: int, most: int, refused: int
+    ) -> None:
+        """As many as a full server of two processes has, the others' half."""
+        with closing(Memory.create(2)) as memory:
+            memory._view[: layout._SECRET_BYTES] = bytes(range(layout._SECRET_BYTES))
+            here, there = (memory.share(index).streams_by_address for index in range(2))
+            for number in range(clients):
+                there.add(f"2001:db8:{number:x}::/64", 1)
+            shown = (here.elsewhere(f"2001:db8:{n:x}:1::/64") for n in range(clients))
+            assert sum(held >= most for held in shown) <= refused
+
     def test_addresses_meet_elsewhere_in_each_run(self) -> None:
         cells = []
         for _ in range(2):
@@ -160,6 +173,16 @@ class TestBalance:
         stuck.connections.take(100)
         assert one.yields()
 
+    def test_one_that_is_stuck_hides_nobody_who_is_behind(self, shares: list[Share]) -> None:
+        one, stuck, new = shares
+        stuck.serving = new.serving = True
+        for _ in range(50):
+            one.connections.take(100)
+        for _ in range(20):
+            assert one.yields()
+            assert not one.yields()
+            new.connections.take(100)
+
 
 class TestRates:
     def test_publisher_has_one_rate_in_all_processes(self, shares: list[Share]) -> None:
@@ -198,6 +221,24 @@ class TestRates:
         taken = [int(process.communicate(b"\n", timeout=30)[0]) for process in both]
         # It took less than three seconds.
         assert 2000 <= sum(taken) <= 2003
+
+    def test_nobody_waits_for_ever_for_one_that_was_stopped(self, memory: Memory) -> None:
+        code = (
+            "import sys; from sse_labels.shared import Memory\n"
+            "with Memory(int(sys.argv[1]), 3).share(0).rates:\n"
+            "    sys.stdout.write('.'); sys.stdout.flush(); sys.stdin.read(1)\n"
+        )
+        with subprocess.Popen(
+            [sys.executable, "-c", code, str(memory.descriptor)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[memory.descriptor],
+        ) as stopped:  # fmt: skip
+            assert stopped.stdout is not None
+            assert stopped.stdout.read(1) == b"."
+            rate = PublishRate(1, 10, memory.share(1).rates)
+            rate.take("alice", 6)
+            with pytest.raises(RateLimited):
+                rate.take("alice", 6)
+            stopped.communicate(b"\n", timeout=30)
 
     def test_publisher_whose_time_is_over_makes_room(self, memory: Memory) -> None:
         rates = Rates(memory.rates, memory.descriptor, memory.secret)

@@ -77,8 +77,16 @@ class Stage:
         for _ in range(20):
             await asyncio.sleep(0)
 
+    async def serve(self) -> None:
+        """Let the workers serve that were launched so far."""
+        await self.settle()
+        for worker in self.launched:
+            if worker.ready is not None and not worker.end.done():
+                worker.ready()
+
     async def die(self, worker: Fake, end: End | None = None, *, after: float = 0.0) -> Fake:
-        """End a worker that lived for so long; return the one that took its place."""
+        """End a worker that served for so long; return the one that took its place."""
+        await self.serve()
         self.now += after
         worker.end.set_result(end or End(-9))
         await self.settle()
@@ -145,12 +153,15 @@ async def test_waits_grow_while_it_dies_at_once_and_begin_anew_after_it_has_serv
         BrokenPromise("it went back"),
         ConfigError("--port", 1, "x"),
         SchemaError("s", 3, "x"),
+        DatabaseUnavailable("cannot connect"),
     ],
 )
-async def test_what_would_end_its_successor_too_ends_all(error: Exception) -> None:
+async def test_worker_that_ends_before_it_ever_served_ends_all(error: Exception) -> None:
     stage = Stage()
     running = stage.run()
     await stage.settle()
+    assert stage.launched[1].ready is not None
+    stage.launched[1].ready()
     stage.launched[0].end.set_result(End(1, error))
     with pytest.raises(ExceptionGroup) as caught:
         await running
@@ -158,6 +169,46 @@ async def test_what_would_end_its_successor_too_ends_all(error: Exception) -> No
     assert stage.launched[1].was_drained
     assert stage.events == ["stopping"]
     assert len(stage.launched) == 2
+
+
+async def test_process_that_ends_before_it_ever_served_is_named() -> None:
+    stage = Stage()
+    running = stage.run()
+    await stage.settle()
+    stage.launched[1].end.set_result(End(7))
+    with pytest.raises(ExceptionGroup) as caught:
+        await running
+    assert [str(error) for error in caught.value.exceptions] == [
+        "worker 2 did not start: exit status 7"
+    ]
+
+
+async def test_broken_promise_ends_all_that_serve() -> None:
+    stage, error = Stage(), BrokenPromise("it went back")
+    running = stage.run()
+    await stage.serve()
+    stage.launched[0].end.set_result(End(1, error))
+    with pytest.raises(ExceptionGroup) as caught:
+        await running
+    assert caught.value.exceptions == (error,)
+    assert stage.launched[1].was_drained
+
+
+async def test_what_keeps_one_from_starting_again_ends_all_once_nobody_serves() -> None:
+    stage, error = Stage(), ConfigError("--jwt-key-file", "key.pem", "a key")
+    running = stage.run()
+    await stage.settle()
+    again = await stage.die(stage.launched[0])
+    again.end.set_result(End(2, error))
+    await stage.settle()
+    again = stage.launched[-1]
+    assert len(stage.launched) == 4
+    assert not stage.launched[1].was_drained
+    stage.launched[1].end.set_result(End(-9))
+    again.end.set_result(End(2, error))
+    with pytest.raises(ExceptionGroup) as caught:
+        await running
+    assert caught.value.exceptions == (error,)
 
 
 async def test_database_that_is_away_is_waited_for() -> None:
@@ -172,7 +223,7 @@ async def test_database_that_is_away_is_waited_for() -> None:
 
 async def test_machine_that_can_start_none_now_is_asked_again() -> None:
     stage = Stage(places=1)
-    launch, refused = stage.launch, [OSError("no memory"), OSError("no memory")]
+    launch, refused = stage.launch, []
 
     async def launch_later(place: int, replaces: bool) -> Fake:
         if refused:
@@ -182,8 +233,10 @@ async def test_machine_that_can_start_none_now_is_asked_again() -> None:
     stage.launch = launch_later  # type: ignore[method-assign]
     running = stage.run()
     await stage.settle()
-    assert len(stage.launched) == 1
-    assert len(stage.waits) == 2
+    refused += [OSError("no memory"), OSError("no memory")]
+    await stage.die(stage.launched[0])
+    assert len(stage.launched) == 2
+    assert len(stage.waits) == 3
     stage.stop.set()
     await running
 
@@ -198,7 +251,7 @@ async def test_told_to_stop_in_the_midst_of_a_wait_it_starts_no_other() -> None:
 
     stage.pause = wait_for_ever  # type: ignore[method-assign]
     running = stage.run()
-    await stage.settle()
+    await stage.serve()
     stage.launched[0].end.set_result(End(-9))
     await waiting.wait()
     stage.stop.set()
