@@ -239,6 +239,12 @@ class App:
                 )  # fmt: skip
 
 
+def database_connections(settings: Settings) -> int:
+    """Return how many connections to PostgreSQL all processes of a server open at most."""
+    reads = max(settings.backfill_max_reads, settings.workers)
+    return settings.workers * (REQUEST_CONNECTIONS + OWN_CONNECTIONS) + reads
+
+
 def listening_sockets(settings: Settings) -> list[socket.socket]:
     """Return bound sockets for every address of the host; raise ConfigError when one is taken."""
     try:

@@ -27,7 +27,7 @@ from sse_labels.cli.layout import Command
 from sse_labels.cli.options import key_of, named_as_given, settings_options
 from sse_labels.config import Settings, configure_logging, load
 from sse_labels.database import Database
-from sse_labels.embedded import EmbeddedPostgres, default_data_dir
+from sse_labels.embedded import EMBEDDED_MAX_CONNECTIONS, EmbeddedPostgres, default_data_dir
 from sse_labels.errors import DatabaseUnavailable, SseLabelsError
 from sse_labels.publish_token import keep_token
 from sse_labels.store import Store
@@ -41,6 +41,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 #: Starts one of several processes. -P: no module comes from the directory we happen to be in.
 WORKER = (sys.executable, "-P", "-m", "sse_labels.cli.worker")
+
+#: Connections to the embedded PostgreSQL beside a server's: `migrate`, psql, its own reserve.
+OTHER_CONNECTIONS = 20
 
 Ready = Callable[[int], Awaitable[Any]]
 
@@ -66,7 +69,9 @@ def database_of(settings: Settings, dsn_key: str = "--dsn") -> Iterator[Place]:
             raise DatabaseUnavailable(f"{dsn_key}: {address_in(settings.dsn)}{error}") from error
         return
     data_dir = settings.data_dir or default_data_dir()
-    postgres = EmbeddedPostgres(data_dir)
+    needed = application.database_connections(settings) + OTHER_CONNECTIONS
+    more = {"max_connections": str(needed)} if needed > EMBEDDED_MAX_CONNECTIONS else {}
+    postgres = EmbeddedPostgres(data_dir, settings=more)
     try:
         with unhurried():
             postgres.start()

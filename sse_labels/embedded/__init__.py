@@ -12,6 +12,10 @@ opens a home to everybody, miscounts its users when one is killed, sleeps whole 
 up after 10 s, which a crash recovery may need many times over.
 """
 
-from sse_labels.embedded.server import EmbeddedPostgres, default_data_dir
+from sse_labels.embedded.server import (
+    EMBEDDED_MAX_CONNECTIONS,
+    EmbeddedPostgres,
+    default_data_dir,
+)
 
-__all__ = ["EmbeddedPostgres", "default_data_dir"]
+__all__ = ["EMBEDDED_MAX_CONNECTIONS", "EmbeddedPostgres", "default_data_dir"]

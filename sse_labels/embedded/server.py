@@ -25,12 +25,15 @@ from sse_labels.errors import DatabaseUnavailable
 
 logger = logging.getLogger(__name__)
 
+#: Unless `settings` say more.
+EMBEDDED_MAX_CONNECTIONS = 200
+
 _SETTINGS = {
     # No TCP: whoever may enter the socket's directory (0700) is trusted, nobody else gets there.
     "listen_addresses": "",
     "unix_socket_permissions": "0700",
     "track_commit_timestamp": "on",
-    "max_connections": "200",
+    "max_connections": str(EMBEDDED_MAX_CONNECTIONS),
     # One line every five minutes would be most of the log.
     "log_checkpoints": "off",
 }

@@ -16,6 +16,8 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from sse_labels.cli.serve import database_of
+from sse_labels.config import Settings
 from sse_labels.embedded import EmbeddedPostgres
 
 from support.database import TestDatabase, reachable_directory, until
@@ -442,6 +444,24 @@ async def test_embedded_database_is_the_supervisors_alone(data_dir: Path) -> Non
         assert await asyncio.to_thread(server.end, signal.SIGHUP) == 0
     assert "Traceback" not in server.errors
     assert not postgres_runs_in(data_dir)
+
+
+@pytest.mark.parametrize(("workers", "least"), [(1, 0), (64, 64 * (9 + 1))])
+def test_embedded_database_has_room_for_all_workers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, workers: int, least: int
+) -> None:
+    class Made(Exception):
+        """Enough is known."""
+
+    def made(data_dir: Path, *, settings: dict[str, str]) -> None:
+        # Its own default is for one process.
+        assert int(settings.get("max_connections", 0)) >= least
+        assert bool(settings) == bool(least)
+        raise Made
+
+    monkeypatch.setattr("sse_labels.cli.serve.EmbeddedPostgres", made)
+    with pytest.raises(Made), database_of(Settings(workers=workers, data_dir=tmp_path)):
+        pass
 
 
 async def test_embedded_database_of_a_killed_server_is_joined_by_the_next(data_dir: Path) -> None:
