@@ -36,10 +36,10 @@ from sse_labels.store import Store
 from sse_labels.web.addresses import PerAddress, TrustedProxies
 from sse_labels.web.answers import add_security_headers, allow_origins, errors_as_json
 from sse_labels.web.auth import StreamAuth
-from sse_labels.web.dashboard import dashboard
 from sse_labels.web.event_stream import retry_ms
 from sse_labels.web.guard import Guard, most_connections
 from sse_labels.web.health import HealthHandlers
+from sse_labels.web.page_files import page_files
 from sse_labels.web.publish import PublishHandler
 from sse_labels.web.query import QueryHandler
 from sse_labels.web.rate import PublishRate
@@ -144,7 +144,8 @@ class App:
             middlewares=[errors_as_json(self.metrics)],
             client_max_size=self.settings.body_max_bytes,
         )
-        app.router.add_get("/", dashboard, allow_head=False)
+        for path, file in page_files():
+            app.router.add_get(path, file.handle)
         app.router.add_get("/stream", self.streams.handle, allow_head=False)
         app.router.add_post("/labels", self.publish.handle)
         app.router.add_get("/xrpc/com.atproto.label.queryLabels", self.query.handle)

@@ -229,7 +229,14 @@ class StreamHandler:
         """Return what a page can read of the headers that `EventSource` hides from it."""
         message = f"streaming what comes after {start}"
         head, epoch = self._sequencer.head, self._sequencer.epoch
-        return encode_info("StreamOpened", message, cursor=start, head=head, epoch=epoch)
+        return encode_info(
+            "StreamOpened",
+            message,
+            cursor=start,
+            head=head,
+            epoch=epoch,
+            heartbeatSeconds=self._settings.heartbeat_seconds,
+        )
 
     async def _busy(self, request: web.Request, error: RequestError) -> web.StreamResponse:
         self._metrics.requests_refused[error.name] += 1

@@ -122,6 +122,7 @@ async def test_first_bytes_come_at_once_even_from_an_empty_table(server: Server)
                 "cursor": 0,
                 "head": 0,
                 "epoch": server.app.sequencer.epoch,
+                "heartbeatSeconds": server.app.settings.heartbeat_seconds,
             }
         assert opened.response.headers["Sse-Labels-Head"] == "0"
 

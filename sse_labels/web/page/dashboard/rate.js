@@ -1,0 +1,58 @@
+// @ts-check
+/** Labels a second over the last five minutes, as they came to this page. */
+
+import { byId, shown } from "./document.js";
+
+const SECONDS = 300;
+const BAR_SECONDS = 5;
+const BARS = SECONDS / BAR_SECONDS;
+const WIDTH = 300;
+const HEIGHT = 60;
+
+export class Rate {
+  /** Labels in each of the last seconds, by second modulo SECONDS. */
+  #counts = new Uint32Array(SECONDS);
+  #second = now();
+
+  /** @param {number} count */
+  add(count) {
+    this.#turn();
+    this.#counts[this.#second % SECONDS] += count;
+  }
+
+  draw() {
+    this.#turn();
+    byId("rate").textContent = shown(this.#mean(1, 1));
+    byId("rate-minute").textContent = this.#mean(60, 1).toFixed(1);
+    const bars = Array.from({ length: BARS }, (_, bar) =>
+      this.#mean(BAR_SECONDS, 1 + (BARS - 1 - bar) * BAR_SECONDS),
+    );
+    const top = Math.max(1, ...bars);
+    const path = bars.map((height, bar) => {
+      const y = (HEIGHT * height) / top;
+      return `M${(bar * WIDTH) / BARS} ${HEIGHT}v${-y}h${WIDTH / BARS - 1}v${y}z`;
+    });
+    byId("rate-path").setAttribute("d", path.join(""));
+    byId("rate-top").textContent = `up to ${shown(Math.ceil(top))}`;
+  }
+
+  /** Labels a second over so many seconds. @param {number} seconds @param {number} ago */
+  #mean(seconds, ago) {
+    let sum = 0;
+    for (let second = ago; second < ago + seconds; second++) {
+      sum += this.#counts[(this.#second - second + 2 * SECONDS) % SECONDS];
+    }
+    return sum / seconds;
+  }
+
+  #turn() {
+    const second = now();
+    const passed = Math.min(SECONDS, second - this.#second);
+    for (let each = 0; each < passed; each++) this.#counts[(second - each) % SECONDS] = 0;
+    this.#second = second;
+  }
+}
+
+function now() {
+  return Math.floor(performance.now() / 1000);
+}

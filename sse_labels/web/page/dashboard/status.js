@@ -1,0 +1,104 @@
+// @ts-check
+/** How the connection is, in words; and what happened to it before. */
+
+import { byId, element, shown } from "./document.js";
+
+/** @typedef {import("../labels.js").State} State */
+/** @typedef {import("../labels.js").News} News */
+
+const HAPPENED_MAX = 20;
+
+/** What a state means to whoever looks on, by the server's name for it, else by the state's. */
+const WORDS = {
+  TooManyConnections: "The server is full",
+  TooManyFromAddress: "Too many connections from your address",
+  ServerStopping: "The server restarts",
+  NotReady: "The server is not ready",
+  TokenExpired: "Your token has expired",
+  connecting: "Connecting …",
+  "catching-up": "Catching up",
+  live: "Live",
+  reconnecting: "Reconnecting",
+  "too-slow": "This page was too slow",
+  refused: "Refused",
+  resting: "Resting",
+  closed: "Closed",
+};
+
+export class Status {
+  /** @type {State} */ #state = { name: "connecting", message: "" };
+  /** @type {number | null} */ #position = null;
+  #hint = "";
+  #last = "";
+
+  constructor() {
+    setInterval(() => this.#draw(), 1000);
+  }
+
+  /** @param {State} state @param {number | null} position */
+  show(state, position) {
+    this.#state = state;
+    this.#position = position;
+    const { name, error } = state;
+    const what = `${name} ${error ?? ""}`;
+    if (what !== this.#last) {
+      this.#last = what;
+      if (name !== "connecting") this.#note(this.#words(false));
+    }
+    this.#draw();
+  }
+
+  /** @param {News} news */
+  news({ name, message }) {
+    this.#note(`${name}: ${message}`);
+  }
+
+  /** Why nothing comes although the stream is open. @param {string} text */
+  hint(text) {
+    this.#hint = text;
+    this.#draw();
+  }
+
+  #draw() {
+    const { name } = this.#state;
+    byId("state").dataset.state = name;
+    byId("retry").hidden = !["reconnecting", "too-slow", "refused"].includes(name);
+    const words = this.#words(true);
+    const place = byId("state-words");
+    if (place.textContent !== words) place.textContent = words;
+  }
+
+  /** @param {boolean} now  with what changes by the second */
+  #words(now) {
+    const { name, error, message, retryAt, readers } = this.#state;
+    const known = /** @type {Record<string, string>} */ (WORDS);
+    const words = [(error && known[error]) || known[name]];
+    if (name === "live" || name === "catching-up") {
+      if (now && this.#hint) words.push(`: but ${this.#hint}`);
+      else if (now && readers && readers > 1) words.push(` · one connection for ${readers} tabs`);
+    } else if (name !== "connecting") {
+      words.push(`: ${message}`);
+      if (name !== "refused") words.push(this.#resumes());
+      if (now && retryAt) {
+        const seconds = Math.max(0, Math.ceil((retryAt - Date.now()) / 1000));
+        words.push(seconds ? ` Next try in ${seconds} s.` : " Trying …");
+      }
+    }
+    return words.join("");
+  }
+
+  #resumes() {
+    if (this.#position === null) return ".";
+    return `. Goes on after ${shown(this.#position)}; nothing is lost.`;
+  }
+
+  /** @param {string} text */
+  #note(text) {
+    const item = element("li", "", text);
+    const when = element("time", "", new Date().toLocaleTimeString("en-GB"));
+    item.prepend(when);
+    const list = byId("happened");
+    list.prepend(item);
+    while (list.childElementCount > HAPPENED_MAX) list.lastElementChild?.remove();
+  }
+}

@@ -1,0 +1,118 @@
+// @ts-check
+/**
+ * What is shown: from where, and which labels. It stands in the form and in the page's address,
+ * so that it can be kept, shared and gone back to.
+ */
+
+import { filterOf } from "../labels.js";
+import { byId, input, on } from "./document.js";
+
+/** @typedef {import("../labels.js").Filter} Filter */
+/** @typedef {import("../labels.js").From} From */
+
+const STARTS = ["now", "left-off", "everything"];
+
+export class View {
+  /** @type {From} */ from = "now";
+  /** @type {Required<Filter>} */ filter = filterOf({});
+
+  /** @param {(anew: boolean) => void} changed  `anew`: it starts elsewhere */
+  constructor(changed) {
+    this.changed = changed;
+    on("view", "submit", (event) => {
+      event.preventDefault();
+      this.#submit(true);
+    });
+    on("view", "reset", (event) => {
+      event.preventDefault();
+      for (const id of ["values", "sources", "prefix"]) input(id).value = "";
+      this.#submit(false);
+    });
+    on("from", "change", () => this.#showSeq());
+    addEventListener("popstate", () => {
+      this.#read();
+      this.changed(true);
+    });
+    this.#read();
+  }
+
+  /** Show only these, from here on. @param {"values" | "sources" | "prefix"} id @param {string} entry */
+  narrow(id, entry) {
+    input(id).value = entry;
+    this.#submit(false);
+  }
+
+  /** @param {boolean} anew */
+  #submit(anew) {
+    const wrong = byId("wrong");
+    wrong.hidden = true;
+    try {
+      this.#take();
+    } catch (error) {
+      wrong.textContent = error instanceof Error ? error.message : String(error);
+      wrong.hidden = false;
+      return;
+    }
+    history.pushState(null, "", this.#address());
+    this.changed(anew);
+  }
+
+  /** Take what the form says. @throws {TypeError} */
+  #take() {
+    const start = input("from").value;
+    const seq = input("seq").value.trim();
+    if (start === "seq" && !/^\d{1,15}$/.test(seq)) {
+      throw new TypeError(`seq: got '${seq}', expected the last seq you have`);
+    }
+    // Not split: a value may hold a space, a prefix is one.
+    const prefix = input("prefix").value.trim();
+    const filter = filterOf({
+      values: entries("values"),
+      sources: entries("sources"),
+      uriPatterns: prefix ? [prefix.endsWith("*") ? prefix : `${prefix}*`] : [],
+    });
+    this.filter = filter;
+    this.from = start === "seq" ? Number(seq) : /** @type {From} */ (start);
+  }
+
+  /** Fill the form from the address. */
+  #read() {
+    const asked = new URLSearchParams(location.search);
+    const from = asked.get("from") ?? "now";
+    const named = STARTS.includes(from);
+    input("from").value = named ? from : "seq";
+    input("seq").value = named ? "" : from;
+    input("values").value = asked.getAll("values").join(", ");
+    input("sources").value = asked.getAll("sources").join(", ");
+    input("prefix").value = asked.get("prefix") ?? "";
+    this.#showSeq();
+    try {
+      this.#take();
+    } catch (error) {
+      byId("wrong").textContent = String(error);
+      byId("wrong").hidden = false;
+    }
+  }
+
+  #address() {
+    const said = new URLSearchParams();
+    if (this.from !== "now") said.set("from", String(this.from));
+    for (const value of this.filter.values) said.append("values", value);
+    for (const source of this.filter.sources) said.append("sources", source);
+    if (input("prefix").value.trim()) said.set("prefix", input("prefix").value.trim());
+    const query = said.toString();
+    return query ? `?${query}` : location.pathname;
+  }
+
+  #showSeq() {
+    byId("seq-label").hidden = input("from").value !== "seq";
+  }
+}
+
+/** What stands in a field, between commas. @param {string} id */
+function entries(id) {
+  return input(id)
+    .value.split(",")
+    .map((entry) => entry.trim())
+    .filter(Boolean);
+}
