@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -54,8 +55,13 @@ BUSY_RETRY_FACTOR = 10
 class Visit:
     """An open stream, and what it holds."""
 
+    #: 64 random bits: unique over workers and restarts, and nobody guesses it.
+    id: str
     outbox: Outbox
     client: str
+    narrowed: Filter | None
+    #: Whose token opened it (`sub`), if it says; chosen by others.
+    subject: str | None
     #: What its address holds by it.
     share: str | None
     opened: float
@@ -88,11 +94,11 @@ class StreamHandler:
             settings.max_per_address, proxies.trusts, share.streams_by_address if share else None
         )
         self._places = share.streams if share else Tally.alone()
-        self._open: set[Visit] = set()
+        self._open: dict[str, Visit] = {}
         self._stopping = False
         metrics.gauges["streams"] = lambda: len(self._open)
         metrics.gauges["streams_backfilling"] = lambda: sum(
-            not visit.outbox.caught_up for visit in self._open
+            not visit.outbox.caught_up for visit in self._open.values()
         )
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
@@ -104,13 +110,15 @@ class StreamHandler:
         client = self._proxies.client(request)
         try:
             start = await self._start(cursor, request.query.get("epoch"))
-            visit = self._let_in(client, narrowed)
+            visit = self._let_in(client, narrowed, grant.subject)
         except (TooManyConnections, TooManyFromAddress, NotReady, EpochChanged) as error:
             if "text/event-stream" in request.headers.get(hdrs.ACCEPT, ""):
                 # A browser takes any other status than 200 for final, and never comes back.
                 return await self._busy(request, error)
             raise
-        log.info("stream opened: peer=%s cursor=%s filter=%s", client, cursor, narrowed)
+        log.info(
+            "stream opened: peer=%s cursor=%s filter=%s id=%s", client, cursor, narrowed, visit.id
+        )
         try:
             visit.expiry = self._end_at(visit.outbox, grant.expires_at)
             stream = self._event_stream(request, visit, start)
@@ -121,7 +129,7 @@ class StreamHandler:
         # Nothing awaits from here until aiohttp asks it for its body; then it ends itself.
         return stream
 
-    def _let_in(self, client: str, narrowed: Filter | None) -> Visit:
+    def _let_in(self, client: str, narrowed: Filter | None, subject: str | None) -> Visit:
         """Take a place for one more stream; raise what keeps it from opening."""
         self._admit()
         if not self._places.take(self._settings.max_streams):
@@ -140,21 +148,23 @@ class StreamHandler:
             max_events=self._settings.outbox_max_events,
             heartbeat_seconds=self._settings.heartbeat_seconds,
         )
-        visit = Visit(outbox, client, share, time.monotonic())
-        self._open.add(visit)
+        visit = Visit(
+            secrets.token_hex(8), outbox, client, narrowed, subject, share, time.monotonic()
+        )
+        self._open[visit.id] = visit
         return visit
 
     def _ended(self, visit: Visit, how: str) -> None:
         """Take back what the stream had."""
         if visit.expiry is not None:
             visit.expiry.cancel()
-        self._open.remove(visit)
+        del self._open[visit.id]
         self._places.give_back()
         self._per_address.give_back(visit.share)
         self._metrics.streams_ended[how] += 1
         log.info(
-            "stream closed: peer=%s how=%s seconds=%.1f position=%s",
-            visit.client, how, time.monotonic() - visit.opened, visit.outbox.position,
+            "stream closed: peer=%s how=%s seconds=%.1f position=%s id=%s",
+            visit.client, how, time.monotonic() - visit.opened, visit.outbox.position, visit.id,
         )  # fmt: skip
 
     def _end_at(self, outbox: Outbox, expires_at: float | None) -> asyncio.TimerHandle | None:
@@ -168,7 +178,7 @@ class StreamHandler:
     def stop(self) -> None:
         """End every stream, and refuse new ones."""
         self._stopping = True
-        for visit in tuple(self._open):
+        for visit in tuple(self._open.values()):
             visit.outbox.close(ServerStopping("the server is stopping; reconnect with the last id"))
 
     async def _start(self, cursor: int | None, epoch: str | None) -> int:

@@ -19,7 +19,6 @@ from sse_labels.config import (
     Expected,
     Settings,
     boolean,
-    configure_logging,
     env_name,
     integer,
     load,
@@ -33,6 +32,7 @@ from sse_labels.config import (
     words,
 )
 from sse_labels.errors import ConfigError
+from sse_labels.logs import configure_logging
 
 
 class Sample(NamedTuple):
