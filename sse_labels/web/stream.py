@@ -13,7 +13,10 @@ import logging
 import secrets
 import time
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
+from heapq import nsmallest
+from typing import Any
 
 from aiohttp import hdrs, web
 
@@ -25,6 +28,7 @@ from sse_labels.errors import (
     NotReady,
     RequestError,
     ServerStopping,
+    StreamCut,
     TokenExpired,
     TooManyConnections,
     TooManyFromAddress,
@@ -49,6 +53,8 @@ log = logging.getLogger(__name__)
 START_WAIT_SECONDS = 5.0
 #: What a client that came to a full server waits, as a multiple of the usual retry.
 BUSY_RETRY_FACTOR = 10
+#: What operators may have streams sorted by; the first unless they say.
+SORTS = ("lag", "since")
 
 
 @dataclass(slots=True, eq=False)
@@ -96,6 +102,7 @@ class StreamHandler:
         self._places = share.streams if share else Tally.alone()
         self._open: dict[str, Visit] = {}
         self._stopping = False
+        self._worker = share.index + 1 if share else 1
         metrics.gauges["streams"] = lambda: len(self._open)
         metrics.gauges["streams_backfilling"] = lambda: sum(
             not visit.outbox.caught_up for visit in self._open.values()
@@ -174,6 +181,46 @@ class StreamHandler:
         expired = TokenExpired("the token has expired; reconnect with a new one and the last id")
         seconds = max(0.0, expires_at - time.time())
         return asyncio.get_running_loop().call_later(seconds, outbox.close, expired)
+
+    def listed(self, peer: str | None, sort: str, limit: int) -> dict[str, Any]:
+        """Return the `limit` streams that lag most, or are oldest, and how many there are."""
+        found = [v for v in self._open.values() if peer is None or v.client == peer]
+        if sort == "since":
+            first = nsmallest(limit, found, key=lambda visit: visit.opened)
+        else:
+            first = nsmallest(limit, found, key=lambda visit: visit.outbox.position)
+        return {"streams": [self._row(visit) for visit in first], "total": len(found)}
+
+    def _row(self, visit: Visit) -> dict[str, Any]:
+        narrowed, outbox = visit.narrowed, visit.outbox
+        seconds = time.monotonic() - visit.opened
+        since = datetime.fromtimestamp(time.time() - seconds, UTC).isoformat(timespec="seconds")
+        return {
+            "id": visit.id,
+            "peer": visit.client,
+            "who": visit.subject,
+            "worker": self._worker,
+            "since": since.replace("+00:00", "Z"),
+            "seconds": round(seconds, 1),
+            "state": "live" if outbox.caught_up else "catching up",
+            "position": outbox.position,
+            "lag": max(0, self._sequencer.head - outbox.position),
+            "queued": outbox.queued,
+            "filter": None if narrowed is None else {
+                "sources": sorted(narrowed.sources),
+                "uriPatterns": sorted([*narrowed.uris, *(f"{p}*" for p in narrowed.uri_prefixes)]),
+                "values": sorted(narrowed.values),
+            },
+        }  # fmt: skip
+
+    def cut(self, stream_id: str, by: str) -> bool:
+        """End one stream for the operator `by`; return whether it is here."""
+        visit = self._open.get(stream_id)
+        if visit is None:
+            return False
+        log.warning("stream cut: id=%s peer=%s by=%s", visit.id, visit.client, by)
+        visit.outbox.close(StreamCut("an operator has ended this stream"))
+        return True
 
     def stop(self) -> None:
         """End every stream, and refuse new ones."""
