@@ -89,6 +89,7 @@ SAMPLES = {
     "publish_burst_labels": Sample("5", 5, "0"),
     "send_buffer_bytes": Sample("4KiB", 4096, "4095"),
     "log_level": Sample("debug", "debug", "DEBUG"),
+    "log_format": Sample("json", "json", "xml"),
 }
 SECRETS = {"dsn", "jwt_secret", "publish_token"}
 NAMES = [spec.name for spec in fields(Settings)]
