@@ -39,6 +39,7 @@ from sse_labels.web.auth import StreamAuth
 from sse_labels.web.event_stream import retry_ms
 from sse_labels.web.guard import Guard, most_connections
 from sse_labels.web.health import HealthHandlers
+from sse_labels.web.operators import OperatorHandlers
 from sse_labels.web.page_files import page_files
 from sse_labels.web.publish import PublishHandler
 from sse_labels.web.query import QueryHandler
@@ -125,9 +126,11 @@ class App:
             batch_labels=settings.retention_batch_labels,
         )
         self.health = HealthHandlers(self.sequencer, self.listener, self.metrics)
+        tokens = PublishTokens(publish_token, settings.publish_tokens_file)
+        self.operators = OperatorHandlers(self.streams, tokens, share.neighbours if share else None)
         self.publish = PublishHandler(
             Publisher(self.store, self.metrics),
-            PublishTokens(publish_token, settings.publish_tokens_file),
+            tokens,
             PublishRate(
                 settings.publish_rate_labels,
                 settings.publish_burst_labels,
@@ -147,6 +150,8 @@ class App:
         for path, file in page_files():
             app.router.add_get(path, file.handle)
         app.router.add_get("/stream", self.streams.handle, allow_head=False)
+        app.router.add_get("/streams", self.operators.listed, allow_head=False)
+        app.router.add_delete("/streams/{id}", self.operators.cut)
         app.router.add_post("/labels", self.publish.handle)
         app.router.add_get("/xrpc/com.atproto.label.queryLabels", self.query.handle)
         app.router.add_get("/health/live", self.health.live)
@@ -173,7 +178,7 @@ class App:
                 listening = tasks.create_task(self.listener.run(), name="listener")
                 retaining = tasks.create_task(self.retention.run(), name="retention")
                 try:
-                    async with self._http(sockets):
+                    async with self._answering(), self._http(sockets):
                         yield port
                 finally:
                     for task in (following, listening, retaining):
@@ -192,6 +197,11 @@ class App:
         await self.store.check()
         await self.store.claim_epoch()
         self._check_retention()
+
+    def _answering(self) -> contextlib.AbstractAsyncContextManager[None]:
+        if self.share is None:
+            return contextlib.nullcontext()
+        return self.share.neighbours.answering(self.operators.answer)
 
     @contextlib.asynccontextmanager
     async def _http(self, sockets: list[socket.socket]) -> AsyncIterator[None]:

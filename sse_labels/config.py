@@ -10,7 +10,6 @@ Does not belong here: acting on a setting.
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import re
@@ -304,6 +303,10 @@ class Settings:
         "info", one_of("debug", "info", "warning", "error"), "Least severe line logged.",
         metavar="LEVEL",
     )  # fmt: skip
+    log_format: str = setting(
+        "text", one_of("text", "json"), "How log lines look; json: one object a line.",
+        metavar="FORMAT",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         if self.retry_max_seconds < self.retry_min_seconds:
@@ -355,30 +358,3 @@ def read(
         return {name: parse(text)}
     except Expected as error:
         raise ConfigError(key, "(not shown)" if secret else text, str(error)) from None
-
-
-def configure_logging(level: str, who: str = "") -> None:
-    """Send log lines to standard error, one per event; `who` names one process of several."""
-    who = f"{who} " if who else ""
-    handler = logging.StreamHandler()
-    handler.setFormatter(LineFormatter(f"%(asctime)s %(levelname)s {who}%(name)s: %(message)s"))
-    logging.basicConfig(level=level.upper(), handlers=[handler])
-    # What no line of ours shows is not looked for (Python's "Logging HOWTO", Optimization): the
-    # line in the log was 18 % of what it takes to open a stream.
-    for name in ("logThreads", "logProcesses", "logMultiprocessing", "logAsyncioTasks"):
-        setattr(logging, name, False)
-    setattr(logging, "_srcfile", None)  # noqa: B010 - typeshed does not know it
-
-
-class LineFormatter(logging.Formatter):
-    """Makes the text of a second once for all of its lines."""
-
-    _second = 0
-    _text = ""
-
-    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802
-        """Return when a line was logged, as `logging` does by default."""
-        second = int(record.created)
-        if second != self._second:
-            self._second, self._text = second, super().formatTime(record, "%Y-%m-%d %H:%M:%S")
-        return f"{self._text},{int(record.msecs):03d}"

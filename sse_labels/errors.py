@@ -13,13 +13,14 @@ Does not belong here: turning an error into bytes (`web.answers`, `sse`).
     ├── RequestError              has .status and .name, becomes the JSON answer
     │   ├── InvalidRequest 400, FutureCursor 400
     │   ├── AuthRequired 401, Forbidden 403, PayloadTooLarge 413
+    │   ├── NoSuchStream 404
     │   ├── EpochChanged 409, InvalidLabel 422, IdempotencyKeyReused 422
     │   ├── RequestTimeout 408, HeadTooLarge 431
     │   ├── ComeBackLater 429         says when
     │   │   └── TooManyFromAddress, RateLimited
     │   └── TooManyConnections 503, NotReady 503
     └── StreamClosed              has .name, becomes the stream's last event
-        ├── ConsumerTooSlow, TokenExpired
+        ├── ConsumerTooSlow, TokenExpired, StreamCut
         └── ServerStopping
 """
 
@@ -88,6 +89,13 @@ class Forbidden(RequestError):
 
     status = 403
     name = "Forbidden"
+
+
+class NoSuchStream(RequestError):
+    """No stream of this id is open, or no longer."""
+
+    status = 404
+    name = "NoSuchStream"
 
 
 class PayloadTooLarge(RequestError):
@@ -200,6 +208,12 @@ class TokenExpired(StreamClosed):
     """The token that opened the stream is no longer valid."""
 
     name = "TokenExpired"
+
+
+class StreamCut(StreamClosed):
+    """An operator ended this stream."""
+
+    name = "StreamCut"
 
 
 class ServerStopping(StreamClosed):

@@ -23,8 +23,9 @@ from sse_labels.app import base_url
 from sse_labels.cli.layout import Command
 from sse_labels.cli.options import is_given, named_as_given, option, settings_options
 from sse_labels.cli.serve import Place, database_of, interruptible, run
-from sse_labels.config import configure_logging, load, seconds
+from sse_labels.config import load, seconds
 from sse_labels.embedded import default_data_dir
+from sse_labels.logs import configure_logging
 from sse_labels.sse import dumps
 
 log = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ BASE32 = "234567abcdefghijklmnopqrstuvwxyz"
 
 
 @click.command(cls=Command)
-@settings_options("host", "port", "data_dir", "log_level", log_level="warning")
+@settings_options("host", "port", "data_dir", "log_level", "log_format", log_level="warning")
 @option(
     "interval_seconds", seconds(0.001, 60), "Mean time between two labels.",
     metavar="SECONDS", default="0.3",
@@ -55,7 +56,7 @@ def demo(interval_seconds: float, **options: str | None) -> None:
         settings = load(options if is_given("log_level") else options | QUIET)
         data_dir = (settings.data_dir or default_data_dir()) / FOLDER
         settings = replace(settings, dsn=None, data_dir=data_dir)
-        configure_logging(settings.log_level)
+        configure_logging(settings.log_level, settings.log_format)
         with database_of(settings) as place:
             tasks: set[asyncio.Task[None]] = set()
 

@@ -14,9 +14,10 @@ import click
 from sse_labels.cli.layout import Command
 from sse_labels.cli.options import key_of, named_as_given, option, settings_options
 from sse_labels.cli.serve import database_of, interruptible
-from sse_labels.config import Settings, configure_logging, integer, load
+from sse_labels.config import Settings, integer, load
 from sse_labels.database import Database
 from sse_labels.errors import ConfigError
+from sse_labels.logs import configure_logging
 from sse_labels.store import Store
 
 #: The largest bigint is PostgreSQL's last id; a sequence that stands there has none left.
@@ -27,7 +28,7 @@ ABOVE_MAX = 2**63 - 2
 @option(
     "above", integer(1, ABOVE_MAX), "The highest seq that any consumer has seen.", metavar="SEQ"
 )
-@settings_options("dsn", "data_dir", "connect_timeout_seconds", "log_level")
+@settings_options("dsn", "data_dir", "connect_timeout_seconds", "log_level", "log_format")
 def reseed(above: int | None, **options: str | None) -> None:
     """Give new labels seqs above SEQ, and begin a new epoch.
 
@@ -40,7 +41,7 @@ def reseed(above: int | None, **options: str | None) -> None:
         if above is None:
             raise ConfigError("--above", None, "the highest seq that any consumer has seen")
         settings = load(options)
-        configure_logging(settings.log_level)
+        configure_logging(settings.log_level, settings.log_format)
         with database_of(settings, key_of("dsn")) as place:
             seq, epoch = asyncio.run(move(settings, place.dsn, above))
     click.echo(f"the next seq is {seq + 1}, the epoch is {epoch}")

@@ -25,10 +25,11 @@ from sse_labels import app as application
 from sse_labels import migrations
 from sse_labels.cli.layout import Command
 from sse_labels.cli.options import key_of, named_as_given, settings_options
-from sse_labels.config import Settings, configure_logging, load
+from sse_labels.config import Settings, load
 from sse_labels.database import Database
 from sse_labels.embedded import EMBEDDED_MAX_CONNECTIONS, EmbeddedPostgres, default_data_dir
 from sse_labels.errors import DatabaseUnavailable, SseLabelsError
+from sse_labels.logs import configure_logging
 from sse_labels.publish_token import keep_token
 from sse_labels.store import Store
 from sse_labels.workers import supervisor
@@ -215,7 +216,7 @@ def serve(**options: str | None) -> None:
     """
     with named_as_given(), contextlib.suppress(KeyboardInterrupt), interruptible():
         settings = load(options)
-        configure_logging(settings.log_level)
+        configure_logging(settings.log_level, settings.log_format)
         with database_of(settings, key_of("dsn")) as place:
             if place.note:
                 click.echo(place.note, err=True)
@@ -223,7 +224,7 @@ def serve(**options: str | None) -> None:
 
 
 @click.command(cls=Command)
-@settings_options("dsn", "data_dir", "connect_timeout_seconds", "log_level")
+@settings_options("dsn", "data_dir", "connect_timeout_seconds", "log_level", "log_format")
 def migrate(**options: str | None) -> None:
     """Bring the schema up to date, and end. Harmless when it is.
 
@@ -232,7 +233,7 @@ def migrate(**options: str | None) -> None:
     """
     with named_as_given(), interruptible():
         settings = load(options)
-        configure_logging(settings.log_level)
+        configure_logging(settings.log_level, settings.log_format)
         with database_of(settings, key_of("dsn")) as place:
             click.echo(f"schema version {asyncio.run(apply_migrations(settings, place.dsn))}")
 

@@ -12,8 +12,8 @@ import sys
 from functools import partial
 
 from sse_labels.cli.serve import until_told
-from sse_labels.config import configure_logging
 from sse_labels.errors import ConfigError, SseLabelsError
+from sse_labels.logs import configure_logging
 from sse_labels.workers.job import READY, Job, encode_error
 from sse_labels.workers.worker import serve
 
@@ -27,7 +27,7 @@ def main() -> int:
     # AttributeError: started without a standard error, `2>&-`; then nothing is written at all.
     with contextlib.suppress(AttributeError):
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    configure_logging(job.settings.log_level, job.name)
+    configure_logging(job.settings.log_level, job.settings.log_format, job.name)
 
     def tell(line: bytes) -> None:
         with contextlib.suppress(BrokenPipeError):

@@ -23,6 +23,7 @@ from enum import IntEnum
 import ujson
 
 from sse_labels.shared.counts import CELLS, RATES_BYTES, AddressTally, Rates, Tally
+from sse_labels.shared.neighbours import Neighbours
 from sse_labels.shared.sums import Snapshot
 
 #: A snapshot has about 6 KiB; metrics' labels are names from the code, not from clients.
@@ -125,6 +126,7 @@ class Share:
             AddressTally(kind[index], [kind[other] for other in self._others], memory.secret)
             for kind in cells
         )
+        self.neighbours = Neighbours(index, memory.workers, memory.secret)
         self.rates = Rates(memory.rates, memory.descriptor, memory.secret)
 
     def _tally(self, word: _Word) -> Tally:

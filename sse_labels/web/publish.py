@@ -11,19 +11,19 @@ from __future__ import annotations
 import hashlib
 
 import ujson
-from aiohttp import hdrs, web
+from aiohttp import web
 
-from sse_labels.errors import AuthRequired, Forbidden, InvalidRequest, PayloadTooLarge
+from sse_labels.errors import InvalidRequest, PayloadTooLarge
 from sse_labels.publish_tokens import PUBLISH, PublishTokens
 from sse_labels.publisher import Publisher
 from sse_labels.web.answers import json_response
+from sse_labels.web.bearer import holder_of
 from sse_labels.web.connection import read_body
 from sse_labels.web.rate import PublishRate
 
 IDEMPOTENCY_KEY = "Idempotency-Key"
 KEY_MAX_CHARS = 255
-#: RFC 6750, section 3.1.
-BAD_TOKEN = 'Bearer realm="sse-labels", error="invalid_token"'  # noqa: S105
+OFF = "publishing is off: this server was started without a publish token"
 
 
 class PublishHandler:
@@ -58,19 +58,7 @@ class PublishHandler:
 
     def _authorize(self, request: web.Request) -> str:
         """Return the name of who publishes."""
-        if self._tokens.empty:
-            raise Forbidden("publishing is off: this server was started without a publish token")
-        scheme, _, token = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
-        if scheme.lower() != "bearer" or not token.strip():
-            raise AuthRequired("expected the header Authorization: Bearer <token>")
-        holder = self._tokens.who(token.strip())
-        if holder is None:
-            refusal = AuthRequired("this token is not known here")
-            refusal.headers = {"WWW-Authenticate": BAD_TOKEN}
-            raise refusal
-        if PUBLISH not in holder.rights:
-            raise Forbidden(f"{holder.name} may not publish")
-        return holder.name
+        return holder_of(request, self._tokens, PUBLISH, OFF)
 
     def _labels(self, body: bytes) -> list[object]:
         try:

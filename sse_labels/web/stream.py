@@ -10,9 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import time
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
+from heapq import nsmallest
+from typing import Any
 
 from aiohttp import hdrs, web
 
@@ -24,6 +28,7 @@ from sse_labels.errors import (
     NotReady,
     RequestError,
     ServerStopping,
+    StreamCut,
     TokenExpired,
     TooManyConnections,
     TooManyFromAddress,
@@ -48,14 +53,21 @@ log = logging.getLogger(__name__)
 START_WAIT_SECONDS = 5.0
 #: What a client that came to a full server waits, as a multiple of the usual retry.
 BUSY_RETRY_FACTOR = 10
+#: What operators may have streams sorted by; the first unless they say.
+SORTS = ("lag", "since")
 
 
 @dataclass(slots=True, eq=False)
 class Visit:
     """An open stream, and what it holds."""
 
+    #: 64 random bits: unique over workers and restarts, and nobody guesses it.
+    id: str
     outbox: Outbox
     client: str
+    narrowed: Filter | None
+    #: Whose token opened it (`sub`), if it says; chosen by others.
+    subject: str | None
     #: What its address holds by it.
     share: str | None
     opened: float
@@ -88,11 +100,12 @@ class StreamHandler:
             settings.max_per_address, proxies.trusts, share.streams_by_address if share else None
         )
         self._places = share.streams if share else Tally.alone()
-        self._open: set[Visit] = set()
+        self._open: dict[str, Visit] = {}
         self._stopping = False
+        self._worker = share.index + 1 if share else 1
         metrics.gauges["streams"] = lambda: len(self._open)
         metrics.gauges["streams_backfilling"] = lambda: sum(
-            not visit.outbox.caught_up for visit in self._open
+            not visit.outbox.caught_up for visit in self._open.values()
         )
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
@@ -104,13 +117,15 @@ class StreamHandler:
         client = self._proxies.client(request)
         try:
             start = await self._start(cursor, request.query.get("epoch"))
-            visit = self._let_in(client, narrowed)
+            visit = self._let_in(client, narrowed, grant.subject)
         except (TooManyConnections, TooManyFromAddress, NotReady, EpochChanged) as error:
             if "text/event-stream" in request.headers.get(hdrs.ACCEPT, ""):
                 # A browser takes any other status than 200 for final, and never comes back.
                 return await self._busy(request, error)
             raise
-        log.info("stream opened: peer=%s cursor=%s filter=%s", client, cursor, narrowed)
+        log.info(
+            "stream opened: peer=%s cursor=%s filter=%s id=%s", client, cursor, narrowed, visit.id
+        )
         try:
             visit.expiry = self._end_at(visit.outbox, grant.expires_at)
             stream = self._event_stream(request, visit, start)
@@ -121,7 +136,7 @@ class StreamHandler:
         # Nothing awaits from here until aiohttp asks it for its body; then it ends itself.
         return stream
 
-    def _let_in(self, client: str, narrowed: Filter | None) -> Visit:
+    def _let_in(self, client: str, narrowed: Filter | None, subject: str | None) -> Visit:
         """Take a place for one more stream; raise what keeps it from opening."""
         self._admit()
         if not self._places.take(self._settings.max_streams):
@@ -140,21 +155,23 @@ class StreamHandler:
             max_events=self._settings.outbox_max_events,
             heartbeat_seconds=self._settings.heartbeat_seconds,
         )
-        visit = Visit(outbox, client, share, time.monotonic())
-        self._open.add(visit)
+        visit = Visit(
+            secrets.token_hex(8), outbox, client, narrowed, subject, share, time.monotonic()
+        )
+        self._open[visit.id] = visit
         return visit
 
     def _ended(self, visit: Visit, how: str) -> None:
         """Take back what the stream had."""
         if visit.expiry is not None:
             visit.expiry.cancel()
-        self._open.remove(visit)
+        del self._open[visit.id]
         self._places.give_back()
         self._per_address.give_back(visit.share)
         self._metrics.streams_ended[how] += 1
         log.info(
-            "stream closed: peer=%s how=%s seconds=%.1f position=%s",
-            visit.client, how, time.monotonic() - visit.opened, visit.outbox.position,
+            "stream closed: peer=%s how=%s seconds=%.1f position=%s id=%s",
+            visit.client, how, time.monotonic() - visit.opened, visit.outbox.position, visit.id,
         )  # fmt: skip
 
     def _end_at(self, outbox: Outbox, expires_at: float | None) -> asyncio.TimerHandle | None:
@@ -165,10 +182,50 @@ class StreamHandler:
         seconds = max(0.0, expires_at - time.time())
         return asyncio.get_running_loop().call_later(seconds, outbox.close, expired)
 
+    def listed(self, peer: str | None, sort: str, limit: int) -> dict[str, Any]:
+        """Return the `limit` streams that lag most, or are oldest, and how many there are."""
+        found = [v for v in self._open.values() if peer is None or v.client == peer]
+        if sort == "since":
+            first = nsmallest(limit, found, key=lambda visit: visit.opened)
+        else:
+            first = nsmallest(limit, found, key=lambda visit: visit.outbox.position)
+        return {"streams": [self._row(visit) for visit in first], "total": len(found)}
+
+    def _row(self, visit: Visit) -> dict[str, Any]:
+        narrowed, outbox = visit.narrowed, visit.outbox
+        seconds = time.monotonic() - visit.opened
+        since = datetime.fromtimestamp(time.time() - seconds, UTC).isoformat(timespec="seconds")
+        return {
+            "id": visit.id,
+            "peer": visit.client,
+            "who": visit.subject,
+            "worker": self._worker,
+            "since": since.replace("+00:00", "Z"),
+            "seconds": round(seconds, 1),
+            "state": "live" if outbox.caught_up else "catching up",
+            "position": outbox.position,
+            "lag": max(0, self._sequencer.head - outbox.position),
+            "queued": outbox.queued,
+            "filter": None if narrowed is None else {
+                "sources": sorted(narrowed.sources),
+                "uriPatterns": sorted([*narrowed.uris, *(f"{p}*" for p in narrowed.uri_prefixes)]),
+                "values": sorted(narrowed.values),
+            },
+        }  # fmt: skip
+
+    def cut(self, stream_id: str, by: str) -> bool:
+        """End one stream for the operator `by`; return whether it is here."""
+        visit = self._open.get(stream_id)
+        if visit is None:
+            return False
+        log.warning("stream cut: id=%s peer=%s by=%s", visit.id, visit.client, by)
+        visit.outbox.close(StreamCut("an operator has ended this stream"))
+        return True
+
     def stop(self) -> None:
         """End every stream, and refuse new ones."""
         self._stopping = True
-        for visit in tuple(self._open):
+        for visit in tuple(self._open.values()):
             visit.outbox.close(ServerStopping("the server is stopping; reconnect with the last id"))
 
     async def _start(self, cursor: int | None, epoch: str | None) -> int:

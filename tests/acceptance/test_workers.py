@@ -19,6 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from sse_labels.cli.serve import database_of
 from sse_labels.config import Settings
 from sse_labels.embedded import EmbeddedPostgres
+from sse_labels.publish_tokens import add_token
 
 from support.database import TestDatabase, reachable_directory, until
 from support.program import (
@@ -473,3 +474,32 @@ async def test_embedded_database_of_a_killed_server_is_joined_by_the_next(data_d
         await url_of(server)
         assert await asyncio.to_thread(server.end) == 0
     assert not postgres_runs_in(data_dir)
+
+
+async def test_any_worker_lists_and_cuts_the_streams_of_all(
+    database: TestDatabase, tmp_path: Path
+) -> None:
+    admin = add_token(tmp_path / "tokens", "olga", ["admin"])
+    bearer = {"Authorization": f"Bearer {admin}"}
+    tokens = f"--publish-tokens-file={tmp_path / 'tokens'}"
+    with two_workers("--dsn", database.dsn, tokens) as server:
+        url = await url_of(server)
+        async with streams(url, 8) as readers:
+            for reader in readers:
+                await reader.until_opened()
+            listed = (await get(f"{url}/streams", **bearer)).json()
+            assert (listed["total"], listed["silent_workers"]) == (8, [])
+            assert {row["worker"] for row in listed["streams"]} == {1, 2}
+            async with httpx.AsyncClient(verify=False) as client:
+                for row in listed["streams"]:
+                    cut = await client.delete(f"{url}/streams/{row['id']}", headers=bearer)
+                    assert cut.status_code == 204
+            for reader in readers:
+                await reader.until_closed()
+                assert reader.news[-1][1]["error"] == "StreamCut"
+            os.kill(pids(server)[2], signal.SIGSTOP)
+            try:
+                listed = (await get(f"{url}/streams", **bearer)).json()
+                assert listed["silent_workers"] == [2]
+            finally:
+                os.kill(pids(server)[2], signal.SIGCONT)

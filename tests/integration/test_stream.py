@@ -87,7 +87,9 @@ async def get(url: str, method: str = "GET", **given: Any) -> httpx.Response:
 async def caught_up(server: Server, streams: int) -> None:
     """Return when so many streams are live."""
     await until(
-        lambda: sum(visit.outbox.caught_up for visit in server.app.streams._open) == streams
+        lambda: (
+            sum(visit.outbox.caught_up for visit in server.app.streams._open.values()) == streams
+        )
     )
 
 
@@ -565,7 +567,9 @@ async def test_a_reader_that_takes_nothing_is_reset_and_the_others_get_everythin
     ):
         await caught_up(server, 3)
         stalled = next(
-            visit.outbox for visit in server.app.streams._open if visit.outbox.position == 0
+            visit.outbox
+            for visit in server.app.streams._open.values()
+            if visit.outbox.position == 0
         )
         for seq in range(10, 201, 10):
             insert_large(database, 10)
@@ -680,7 +684,7 @@ async def test_the_last_event_is_not_waited_for_longer_than_the_grace(
             with pytest.raises(BlockingIOError):
                 while True:
                     raw.send(b"\n")
-        [outbox] = [visit.outbox for visit in server.app.streams._open]
+        [outbox] = [visit.outbox for visit in server.app.streams._open.values()]
         outbox.close(ConsumerTooSlow("as if by an overflow"))
         ended = server.app.metrics.streams_ended
         await until(lambda: ended["ConsumerTooSlow"] == 1, seconds=3)
@@ -704,7 +708,7 @@ async def test_an_overflow_in_the_moment_of_the_send_timeout_disturbs_nobody(
         raised: list[Exception] = []
 
         def overflow() -> None:
-            [outbox] = [visit.outbox for visit in server.app.streams._open]
+            [outbox] = [visit.outbox for visit in server.app.streams._open.values()]
             try:
                 outbox.close(ConsumerTooSlow("as if by an overflow, in the sequencer's task"))
             except Exception as error:

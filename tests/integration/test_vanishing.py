@@ -92,10 +92,10 @@ class Crowd:
         return len(self._app.streams._open)
 
     def _caught_up(self) -> int:
-        return sum(visit.outbox.caught_up for visit in self._app.streams._open)
+        return sum(visit.outbox.caught_up for visit in self._app.streams._open.values())
 
     def _queued(self) -> int:
-        return sum(visit.outbox.queued > 0 for visit in self._app.streams._open)
+        return sum(visit.outbox.queued > 0 for visit in self._app.streams._open.values())
 
     async def _come(self, text: str, count: int | None = None) -> None:
         loop = asyncio.get_running_loop()

@@ -19,7 +19,6 @@ from sse_labels.config import (
     Expected,
     Settings,
     boolean,
-    configure_logging,
     env_name,
     integer,
     load,
@@ -33,6 +32,7 @@ from sse_labels.config import (
     words,
 )
 from sse_labels.errors import ConfigError
+from sse_labels.logs import configure_logging
 
 
 class Sample(NamedTuple):
@@ -89,6 +89,7 @@ SAMPLES = {
     "publish_burst_labels": Sample("5", 5, "0"),
     "send_buffer_bytes": Sample("4KiB", 4096, "4095"),
     "log_level": Sample("debug", "debug", "DEBUG"),
+    "log_format": Sample("json", "json", "xml"),
 }
 SECRETS = {"dsn", "jwt_secret", "publish_token"}
 NAMES = [spec.name for spec in fields(Settings)]
