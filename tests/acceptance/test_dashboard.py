@@ -1,0 +1,432 @@
+"""The dashboard and `labels.js`, driven in a real Chromium as a person would."""
+
+from __future__ import annotations
+
+import asyncio
+import shlex
+import signal
+import subprocess
+from collections.abc import AsyncIterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+from aiohttp import web
+from playwright.async_api import Browser, BrowserContext, expect
+
+from sse_labels.errors import ConsumerTooSlow
+
+from support.browser import Dashboard, chromium
+from support.database import TestDatabase, until
+from support.program import QUICK_SERVER, free_port, running
+from support.reading import reading
+from support.server import RunServer, Server, away
+
+AXE = Path(__file__).parents[1] / "javascript/node_modules/axe-core/axe.min.js"
+SECRET = "0123456789abcdef0123456789abcdef"
+#: Reconnects come soon.
+SOON = {"retry_min_seconds": 0.05, "retry_max_seconds": 0.1}
+PHONE = {"width": 390, "height": 844}
+
+
+@pytest.fixture
+async def browser() -> AsyncIterator[Browser]:
+    async with chromium() as opened:
+        yield opened
+
+
+@pytest.fixture
+async def context(browser: Browser) -> BrowserContext:
+    return await browser.new_context()
+
+
+async def test_rows_are_the_table_newest_first(
+    server: Server, database: TestDatabase, context: BrowserContext
+) -> None:
+    database.fill(30)
+    dashboard = await Dashboard.open(context, server.url, "?from=everything")
+    await dashboard.shows(list(range(1, 31)))
+    database.insert(5)
+    stored = database.stored()
+    await dashboard.shows([event["seq"] for event in stored])
+
+    newest_first = [event["labels"][0] for event in reversed(stored)]
+    assert await dashboard.cells("uri") == [label["uri"] for label in newest_first]
+    assert await dashboard.cells("src") == [label["src"] for label in newest_first]
+    assert await dashboard.cells("val") == [
+        f"not {label['val']}" if label.get("neg") else label["val"] for label in newest_first
+    ]
+    assert dashboard.complaints == []
+
+
+async def test_page_asks_nobody_but_its_server(server: Server, context: BrowserContext) -> None:
+    asked = []
+    context.on("request", lambda request: asked.append(request.url))
+    dashboard = await Dashboard.open(context, server.url)
+    await dashboard.says("Live")
+    assert {urlsplit(url).netloc for url in asked} == {urlsplit(server.url).netloc}
+    assert len(asked) > 5
+
+
+async def test_filter_drops_what_does_not_pass_and_stands_in_the_address(
+    server: Server, database: TestDatabase, context: BrowserContext
+) -> None:
+    database.fill(30)
+    dashboard = await Dashboard.open(context, server.url, "?from=everything")
+    await dashboard.shows(list(range(1, 31)))
+    page = dashboard.page
+    await page.get_by_label("Value").fill("spam, rude")
+    await page.get_by_label("Value").press("Enter")
+    database.fill(30)
+    wanted = [
+        event["seq"] for event in database.stored() if event["labels"][0]["val"] in ("spam", "rude")
+    ]
+    await dashboard.shows(wanted)
+    assert page.url == f"{server.url}/?from=everything&values=rude&values=spam"
+    await page.reload()
+    await dashboard.shows(wanted)
+
+
+async def test_count_narrows_to_its_value_without_starting_anew(
+    server: Server, database: TestDatabase, context: BrowserContext
+) -> None:
+    dashboard = await Dashboard.open(context, server.url)
+    await dashboard.says("Live")
+    database.fill(9)
+    await dashboard.shows(list(range(1, 10)))
+    await dashboard.page.locator("#by-value button", has_text="porn").click()
+    porn = [e["seq"] for e in database.stored() if e["labels"][0]["val"] == "porn"]
+    await dashboard.shows(porn)
+    [seq] = database.insert(1, val="porn")
+    database.insert(1, val="other")
+    await dashboard.shows([*porn, seq])
+
+
+async def test_wrong_filter_is_named_and_the_stream_goes_on(
+    server: Server, database: TestDatabase, context: BrowserContext
+) -> None:
+    dashboard = await Dashboard.open(context, server.url)
+    await dashboard.says("Live")
+    await dashboard.page.get_by_label("Source").fill("alice")
+    await dashboard.page.get_by_label("Source").press("Enter")
+    await expect(dashboard.page.get_by_role("alert")).to_have_text(
+        "sources: got 'alice', expected a DID, such as 'did:plc:ewvi7nxzyoun6zhxrhs64oiz'"
+    )
+    await dashboard.shows(database.insert(2))
+
+
+async def test_rows_are_bounded_to_the_newest(
+    server: Server, database: TestDatabase, context: BrowserContext
+) -> None:
+    database.fill(3000)
+    dashboard = await Dashboard.open(context, server.url, "?from=everything")
+    await dashboard.shows(list(range(2801, 3001)))
+    await expect(dashboard.page.locator("#position")).to_have_text("3,000")
+
+
+async def test_killed_server_comes_back_without_a_missing_or_doubled_row(
+    database: TestDatabase, context: BrowserContext
+) -> None:
+    database.fill(20)
+    arguments = ["serve", *QUICK_SERVER, f"--port={free_port()}", "--dsn", database.dsn]
+    with running(*arguments) as program:
+        dashboard = await Dashboard.open(context, program.url(), "?from=everything")
+        await dashboard.shows(list(range(1, 21)))
+        program.send(signal.SIGKILL)
+        await dashboard.says("Reconnecting")
+        await dashboard.says("Goes on after 20; nothing is lost.")
+    database.insert(10)
+    with running(*arguments) as program:
+        program.url()
+        await dashboard.page.get_by_role("button", name="Try now").click()
+        await dashboard.says("Live")
+        database.insert(5)
+        await dashboard.shows([event["seq"] for event in database.stored()])
+
+
+async def test_restart_is_told_and_resumed_from(
+    run_server: RunServer, database: TestDatabase, context: BrowserContext
+) -> None:
+    port = free_port()
+    async with run_server(port=port, **SOON) as server:
+        dashboard = await Dashboard.open(context, server.url, "?from=everything")
+        await dashboard.shows(database.insert(3))
+    await dashboard.happened("The server restarts")
+    database.insert(3)
+    async with run_server(port=port, **SOON):
+        await dashboard.shows([event["seq"] for event in database.stored()])
+        await dashboard.says("Live")
+
+
+async def test_too_slow_is_told_and_nothing_is_lost(
+    run_server: RunServer, database: TestDatabase, context: BrowserContext
+) -> None:
+    async with run_server(**SOON) as server:
+        dashboard = await Dashboard.open(context, server.url)
+        await dashboard.says("Live")
+        await dashboard.shows(database.insert(3))
+        [visit] = server.app.streams._open.values()
+        visit.outbox.close(ConsumerTooSlow("more than 5 events waited to be read"))
+        await dashboard.happened("This page was too slow: more than 5 events waited to be read")
+        database.insert(3)
+        await dashboard.shows([event["seq"] for event in database.stored()])
+
+
+async def test_outdated_cursor_is_told_with_the_floor(
+    server: Server, database: TestDatabase, context: BrowserContext
+) -> None:
+    database.fill(30)
+    database.execute("UPDATE label_stream SET floor = 15")
+    dashboard = await Dashboard.open(context, server.url, "?from=3")
+    await dashboard.happened("OutdatedCursor")
+    await dashboard.happened("going on from seq 15")
+    await dashboard.shows(list(range(15, 31)))
+
+
+async def test_full_server_is_told_and_entered_when_there_is_a_place(
+    run_server: RunServer, context: BrowserContext
+) -> None:
+    async with run_server(max_streams=1) as server:
+        async with reading(server.stream_url) as reader:
+            await reader.until_opened()
+            dashboard = await Dashboard.open(context, server.url)
+            await dashboard.says("The server is full")
+            await dashboard.says("Next try in")
+        await until(lambda: not server.app.streams._open)
+        await dashboard.page.get_by_role("button", name="Try now").click()
+        await dashboard.says("Live")
+
+
+async def test_refusal_is_told_in_the_servers_words_and_not_tried_again(
+    run_server: RunServer, context: BrowserContext
+) -> None:
+    async with run_server(jwt_secret=SECRET) as server:
+        dashboard = await Dashboard.open(context, server.url)
+        await dashboard.says("Refused: ")
+        await dashboard.says("token")
+        asked = server.app.metrics.requests_refused["AuthRequired"]
+        await dashboard.page.get_by_role("button", name="Try now").click()
+        await until(lambda: server.app.metrics.requests_refused["AuthRequired"] > asked)
+        await dashboard.says("Refused: ")
+
+
+async def test_new_epoch_is_told_and_started_in(
+    run_server: RunServer, database: TestDatabase, context: BrowserContext
+) -> None:
+    port = free_port()
+    async with run_server(port=port, **SOON) as server:
+        dashboard = await Dashboard.open(context, server.url, "?from=everything")
+        await dashboard.shows(database.insert(3))
+    database.execute("UPDATE label_stream SET epoch = gen_random_uuid()")
+    database.execute("DELETE FROM label WHERE id = 2")
+    async with run_server(port=port, **SOON):
+        await dashboard.happened("EpochChanged")
+        await dashboard.shows([1, 3])
+
+
+async def test_database_that_is_away_is_told_while_the_stream_is_open(
+    run_server: RunServer, database: TestDatabase, context: BrowserContext
+) -> None:
+    async with run_server() as server:
+        dashboard = await Dashboard.open(context, server.url)
+        await dashboard.says("Live")
+        with away(database):
+            await dashboard.says("the database is away")
+        await expect(dashboard.page.locator("#state-words")).to_have_text("Live")
+
+
+async def test_ten_tabs_share_one_connection_and_miss_nothing(
+    server: Server, database: TestDatabase, context: BrowserContext
+) -> None:
+    database.fill(50)
+    tabs = [await Dashboard.open(context, server.url, "?from=everything") for _ in range(5)]
+    tabs += [await Dashboard.open(context, server.url, "?from=40") for _ in range(4)]
+    tabs += [await Dashboard.open(context, server.url, "?from=now&values=spam")]
+    for tab in tabs:
+        await tab.says("one connection for 10 tabs")
+    database.fill(20)
+    await until(lambda: len(server.app.streams._open) == 1)
+    stored = database.stored()
+    for tab in tabs[:5]:
+        await tab.shows([event["seq"] for event in stored])
+    for tab in tabs[5:9]:
+        await tab.shows([event["seq"] for event in stored if event["seq"] > 40])
+    spam = [e["seq"] for e in stored if e["seq"] > 50 and e["labels"][0]["val"] == "spam"]
+    await tabs[9].shows(spam)
+    for tab in tabs[1:]:
+        await tab.page.close()
+    await expect(tabs[0].page.locator("#state-words")).to_have_text("Live")
+
+
+async def test_next_visit_goes_on_where_the_last_left_off(
+    server: Server, database: TestDatabase, context: BrowserContext
+) -> None:
+    dashboard = await Dashboard.open(context, server.url)
+    await dashboard.says("Live")
+    await dashboard.shows(database.insert(4))
+    await dashboard.page.close()
+    later = database.insert(3)
+    dashboard = await Dashboard.open(context, server.url, "?from=left-off")
+    await dashboard.shows(later)
+
+
+async def test_page_without_shared_workers_reads_for_itself_and_rests_while_hidden(
+    run_server: RunServer, database: TestDatabase, context: BrowserContext
+) -> None:
+    await context.add_init_script("delete globalThis.SharedWorker")
+    async with run_server() as server:
+        dashboard = await Dashboard.open(context, server.url)
+        await dashboard.says("Live")
+        first = database.insert(2)
+        await dashboard.shows(first)
+        await dashboard.page.evaluate(
+            """Object.defineProperty(document, "visibilityState", {value: "hidden", writable: true});
+            document.dispatchEvent(new Event("visibilitychange"))"""
+        )
+        await until(lambda: not server.app.streams._open)
+        missed = database.insert(3)
+        await dashboard.page.evaluate(
+            """document.visibilityState = "visible";
+            document.dispatchEvent(new Event("visibilitychange"))"""
+        )
+        await dashboard.shows([*first, *missed])
+
+
+async def test_rows_are_held_while_somebody_reads(
+    server: Server, database: TestDatabase, context: BrowserContext
+) -> None:
+    database.fill(60)
+    dashboard = await Dashboard.open(context, server.url, "?from=everything")
+    await dashboard.shows(list(range(1, 61)))
+    page = dashboard.page
+    await page.locator("#scroller").evaluate("scroller => scroller.scrollTop = 300")
+    await expect(page.locator("#held")).to_have_text("paused while you read further down")
+    database.insert(7)
+    button = page.get_by_role("button", name="Show 7 new")
+    await expect(button).to_be_visible()
+    assert await dashboard.rows() == list(range(60, 0, -1))
+    await button.click()
+    await dashboard.shows(list(range(1, 68)))
+
+    await page.get_by_role("button", name="Pause").click()
+    database.insert(1)
+    await expect(page.get_by_role("button", name="Show 1 new")).to_be_visible()
+    await page.get_by_role("button", name="Pause").click()
+    await dashboard.shows(list(range(1, 69)))
+
+
+async def test_label_is_read_in_full_by_keyboard_alone(
+    server: Server, database: TestDatabase, context: BrowserContext
+) -> None:
+    database.fill(12)
+    dashboard = await Dashboard.open(context, server.url, "?from=everything")
+    await dashboard.shows(list(range(1, 13)))
+    page = dashboard.page
+    await page.locator("#scroller").focus()
+    await page.keyboard.press("ArrowDown")
+    await page.keyboard.press("ArrowDown")
+    await page.keyboard.press("Enter")
+    dialog = page.get_by_role("dialog", name="Label 11")
+    await expect(dialog).to_be_visible()
+    event = database.stored()[10]
+    assert await page.evaluate("JSON.parse(document.getElementById('detail-json').innerText)") == (
+        event
+    )
+    for text in (event["labels"][0]["uri"], event["labels"][0]["src"], event["labels"][0]["cid"]):
+        await expect(dialog.locator("dl")).to_contain_text(text)
+    await page.keyboard.press("Escape")
+    await expect(dialog).to_be_hidden()
+    await expect(page.locator('li[data-seq="11"] button')).to_be_focused()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+async def test_axe_finds_nothing_on_desk_phone_and_dialog(
+    scheme: str, server: Server, database: TestDatabase, browser: Browser
+) -> None:
+    # The audit is a script that the page's own policy would not let in.
+    context = await browser.new_context(color_scheme=scheme, bypass_csp=True)  # type: ignore[arg-type]
+    database.fill(30)
+    dashboard = await Dashboard.open(context, server.url, "?from=everything")
+    await dashboard.shows(list(range(1, 31)))
+    page = dashboard.page
+    await expect(page.locator("#by-source button")).to_have_count(7)
+    await page.get_by_text("Read the same elsewhere").click()
+    await page.add_script_tag(path=AXE)
+
+    async def violations() -> list[str]:
+        found = await page.evaluate("axe.run()")
+        assert len(found["passes"]) > 20
+        return [
+            f"{rule['id']}: {node['html'][:200]} {node['failureSummary']}"
+            for rule in found["violations"]
+            for node in rule["nodes"]
+        ]
+
+    assert await violations() == []
+    await page.set_viewport_size(PHONE)  # type: ignore[arg-type]
+    assert await violations() == []
+    assert await page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    await page.locator("#rows button").first.click()
+    await expect(page.get_by_role("dialog")).to_be_visible()
+    assert await violations() == []
+
+
+async def test_curl_line_on_screen_reads_the_view_on_screen(
+    server: Server, database: TestDatabase, context: BrowserContext
+) -> None:
+    database.fill(30)
+    query = "?from=9&values=spam&prefix=at://did:plc:bbb"
+    dashboard = await Dashboard.open(context, server.url, query)
+    spam = [e for e in database.stored(9) if e["labels"][0]["val"] == "spam"]
+    await dashboard.shows([event["seq"] for event in spam])
+    await expect(dashboard.page.locator("#curl")).to_contain_text("cursor=3")
+    await dashboard.page.get_by_text("Read the same elsewhere").click()
+    line = await dashboard.page.locator("#curl").inner_text()
+    command = shlex.split(line.replace("-N", "-sN --max-time 2"))
+    [seq] = database.insert(1, val="spam", uri="at://did:plc:bbb/x/y")
+    process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    async with asyncio.timeout(20):
+        while (text := await process.stdout.readline()) and text != b"id: %d\n" % seq:
+            pass
+        assert text
+        await process.communicate()
+
+
+async def test_page_of_another_origin_reads_by_the_readmes_lines(
+    server: Server, database: TestDatabase, context: BrowserContext
+) -> None:
+    script = (
+        """
+      const { LabelStream } = await import("%s/labels.js");
+      const stream = new LabelStream({ from: "everything", values: ["spam"] });
+      stream.addEventListener("labels", ({ detail }) => {
+        for (const { seq, labels } of detail.events) document.body.append(`${seq} ${labels[0].val};`);
+      });
+      stream.addEventListener("state", ({ detail }) => { document.title = detail.name; });
+    """
+        % server.url
+    )  # noqa: UP031
+
+    async def page_elsewhere(request: web.Request) -> web.Response:
+        return web.Response(
+            text=f"<!doctype html><body></body><script type=module>{script}</script>",
+            content_type="text/html",
+        )
+
+    elsewhere = web.Application()
+    elsewhere.router.add_get("/", page_elsewhere)
+    runner = web.AppRunner(elsewhere)
+    await runner.setup()
+    port = free_port()
+    await web.TCPSite(runner, "127.0.0.1", port).start()
+    try:
+        database.fill(9)
+        page = await context.new_page()
+        await page.goto(f"http://127.0.0.1:{port}/")
+        await expect(page).to_have_title("live")
+        spam = [e["seq"] for e in database.stored() if e["labels"][0]["val"] == "spam"]
+        await expect(page.locator("body")).to_have_text("".join(f"{seq} spam;" for seq in spam))
+        await page.close()
+    finally:
+        await runner.cleanup()

@@ -1,0 +1,20 @@
+"""Programs that come from Debian's packages; `make test` installs them where it may."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import pytest
+
+#: Program and the package that has it.
+PACKAGES = {"chromium": "chromium", "nginx": "nginx", "promtool": "prometheus"}
+
+
+def program(name: str) -> str:
+    """Its path; without it the test is skipped, naming the command that installs it."""
+    # An ordinary user's PATH has no sbin.
+    path = shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+    if path is None:
+        pytest.skip(f"{name} is not installed; on Debian: sudo apt-get install {PACKAGES[name]}")
+    return path
