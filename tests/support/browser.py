@@ -86,7 +86,7 @@ class Dashboard:
         try:
             async with asyncio.timeout(PATIENCE_SECONDS):
                 while not enough(await self.rows()):
-                    await asyncio.sleep(0.05)
+                    await self.page.wait_for_timeout(50)
         except TimeoutError:
             raise AssertionError(f"expected {what}, got {(await self.rows())[:20]}") from None
 

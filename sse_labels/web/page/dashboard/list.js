@@ -36,7 +36,7 @@ export class List {
       const event = row && this.#events.get(row);
       if (event) open(event);
     });
-    this.#rows.addEventListener("keydown", (event) => this.#move(event));
+    this.#scroller.addEventListener("keydown", (event) => this.#move(event));
     this.#rows.addEventListener("pointermove", ({ pointerType }) => {
       if (pointerType === "mouse") this.#aimedAt = performance.now();
     });
