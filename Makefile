@@ -23,6 +23,8 @@ $(error VENV must be one word, without spaces: '$(VENV)')
 endif
 BIN := $(VENV)/bin
 DONE := $(VENV)/done
+# What the page's code is checked with.
+JAVASCRIPT := tests/javascript
 # Beside the programs: a cache that another user has left in the checkout cannot be written.
 CACHES := $(VENV)/caches
 WHEELS := $(VENV)/wheels
@@ -64,10 +66,10 @@ help: ## This list
 demo: $(DONE)/package ## Install, run a PostgreSQL of its own, serve, publish made-up labels
 	@$(BIN)/sse-labels demo $(ARGS)
 
-test: $(DONE)/package $(DONE)/dev ## Install what the tests need, and run all of them
+test: $(DONE)/package $(DONE)/dev $(DONE)/javascript $(DONE)/system ## Install what the tests need, and run all of them
 	@$(BIN)/pytest -o cache_dir='$(CACHES)/pytest' $(PYTEST_ARGS)
 
-soak: $(DONE)/package $(DONE)/dev ## The long run: all faults in random order, SECONDS=600
+soak: $(DONE)/package $(DONE)/dev $(DONE)/system ## The long run: all faults in random order, SECONDS=600
 	@SSE_LABELS_SOAK_SECONDS='$(SECONDS)' $(if $(SEED),SSE_LABELS_TEST_SEED='$(SEED)') \
 	  $(BIN)/pytest -o cache_dir='$(CACHES)/pytest' $(PYTEST_ARGS) \
 	  tests/soak/soak.py tests/acceptance/test_frozen_readers.py
@@ -81,13 +83,14 @@ bench: $(DONE)/package $(DONE)/bench ## Measure the service beside its peers; ta
 	  --size '$(SIZE)' $(if $(ONLY),--only '$(ONLY)') $(if $(PEERS),--peers '$(PEERS)') \
 	  $(if $(HISTORY),--history '$(HISTORY)') $(if $(OUT),--out '$(abspath $(OUT))')
 
-lint: $(DONE)/dev ## Check style, types, and the direction of imports
+lint: $(DONE)/dev $(DONE)/javascript ## Check style, types, and the direction of imports
 	@status=0; \
 	echo 'ruff check'; $(BIN)/ruff check --quiet . || status=1; \
 	echo 'ruff format --check'; $(BIN)/ruff format --quiet --check . || status=1; \
 	echo 'mypy'; $(BIN)/mypy --no-error-summary || status=1; \
 	echo 'lint-imports'; $(BIN)/lint-imports --cache-dir $(CACHES)/imports >$(DONE)/imports.log 2>&1 \
 	  || { cat $(DONE)/imports.log; status=1; }; \
+	echo 'tsc'; $(BIN)/node $(JAVASCRIPT)/node_modules/typescript/bin/tsc -p $(JAVASCRIPT) || status=1; \
 	exit $$status
 
 format: $(DONE)/dev ## Bring the code into its style, and mend what ruff can
@@ -95,7 +98,7 @@ format: $(DONE)/dev ## Bring the code into its style, and mend what ruff can
 
 clean: ## Remove everything that is made here, but no data
 	@test ! -e $(VENV)/pyvenv.cfg || rm -rf $(VENV)
-	@rm -rf build dist .cache .hypothesis .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	@rm -rf $(JAVASCRIPT)/node_modules build dist .cache .hypothesis .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	@find sse_labels tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 ## How it gets there
@@ -151,6 +154,29 @@ $(DONE)/dev: $(DONE)/run
 	@cmp -s $@.wanted $@.installed || { echo 'installing what it is tested with'; \
 	  $(PIP) install -q -r $@.wanted && mv $@.wanted $@.installed; }
 	@touch $@
+
+$(DONE)/javascript: $(DONE)/dev $(JAVASCRIPT)/package-lock.json
+	@echo 'installing what the page is checked with'
+	@PATH="$(abspath $(BIN)):$$PATH" npm ci --prefix $(JAVASCRIPT) --silent --no-audit --no-fund
+	@touch $@
+
+# Programs of Debian's, PROGRAM:PACKAGE, that tests drive. Who may not install them has those
+# tests skipped. Packages with a service of their own start it, unless a policy forbids that.
+SYSTEM := nginx:nginx chromium:chromium promtool:prometheus
+POLICY := /usr/sbin/policy-rc.d
+
+$(DONE)/system: $(DONE)/python FORCE
+	@missing=''; for each in $(SYSTEM); do \
+	  PATH="$$PATH:/usr/sbin" command -v "$${each%:*}" >/dev/null || missing="$$missing $${each#*:}"; done; \
+	[ -n "$$missing" ] || exit 0; \
+	if [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then \
+	  echo "tests that need them are skipped; on Debian: sudo apt-get install$$missing"; exit 0; fi; \
+	if [ ! -e $(POLICY) ]; then \
+	  trap 'rm -f $(POLICY)' EXIT; printf '#!/bin/sh\nexit 101\n' >$(POLICY); chmod +x $(POLICY); fi; \
+	echo "apt-get install$$missing"; export DEBIAN_FRONTEND=noninteractive; \
+	said="$$(apt-get update -qq 2>&1; \
+	  apt-get install -qq --no-install-recommends -o DPkg::Lock::Timeout=120 $$missing 2>&1)" \
+	  || { echo "$$said" >&2; exit 1; }
 
 $(DONE)/bench: $(DONE)/run
 	@$(requirements) bench >$@.wanted
