@@ -10,8 +10,8 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from support.prometheus import program
 from support.server import Server
+from support.system import program
 
 ALERTS = Path(__file__).parents[2] / "sse_labels" / "monitoring" / "alerts.yml"
 NAMES = re.findall(r"- alert: (\w+)", ALERTS.read_text())

@@ -111,6 +111,8 @@ class Stage:
         self.proxy = proxy
         self.seed = seed
         self.port = free_port()
+        #: Where consumers read: of the program itself, or of a proxy in front of it.
+        self.front_port = self.port
         self.injections: list[Injection] = []
         self.consumers: list[Consumer] = []
         self.writers: list[Writer] = []
@@ -133,6 +135,12 @@ class Stage:
 
     async def start_server(self) -> None:
         """Start the program on this stage's port; return when it serves."""
+        self.program = self.another_server(self.port)
+        await asyncio.to_thread(self.program.url)
+        await self.until_ready()
+
+    def another_server(self, port: int) -> Program:
+        """Start the program on this stage's database; the caller waits for it, and ends it."""
         dsn = make_dsn(
             host="127.0.0.1",
             port=self.proxy.port,
@@ -142,9 +150,9 @@ class Stage:
             gssencmode="disable",
         )
         options = [f"--{name}={text}" for name, text in self._options.items()]
-        self.program = Program(
+        return Program(
             "serve",
-            f"--port={self.port}",
+            f"--port={port}",
             *options,
             env={
                 "SSE_LABELS_DSN": dsn,
@@ -152,8 +160,6 @@ class Stage:
                 "PYTHONPATH": os.pathsep.join([str(self._hooks), str(REPOSITORY)]),
             },
         )
-        await asyncio.to_thread(self.program.url)
-        await self.until_ready()
 
     async def stop_server(self, number: signal.Signals = signal.SIGTERM) -> int:
         """End the program; return its status."""
@@ -199,7 +205,7 @@ class Stage:
         shared: dict[str, str] = {}
 
         def consumer(name: str, **how: Any) -> Consumer:
-            return Consumer(name, self.seed, self.port, shared=shared, **how)
+            return Consumer(name, self.seed, self.front_port, shared=shared, **how)
 
         self.consumers = [
             consumer("all"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import inspect
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -114,6 +115,8 @@ async def until(state: Callable[[], Any], seconds: float = 20.0) -> Any:
     async with asyncio.timeout(seconds):
         while True:
             reached = state()
+            if inspect.isawaitable(reached):
+                reached = await reached
             if reached:
                 return reached
             await asyncio.sleep(0.01)

@@ -8,7 +8,12 @@ import shutil
 import pytest
 
 #: Program and the package that has it.
-PACKAGES = {"chromium": "chromium", "nginx": "nginx", "promtool": "prometheus"}
+PACKAGES = {
+    "chromium": "chromium",
+    "nginx": "nginx",
+    "promtool": "prometheus",
+    "systemd-analyze": "systemd",
+}
 
 
 def program(name: str) -> str:

@@ -1,0 +1,299 @@
+"""Real nginx with exactly the site file that operators are given."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import resource
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from ipaddress import ip_network
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import aiohttp
+import pytest
+from oracle.stage import Stage, own_postgres, staged
+
+from sse_labels.config import Settings
+from sse_labels.embedded import EmbeddedPostgres
+
+from support.database import TestDatabase, until
+from support.nginx import Nginx, nginx
+from support.program import QUICK_SERVER, REPOSITORY, free_port, ran, running
+from support.reading import reading
+from support.server import PUBLISH_TOKEN, RunServer
+from support.system import program
+
+#: What the issue of a buffering proxy is about: an event must not wait for others.
+PROMPT_SECONDS = 0.1
+STREAMS = 1000
+#: Of one address, in the site file.
+STREAMS_PER_ADDRESS = 200
+
+
+def client(source: str = "127.0.0.1") -> aiohttp.ClientSession:
+    """A client with an address of its own: all of 127.0.0.0/8 is this machine."""
+    connector = aiohttp.TCPConnector(local_addr=(source, 0), limit=0)
+    return aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(30))
+
+
+@pytest.fixture
+def front(run_server: RunServer) -> Any:
+    """A server, and nginx in front of it."""
+
+    @asynccontextmanager
+    async def start(**settings: Any) -> Any:
+        async with run_server(**settings) as server:
+            with nginx(int(server.url.rpartition(":")[2])) as proxy:
+                async with client() as session:
+                    await until(lambda: answers(session, proxy))
+                yield server, proxy
+
+    return start
+
+
+async def answers(session: aiohttp.ClientSession, proxy: Nginx) -> bool:
+    try:
+        async with session.get(f"{proxy.url}/health/live") as response:
+            return response.status == 200
+    except aiohttp.ClientConnectionError:
+        return False
+
+
+async def test_site_is_accepted_without_a_warning(front: Any) -> None:
+    async with front() as (_, proxy):
+        assert "[warn]" not in proxy.check()
+
+
+async def test_first_byte_and_each_event_leave_at_once(front: Any, database: TestDatabase) -> None:
+    async with front() as (server, proxy):
+        times: dict[str, list[float]] = {}
+        for name, url in (("direct", server.url), ("nginx", proxy.url)):
+            begun = time.monotonic()
+            async with reading(f"{url}/stream") as reader:
+                await reader.until_opened()
+                times[f"first {name}"] = [time.monotonic() - begun]
+                for _ in range(20):
+                    published = time.monotonic()
+                    # The next one is published when this one has come: a block would never fill.
+                    [seq] = await asyncio.to_thread(database.insert)
+                    await reader.until_seq(seq)
+                    times.setdefault(name, []).append(time.monotonic() - published)
+        for name, seconds in times.items():
+            assert median(seconds) < PROMPT_SECONDS, (name, times)
+
+
+async def test_stream_resumes_through_nginx(front: Any, database: TestDatabase) -> None:
+    database.fill(30)
+    async with front() as (_, proxy):
+        async with reading(f"{proxy.url}/stream", last_event_id="12") as reader:
+            await reader.until_seq(30)
+        assert reader.events == database.stored(12)
+        assert reader.response.headers["Content-Type"].startswith("text/event-stream")
+        assert "Content-Encoding" not in reader.response.headers
+
+
+async def test_stream_comes_over_tls_and_http_2(front: Any, database: TestDatabase) -> None:
+    database.fill(3)
+    async with front() as (_, proxy):
+        process = await asyncio.create_subprocess_exec(
+            *("curl", "-skN", "--http2", "--compressed", "-D", "-"),
+            f"https://127.0.0.1:{proxy.tls_port}/stream?cursor=0",
+            stdout=subprocess.PIPE,
+        )
+        assert process.stdout is not None
+        lines = []
+        async with asyncio.timeout(20):
+            while b"id: 3\n" not in lines:
+                line = await process.stdout.readline()
+                assert line, lines
+                lines.append(line)
+        process.kill()
+        await process.communicate()
+        assert lines[0] == b"HTTP/2 200 \r\n"
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/labels"),
+        ("GET", "/metrics"),
+        ("GET", "/streams"),
+        ("DELETE", "/streams/any"),
+    ],
+)
+async def test_what_is_not_for_the_world_is_closed_to_it(
+    method: str, path: str, front: Any
+) -> None:
+    headers = {"Authorization": f"Bearer {PUBLISH_TOKEN}"}
+    async with front() as (_, proxy):
+        async with (
+            client("127.0.0.2") as session,
+            session.request(method, proxy.url + path, headers=headers) as response,
+        ):
+            assert response.status == 403
+            # nginx's own page: the server was not asked.
+            assert b"<center>nginx" in await response.read()
+        async with (
+            client() as session,
+            session.request(method, proxy.url + path, headers=headers) as response,
+        ):
+            assert b"<center>nginx" not in await response.read()
+
+
+async def test_readers_address_is_handed_on_and_cannot_be_forged(front: Any) -> None:
+    async with front(trusted_proxies=(ip_network("127.0.0.1/32"),)) as (server, proxy):
+        headers = {"X-Forwarded-For": "203.0.113.9"}
+        async with (
+            client("127.0.0.7") as session,
+            session.get(f"{proxy.url}/stream", headers=headers) as response,
+        ):
+            assert response.status == 200
+            [visit] = server.app.streams._open.values()
+            assert visit.client == "127.0.0.7"
+
+
+@contextmanager
+def many_files() -> Iterator[None]:
+    """Let this process and its children open what a thousand streams take."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 16384), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+async def read_until(session: aiohttp.ClientSession, url: str, last: int) -> list[Any]:
+    """Read a stream from its start; return the events."""
+    events = []
+    async with session.get(f"{url}/stream?cursor=0") as response:
+        assert response.status == 200
+        async for line in response.content:
+            if line.startswith(b'data: {"seq"'):
+                events.append(json.loads(line[6:]))
+                if events[-1]["seq"] == last:
+                    return events
+    raise AssertionError("the stream ended")
+
+
+async def test_thousand_streams_get_the_whole_table(database: TestDatabase) -> None:
+    database.fill(5)
+    with (
+        many_files(),
+        running("serve", *QUICK_SERVER, "--dsn", database.dsn) as served,
+        nginx(int(served.url().rpartition(":")[2])) as proxy,
+    ):
+        async with AsyncExitStack() as stack:
+            sessions = [
+                await stack.enter_async_context(client(f"127.0.0.{2 + each}"))
+                for each in range(STREAMS // STREAMS_PER_ADDRESS)
+            ]
+            await until(lambda: answers(sessions[0], proxy))
+            reads = [
+                asyncio.create_task(read_until(sessions[each % len(sessions)], proxy.url, 10))
+                for each in range(STREAMS)
+            ]
+            local = await stack.enter_async_context(client())
+
+            async def all_are_open() -> bool:
+                async with local.get(f"{proxy.url}/metrics") as response:
+                    return f"sse_labels_streams {STREAMS}.0" in await response.text()
+
+            await until(all_are_open, 60)
+            # One more of an address that has its share.
+            async with sessions[0].get(f"{proxy.url}/stream") as response:
+                assert response.status == 429
+            await asyncio.to_thread(database.insert, 5)
+            stored = database.stored()
+            async with asyncio.timeout(60):
+                for read in reads:
+                    assert await read == stored
+
+
+@pytest.fixture(scope="module")
+def postgres_of_faults() -> Iterator[EmbeddedPostgres]:
+    with own_postgres() as postgres:
+        yield postgres
+
+
+@asynccontextmanager
+async def two_upstreams(postgres: EmbeddedPostgres) -> Any:
+    """A stage whose consumers read through nginx, which has two servers."""
+    async with staged(postgres, "nginx") as stage:
+        second = free_port()
+        other = stage.another_server(second)
+        try:
+            await asyncio.to_thread(other.url)
+            with nginx(stage.port, second) as proxy:
+                async with client() as session:
+                    await until(lambda: answers(session, proxy))
+                stage.front_port = proxy.port
+                await stage.begin()
+                yield stage, proxy
+                verdict = await stage.end()
+                assert verdict.clean, f"{verdict}\n{stage.log()}\n{proxy.errors()[-4000:]}"
+                assert verdict.labels > 20
+        finally:
+            other.end()
+
+
+async def test_nothing_is_lost_when_nginx_reloads(postgres_of_faults: EmbeddedPostgres) -> None:
+    async with two_upstreams(postgres_of_faults) as (stage, proxy):
+
+        async def reload() -> None:
+            workers = await asyncio.to_thread(proxy.reload)
+            assert len(workers) == 2
+            await until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
+
+        for _ in range(2):
+            await stage.inject("nginx reloads", reload)
+
+
+async def restarted(stage: Stage, number: signal.Signals) -> None:
+    await stage.stop_server(number)
+    await stage.start_server()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["drained", "killed"])
+async def test_nothing_is_lost_when_one_of_two_servers_is_restarted(
+    number: signal.Signals, postgres_of_faults: EmbeddedPostgres
+) -> None:
+    async with two_upstreams(postgres_of_faults) as (stage, _):
+        for _ in range(2):
+            await stage.inject(f"{number.name} of one of two", lambda: restarted(stage, number))
+
+
+UNIT = REPOSITORY / "nginx/sse-labels@.service"
+
+
+def unit_settings() -> dict[str, str]:
+    lines = [line for line in UNIT.read_text().splitlines() if "=" in line and line[0] != "#"]
+    return dict(line.split("=", 1) for line in lines)
+
+
+def test_unit_starts_a_command_that_there_is_and_waits_until_it_has_drained() -> None:
+    settings = unit_settings()
+    _, *arguments = settings["ExecStart"].replace("%i", "0").split()
+    # Its port is taken as it stands; a setting that is wrong is named, and nothing is started.
+    refused = ran(*arguments, "--drain-seconds=x")
+    assert "drain" in refused.err[-1]
+    assert int(settings["TimeoutStopSec"]) > 2 * Settings().drain_seconds
+    assert int(settings["LimitNOFILE"]) > 2 * Settings().max_connections
+
+
+def test_unit_is_accepted_by_systemd(tmp_path: Path) -> None:
+    checker = program("systemd-analyze")
+    settings = unit_settings()
+    # Where this is checked nothing is installed in /opt.
+    text = UNIT.read_text().replace(settings["ExecStart"].split()[0], "/bin/true")
+    unit = tmp_path / "sse-labels@8080.service"
+    unit.write_text(text)
+    done = subprocess.run([checker, "verify", str(unit)], capture_output=True, text=True)
+    said = [line for line in done.stderr.splitlines() if "sse-labels" in line]
+    assert (done.returncode, said) == (0, [])

@@ -1,0 +1,126 @@
+"""A real nginx with exactly the site that operators are given: only its places are others."""
+
+from __future__ import annotations
+
+import getpass
+import signal
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from support.program import PATIENCE_SECONDS, REPOSITORY, free_port
+from support.system import program
+
+SITE = REPOSITORY / "nginx/sse_labels.conf"
+#: What the site's first lines tell operators to put there, and where a test may write.
+MAIN = """
+daemon off;
+{user}
+worker_processes 2;
+worker_rlimit_nofile 8192;
+worker_shutdown_timeout 1s;
+pid {directory}/pid;
+error_log stderr;
+events {{ worker_connections 4096; }}
+http {{
+    client_body_temp_path {directory}/body;
+    proxy_temp_path {directory}/proxy;
+    fastcgi_temp_path {directory}/fastcgi;
+    uwsgi_temp_path {directory}/uwsgi;
+    scgi_temp_path {directory}/scgi;
+    include {directory}/site.conf;
+}}
+"""
+
+
+class Nginx:
+    """One run of nginx."""
+
+    def __init__(self, directory: Path, upstreams: Sequence[int]) -> None:
+        self._path = program("nginx")
+        self._directory = directory
+        self._log = (directory / "errors").open("w+b")
+        self.port, self.tls_port = free_port(), free_port()
+        self._make_certificate()
+        site = self._with_places(SITE.read_text(), upstreams)
+        (directory / "site.conf").write_text(site)
+        user = "user root;" if getpass.getuser() == "root" else ""
+        (directory / "nginx.conf").write_text(MAIN.format(directory=directory, user=user))
+        self.process = subprocess.Popen(
+            self._command(), stdout=self._log, stderr=self._log, stdin=subprocess.DEVNULL
+        )
+
+    @property
+    def url(self) -> str:
+        """Where it serves without TLS."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def check(self) -> str:
+        """What `nginx -t` says of the configuration."""
+        done = subprocess.run([*self._command(), "-t"], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    def reload(self) -> list[int]:
+        """Read the configuration again as `nginx -s reload` does; return the old workers."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        workers = [int(pid) for pid in children.read_text().split()]
+        subprocess.run([*self._command(), "-s", "reload"], check=True, stderr=self._log)
+        return workers
+
+    def errors(self) -> str:
+        """Its error log."""
+        return (self._directory / "errors").read_text(errors="replace")
+
+    def close(self) -> None:
+        """End it."""
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait(PATIENCE_SECONDS)
+        self._log.close()
+
+    def _command(self) -> list[str]:
+        return [self._path, "-e", "stderr", "-c", str(self._directory / "nginx.conf")]
+
+    def _with_places(self, site: str, upstreams: Sequence[int]) -> str:
+        """Return the site with the test's ports and paths; each stands in it once."""
+        first, second = upstreams[0], upstreams[-1]
+        places = {
+            "server 127.0.0.1:8080 ": f"server 127.0.0.1:{first} ",
+            "listen 8081;": f"listen 127.0.0.1:{self.port};",
+            "listen 443 ssl http2;": f"listen 127.0.0.1:{self.tls_port} ssl http2;",
+            "/etc/ssl/certs/ssl-cert-snakeoil.pem": f"{self._directory}/certificate.pem",
+            "/etc/ssl/private/ssl-cert-snakeoil.key": f"{self._directory}/key.pem",
+            "/var/log/nginx/sse_labels.log": f"{self._directory}/access.log",
+        }
+        if len(upstreams) > 1:
+            # As its comment says: the line for a second one.
+            places["#server 127.0.0.1:8082 "] = f"server 127.0.0.1:{second} "
+        for ours, tests in places.items():
+            assert site.count(ours) == 1, ours
+            site = site.replace(ours, tests)
+        return site
+
+    def _make_certificate(self) -> None:
+        subprocess.run(
+            [
+                *("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt"),
+                *("ec_paramgen_curve:P-256", "-nodes", "-days", "2", "-subj", "/CN=localhost"),
+                *("-keyout", str(self._directory / "key.pem")),
+                *("-out", str(self._directory / "certificate.pem")),
+            ],
+            check=True,
+            capture_output=True,
+        )
+
+
+@contextmanager
+def nginx(*upstreams: int) -> Iterator[Nginx]:
+    """Run it in front of servers on these ports."""
+    with tempfile.TemporaryDirectory(prefix="sse-labels-nginx-") as directory:
+        server = Nginx(Path(directory), upstreams)
+        try:
+            yield server
+        finally:
+            server.close()
