@@ -297,14 +297,14 @@ def test_refused_request_ends_with_the_servers_message(database: TestDatabase) -
             [
                 (("tail", f"{url}/stream?sources=nobody"), {}),
                 (("tail", url, "--cursor=99"), {}),
-                (("tail", f"{url}/streams"), {}),
+                (("tail", f"{url}/elsewhere"), {}),
                 (("tail", f"{url}/health/live"), {}),
             ]
         )
     for run, message in (
         (bad, "answered 400, InvalidRequest: sources: "),
         (future, "answered 400, FutureCursor: cursor 99 is beyond the newest seq, which is 0"),
-        (missing, "/streams answered 404, NotFound: "),
+        (missing, "/elsewhere answered 404, NotFound: "),
         (no_stream, "/health/live is no event stream: "),
     ):
         status, said = failure(run)

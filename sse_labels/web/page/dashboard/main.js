@@ -73,7 +73,8 @@ function open(anew) {
 /** @param {{events: LabelEvent[]}} detail */
 function take({ events }) {
   list.add(events);
-  rate.add(events.length);
+  // History comes as fast as it can be read: that is no rate of anything.
+  if (stream?.state.name === "live") rate.add(events.length);
   for (const { labels } of events) {
     for (const { val, src } of labels) {
       byValue.add(val);

@@ -1,5 +1,5 @@
 // @ts-check
-/** Labels a second over the last five minutes, as they came to this page. */
+/** Labels a second over the last five minutes, as they came live. */
 
 import { byId, shown } from "./document.js";
 
