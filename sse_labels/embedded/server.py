@@ -77,6 +77,13 @@ class EmbeddedPostgres:
         host = quote(os.fsencode(self._postmaster.socket_dir), safe="")
         return f"postgresql://postgres@/{DATABASE}?host={host}&port={PORT}"
 
+    def runs(self) -> bool:
+        """Tell whether somebody has started it; raise `ConfigError` when that cannot be seen."""
+        try:
+            return self._postmaster.is_alive()
+        except OSError as error:
+            raise self._cluster.unusable(error) from error
+
     def start(self) -> None:
         """Return when the server accepts connections at `dsn`; make and start it when needed.
 

@@ -28,14 +28,15 @@ log = logging.getLogger(__name__)
 RETRY_AFTER_SECONDS = 5
 #: What a page of another origin may read of our headers.
 EXPOSED_HEADERS = "Sse-Labels-Head, Sse-Labels-Epoch, Retry-After, WWW-Authenticate"
+#: How this server signs its answers; aiohttp would tell its version and Python's.
+SERVER = "sse_labels"
 #: On every answer: no other type than the one said, no frame around it, nothing loaded by it, and
 #: its address, in which a token may stand, is not told to others (OWASP Secure Headers Project).
 SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
-    # Else aiohttp tells its version and Python's.
-    hdrs.SERVER: "sse_labels",
+    hdrs.SERVER: SERVER,
 }
 #: What such a page may send.
 ALLOWED_HEADERS = "Authorization, Content-Type, Idempotency-Key, Last-Event-ID"

@@ -18,6 +18,7 @@ import asyncio
 import contextlib
 import errno
 import logging
+import math
 import resource
 import socket
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -283,6 +284,13 @@ def most_connections(wanted: int, others: int) -> int:
             "allowed=%s", limit, wanted, fit,
         )  # fmt: skip
     return min(wanted, fit)
+
+
+def descriptors_needed(connections: int, others: int) -> int:
+    """Return the limit of open files at which `most_connections` takes nothing away."""
+    refusals = min(MAX_REFUSALS, math.ceil(connections / 3))
+    # Twice: some to spare, and what a process has open before the first connection.
+    return connections + refusals + others + 2 * SPARE_DESCRIPTORS
 
 
 def _open_descriptors() -> int:

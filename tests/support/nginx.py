@@ -6,7 +6,7 @@ import getpass
 import signal
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -38,13 +38,18 @@ http {{
 class Nginx:
     """One run of nginx."""
 
-    def __init__(self, directory: Path, upstreams: Sequence[int]) -> None:
+    def __init__(
+        self, directory: Path, upstreams: Sequence[int], faults: Mapping[str, str]
+    ) -> None:
         self._path = program("nginx")
         self._directory = directory
         self._log = (directory / "errors").open("w+b")
         self.port, self.tls_port = free_port(), free_port()
         self._make_certificate()
         site = self._with_places(SITE.read_text(), upstreams)
+        for ours, wrong in faults.items():
+            assert ours in site, ours
+            site = site.replace(ours, wrong)
         (directory / "site.conf").write_text(site)
         user = "user root;" if getpass.getuser() == "root" else ""
         (directory / "nginx.conf").write_text(MAIN.format(directory=directory, user=user))
@@ -116,10 +121,10 @@ class Nginx:
 
 
 @contextmanager
-def nginx(*upstreams: int) -> Iterator[Nginx]:
-    """Run it in front of servers on these ports."""
+def nginx(*upstreams: int, faults: Mapping[str, str] | None = None) -> Iterator[Nginx]:
+    """Run it in front of servers on these ports; `faults` maps what the site says to mistakes."""
     with tempfile.TemporaryDirectory(prefix="sse-labels-nginx-") as directory:
-        server = Nginx(Path(directory), upstreams)
+        server = Nginx(Path(directory), upstreams, faults or {})
         try:
             yield server
         finally:

@@ -11,6 +11,7 @@ import pytest
 PACKAGES = {
     "chromium": "chromium",
     "nginx": "nginx",
+    "pgbouncer": "pgbouncer",
     "promtool": "prometheus",
     "systemd-analyze": "systemd",
 }

@@ -1,0 +1,89 @@
+-- What `sse-labels doctor` looks at. All of it reads, but for a NOTIFY, which says nothing new.
+
+-- name: server_facts
+-- One row: version as text; seconds since 1970 by its clock; most connections; those kept for
+-- others; open ones; this program's among them; this role's limit, and the database's (-1: none);
+-- the role's connections, and the database's; is it a superuser; does a commit wait for the disk.
+SELECT current_setting('server_version'),
+       extract(epoch FROM clock_timestamp())::float8,
+       current_setting('max_connections')::integer,
+       current_setting('superuser_reserved_connections')::integer
+           + coalesce(current_setting('reserved_connections', true), '0')::integer,
+       (SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'),
+       (SELECT count(*) FROM pg_stat_activity WHERE application_name = 'sse-labels'),
+       rolconnlimit,
+       (SELECT datconnlimit FROM pg_database WHERE datname = current_database()),
+       (SELECT count(*) FROM pg_stat_activity WHERE usename = current_user),
+       (SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()),
+       rolsuper,
+       current_setting('synchronous_commit')
+  FROM pg_roles WHERE rolname = current_user;
+
+-- name: rights
+-- Rows (task, right, object, held): each right of the README's table, and what no task needs.
+SELECT task, needed, object,
+       CASE WHEN kind = 'sequence' THEN has_sequence_privilege(object, needed)
+            ELSE has_table_privilege(to_regclass(object), needed) END IS TRUE AS held
+  FROM (VALUES ('stream', 'SELECT', 'label', 'table'),
+               ('stream', 'SELECT', 'label_stream', 'table'),
+               ('stream', 'SELECT', pg_get_serial_sequence('label', 'id'), 'sequence'),
+               ('publish', 'INSERT', 'label', 'table'),
+               ('publish', 'USAGE', pg_get_serial_sequence('label', 'id'), 'sequence'),
+               ('publish', 'SELECT', 'label_request', 'table'),
+               ('publish', 'INSERT', 'label_request', 'table'),
+               ('publish', 'UPDATE', 'label_request', 'table'),
+               ('publish', 'DELETE', 'label_request', 'table'),
+               ('delete old labels', 'DELETE', 'label', 'table'),
+               ('delete old labels', 'UPDATE', 'label_stream', 'table'),
+               ('delete old labels', 'SELECT', 'label_clock', 'table'),
+               ('delete old labels', 'INSERT', 'label_clock', 'table'),
+               ('delete old labels', 'DELETE', 'label_clock', 'table'),
+               ('nothing', 'UPDATE', 'label', 'table'),
+               ('nothing', 'TRUNCATE', 'label', 'table')) AS wanted (task, needed, object, kind);
+
+-- name: label_owner
+-- One row: may this role alter the table (it owns it, or is a superuser); does a row security
+-- policy hide rows from it.
+SELECT pg_has_role(relowner, 'USAGE'), row_security_active(oid)
+  FROM pg_class WHERE oid = to_regclass('label');
+
+-- name: triggers
+-- Rows (name, function, is it enabled in ordinary sessions) of the label table.
+SELECT tgname, proname, tgenabled IN ('O', 'A')
+  FROM pg_trigger JOIN pg_proc ON pg_proc.oid = tgfoid
+ WHERE tgrelid = to_regclass('label') AND NOT tgisinternal;
+
+-- name: sequence_facts
+-- One row: name; step; largest number; does it start anew after that; the last number it gave
+-- (null: none yet, or not to be read); the newest seq in the table.
+SELECT name, seqincrement, seqmax, seqcycle,
+       CASE WHEN has_sequence_privilege(name, 'SELECT')
+            THEN pg_sequence_last_value(name::regclass) END,
+       (SELECT coalesce(max(id), 0) FROM label)
+  FROM (SELECT pg_get_serial_sequence('label', 'id') AS name) AS sequence
+  JOIN pg_sequence ON seqrelid = name::regclass;
+
+-- name: holders_described
+-- Rows (virtual transaction, who, seconds since it began or null): who took an id and has not
+-- ended, prepared transactions included. Of other roles' sessions the age shows only to members
+-- of pg_read_all_stats.
+SELECT DISTINCT holder.virtualtransaction,
+       CASE WHEN holder.pid IS NULL THEN 'prepared transaction ' || coalesce(quote_literal(gid), '?')
+            ELSE 'session ' || holder.pid || coalesce(' of ' || usename, '')
+                 || coalesce(', ' || state, '') END,
+       extract(epoch FROM clock_timestamp() - coalesce(prepared, xact_start))::float8
+  FROM pg_locks AS holder
+  LEFT JOIN pg_stat_activity AS session ON session.pid = holder.pid
+  LEFT JOIN pg_locks AS own
+    ON own.virtualtransaction = holder.virtualtransaction AND own.locktype = 'transactionid'
+   AND holder.pid IS NULL
+  LEFT JOIN pg_prepared_xacts AS made ON made.transaction = own.transactionid
+ WHERE holder.locktype = 'relation'
+   AND holder.granted
+   AND holder.mode = 'RowExclusiveLock'
+   AND holder.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+   AND holder.relation = pg_get_serial_sequence('label', 'id')::regclass;
+
+-- name: notify
+-- Nothing; servers that listen look at the table once more, and find nothing new.
+NOTIFY label_channel;

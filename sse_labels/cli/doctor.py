@@ -1,0 +1,133 @@
+"""`sse-labels doctor [URL]`: what is wrong with a deployment, and what to do.
+
+Promises: a line for each finding, as soon as it is there, or one JSON object; exit
+status 0 when nothing failed, 1 when something did, 2 when it was asked wrongly.
+Nothing is changed, unless --publish-as is given.
+Does not belong here: what is looked at (`doctor`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+
+import click
+import ujson
+
+from sse_labels.cli.layout import Command
+from sse_labels.cli.options import (
+    named_as_given,
+    option,
+    server_url,
+    settings_options,
+    switch,
+    token_text,
+)
+from sse_labels.cli.serve import interruptible
+from sse_labels.config import Expected, Settings, load, read
+from sse_labels.doctor import Finding, Patient, Verdict, count, examine
+from sse_labels.embedded import EmbeddedPostgres, default_data_dir
+from sse_labels.errors import ConfigError
+from sse_labels.labels import is_did
+
+#: How each verdict is coloured where colours are shown.
+COLOURS = {Verdict.OK: "green", Verdict.WARNING: "yellow", Verdict.FAILURE: "red"}
+#: As wide as the longest verdict.
+VERDICT_COLUMNS = 11
+
+
+def address(context: click.Context, parameter: click.Parameter, given: str | None) -> str | None:
+    """Read the argument, or its environment variable; a stream's address is its server's."""
+    try:
+        found = read("url", server_url, {"url": given})
+    except ConfigError as error:
+        raise ConfigError(error.key.replace("--url", "URL"), error.value, error.expected) from None
+    url = found.get("url")
+    return None if url is None else str(url).partition("?")[0].removesuffix("/stream")
+
+
+def did(text: str) -> str:
+    """Read a DID."""
+    if is_did(text):
+        return text
+    raise Expected("a DID, e.g. did:web:labeler.example")
+
+
+@click.command(cls=Command, short_help="Say what is wrong with a deployment.")
+@click.argument("url", required=False, callback=address)
+@settings_options(
+    "dsn", "data_dir", "workers", "migrate", "backfill_max_reads", "max_connections",
+    "publish_token", "publish_tokens_file", "retention_max_age_seconds", "retention_max_labels",
+    "connect_timeout_seconds", "query_timeout_seconds",
+)  # fmt: skip
+@option(
+    "token", token_text, "Token that may read, where streams need one.", metavar="TOKEN",
+    secret=True,
+)  # fmt: skip
+@option(
+    "publish_as", did, "Store a label of this source and its negation, and wait for both.",
+    metavar="DID",
+)  # fmt: skip
+@switch("insecure", "Accept any TLS certificate.")
+@switch("json", "Write one JSON object instead of lines.")
+def doctor(
+    url: str | None, token: str | None, publish_as: str | None, insecure: bool, json: bool,
+    **options: str | None,
+) -> int:  # fmt: skip
+    """Look at a deployment from its database to a reader, and say what is wrong.
+
+    URL is the server's address as its readers know it, so that what is between
+    is looked at, too: a proxy that gathers the stream, compresses it, cuts it
+    or drops Last-Event-ID. Give it the settings of `serve`. It takes as long as
+    the server's heartbeat.
+
+    \b
+      sse-labels doctor https://labels.example --dsn postgresql://…
+
+    The exit status is 1 when something failed; a warning is not that.
+    """
+    with named_as_given(), interruptible():
+        settings = load(options)
+        dsn, embedded = place_of(settings)
+        patient = Patient(settings, dsn, embedded, url, token, insecure, publish_as)
+        findings = asyncio.run(report(patient, as_lines=not json))
+    counted = count(findings)
+    if json:
+        listed = [finding._asdict() for finding in findings]
+        click.echo(
+            ujson.dumps({"findings": listed, "counts": counted}, escape_forward_slashes=False)
+        )
+    else:
+        click.echo(", ".join(f"{number} {verdict}" for verdict, number in counted.items()))
+    return 1 if counted[Verdict.FAILURE] else 0
+
+
+def place_of(settings: Settings) -> tuple[str | None, bool]:
+    """Return the DSN to look at, and whether it is the embedded PostgreSQL's.
+
+    That one is looked at when it runs; it is not started.
+    """
+    if settings.dsn is not None:
+        return settings.dsn, False
+    postgres = EmbeddedPostgres(settings.data_dir or default_data_dir())
+    return (postgres.dsn if postgres.runs() else None), True
+
+
+async def report(patient: Patient, *, as_lines: bool) -> list[Finding]:
+    """Return all findings; write each as it comes."""
+    findings = []
+    async for finding in examine(patient):
+        findings.append(finding)
+        if as_lines:
+            write(finding)
+    return findings
+
+
+def write(finding: Finding) -> None:
+    """Write a finding: what was seen, and below it what to do."""
+    colour = COLOURS.get(finding.verdict)
+    verdict = click.style(f"{finding.verdict:<{VERDICT_COLUMNS}}", fg=colour)
+    click.echo(f"{verdict}{finding.subject}: {finding.seen}")
+    if finding.do:
+        click.echo(f"{'':{VERDICT_COLUMNS}}→ {finding.do}")
+    sys.stdout.flush()

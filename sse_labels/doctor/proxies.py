@@ -1,0 +1,65 @@
+"""Proxies: which one stands before a server, and what it is to be told.
+
+Promises: a name only when the response gives one away.
+Does not belong here: finding that something is wrong (`way_checks`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from sse_labels.web.answers import SERVER
+
+
+class Proxy(NamedTuple):
+    """What it is called, and how it is told to pass a stream on as it comes."""
+
+    name: str
+    #: What keeps it from gathering.
+    unbuffered: str
+    #: What keeps it from compressing.
+    uncompressed: str
+    #: What lets a silent stream live.
+    patient: str
+
+
+#: By a word in the header `Server` or `Via`. From nginx' ngx_http_proxy_module and
+#: ngx_http_gzip_module, Apache's mod_proxy and mod_env (no-gzip), and Caddy's reverse_proxy.
+KNOWN = {
+    "nginx": Proxy(
+        "nginx",
+        "proxy_buffering off (and no proxy_ignore_headers X-Accel-Buffering) in `location = "
+        "/stream`, as nginx/sse_labels.conf has it",
+        "gzip off in `location = /stream`",
+        "proxy_read_timeout 60s in `location = /stream`",
+    ),
+    "apache": Proxy(
+        "Apache",
+        "ProxyPass … flushpackets=on",
+        "SetEnvIf Request_URI ^/stream$ no-gzip",
+        "ProxyPass … timeout=60",
+    ),
+    "caddy": Proxy(
+        "Caddy",
+        "flush_interval -1 in reverse_proxy",
+        "no `encode` for /stream",
+        "no read_timeout under 60s in reverse_proxy's transport",
+    ),
+}
+UNKNOWN = Proxy(
+    "a proxy that does not name itself",
+    "let it pass /stream on unbuffered",
+    "let it leave text/event-stream uncompressed (it says no-transform)",
+    "let it keep a silent response for 60 s",
+)
+
+
+def proxy_of(headers: Mapping[str, str]) -> Proxy | None:
+    """Return the proxy that a response came through; None when nothing tells of one."""
+    server, via = headers.get("server", ""), headers.get("via", "")
+    for word, proxy in KNOWN.items():
+        if word in server.lower() or word in via.lower():
+            return proxy
+    name = via or ("" if server == SERVER else server)
+    return UNKNOWN._replace(name=f"a proxy that calls itself {name}") if name else None
