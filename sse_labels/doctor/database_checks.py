@@ -195,7 +195,7 @@ class DatabaseChecks:
                 warning(
                     "sequence",
                     f"{name} stands at {last or newest} of {largest}",
-                    f"say ALTER SEQUENCE {name} AS bigint MAXVALUE {2**63 - 1}, and label.id to bigint",
+                    f"say ALTER SEQUENCE {name} AS bigint, and make label.id bigint",
                 )
             )
         if last is None and newest:

@@ -60,6 +60,8 @@ class WayChecks:
         self._insecure = insecure
         self._store = store
         self._publish_as = publish_as
+        #: Who stands between, as far as `address` could see.
+        self._proxy = UNKNOWN
 
     def checks(self) -> dict[str, Callable[[], Awaitable[list[Finding]]]]:
         """Return all of them by subject; the first says whether the others make sense."""
@@ -81,6 +83,7 @@ class WayChecks:
             after = time.time()
         proxy = proxy_of(response.headers)
         through = f" through {proxy.name}" if proxy else ""
+        self._proxy = proxy or UNKNOWN
         status = response.status_code
         if status == 503:
             found = [
@@ -150,13 +153,13 @@ class WayChecks:
                 failure(
                     "stream",
                     f"no answer within {FIRST_SECONDS:g} s, where the server sends it at once: "
-                    "something between waits for its end",
-                    f"tell it: {UNKNOWN.unbuffered}",
+                    f"{self._proxy.name} gathers the stream",
+                    self._proxy.unbuffered,
                 )
             ]
 
     def _head_findings(self, response: httpx.Response) -> list[Finding]:
-        proxy = proxy_of(response.headers)
+        proxy = self._proxy
         if response.status_code != 200:
             do = "give a token (--token)" if response.status_code == 401 else "see the message"
             return [failure("stream", f"{response.status_code}: {_said(response)}", do)]
@@ -170,9 +173,9 @@ class WayChecks:
             found.append(
                 warning(
                     "stream",
-                    f"{(proxy or UNKNOWN).name} compresses it ({coding}), against no-transform: "
+                    f"{proxy.name} compresses it ({coding}), against no-transform: "
                     "a compressor may gather, and keeps memory for each reader",
-                    (proxy or UNKNOWN).uncompressed,
+                    proxy.uncompressed,
                 )
             )
         if "no-transform" not in response.headers.get("cache-control", ""):
@@ -188,7 +191,7 @@ class WayChecks:
 
     async def _body_findings(self, reader: Reader, began: float) -> list[Finding]:
         """Return what the stream's opening and then its silence say."""
-        proxy = proxy_of(reader.response.headers) or UNKNOWN
+        proxy = self._proxy
         if reader.response.status_code != 200:
             return []
         opened = await reader.opened(FIRST_SECONDS)
