@@ -503,3 +503,40 @@ async def test_any_worker_lists_and_cuts_the_streams_of_all(
                 assert listed["silent_workers"] == [2]
             finally:
                 os.kill(pids(server)[2], signal.SIGCONT)
+
+
+async def test_worker_that_dies_while_it_is_asked_is_named_and_its_successor_answers(
+    database: TestDatabase, tmp_path: Path
+) -> None:
+    admin = add_token(tmp_path / "tokens", "olga", ["admin"])
+    bearer = {"Authorization": f"Bearer {admin}"}
+    tokens = f"--publish-tokens-file={tmp_path / 'tokens'}"
+    with two_workers("--dsn", database.dsn, tokens) as server:
+        url = await url_of(server)
+        async with streams(url, 6):
+            before = (await get(f"{url}/streams", **bearer)).json()
+            dying = pids(server)[2]
+            os.kill(dying, signal.SIGSTOP)
+            asking = asyncio.create_task(get(f"{url}/streams", **bearer))
+            # Connected, and as long as it is stopped never answered.
+            await until(lambda: questions_that_wait_for(dying) == 1)
+            os.kill(dying, signal.SIGKILL)
+            listed = (await asking).json()
+            assert listed["silent_workers"] == [2]
+            assert listed["total"] == sum(row["worker"] == 1 for row in before["streams"])
+            await until_workers_serve(server, {"worker-1": 1, "worker-2": 2})
+            async with streams(url, 6):
+                after = (await get(f"{url}/streams", **bearer)).json()
+    assert after["silent_workers"] == []
+    assert {row["worker"] for row in after["streams"]} == {1, 2}
+    # An id in the log names one stream, whichever worker had it, and over restarts.
+    opened = re.findall(r"stream opened: .* id=(\w+)$", server.errors, re.MULTILINE)
+    assert len(set(opened)) == len(opened) == 12
+
+
+def questions_that_wait_for(pid: int) -> int:
+    """How many have connected to where a worker listens for its neighbours (proc(5), net/unix)."""
+    own = {os.readlink(file) for file in Path(f"/proc/{pid}/fd").iterdir()}
+    sockets = re.findall(r"(\d+) (@sse-labels-\S+)$", Path("/proc/net/unix").read_text(), re.M)
+    [door] = {name for inode, name in sockets if f"socket:[{inode}]" in own}
+    return sum(name == door for _, name in sockets) - 1

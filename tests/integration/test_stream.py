@@ -363,10 +363,13 @@ async def test_a_stream_that_fails_says_so_and_from_where_to_go_on(
     run_server: RunServer,
     database: TestDatabase,
     monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
     kind: type[Exception],
     said: tuple[str, ...],
     how: str,
 ) -> None:
+    caplog.set_level("INFO")
+
     async def fail(*_: object) -> None:
         # A new one each time: its traceback would keep the connection for the tests after this.
         raise kind(*said)
@@ -383,6 +386,8 @@ async def test_a_stream_that_fails_says_so_and_from_where_to_go_on(
         assert (last["error"], last["cursor"]) == ("InternalServerError", 2)
         await until(lambda: not server.app.streams._open)
         assert server.app.metrics.streams_ended[how] == 1
+        [line] = [line for line in caplog.messages if line.startswith("stream closed: ")]
+        assert f" how={how} " in line
         async with reading(server.stream_url, cursor=2) as reader:
             await reader.until_seq(5)
 
@@ -607,8 +612,9 @@ async def test_a_reader_that_takes_nothing_is_cut_within_the_grace(
 
 
 async def test_a_reader_that_takes_nothing_of_its_history_is_cut_after_the_send_timeout(
-    run_server: RunServer, database: TestDatabase
+    run_server: RunServer, database: TestDatabase, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO")
     insert_large(database, 200)
     async with (
         run_server(**STALLING, slow_grace_seconds=600, send_timeout_seconds=0.3) as server,
@@ -620,6 +626,8 @@ async def test_a_reader_that_takes_nothing_of_its_history_is_cut_after_the_send_
         assert metrics.count["queue_overflows"] == 0
         # What it did not take was not read from the database either, but for the next page.
         assert metrics.count["backfill_pages"] < 10
+        [line] = [line for line in caplog.messages if line.startswith("stream closed: ")]
+        assert " how=SendTimeout " in line
 
 
 async def test_a_slow_reader_that_drains_within_the_grace_is_told_where_to_go_on(
