@@ -536,7 +536,7 @@ async def test_worker_that_dies_while_it_is_asked_is_named_and_its_successor_ans
 
 def questions_that_wait_for(pid: int) -> int:
     """How many have connected to where a worker listens for its neighbours (proc(5), net/unix)."""
-    own = {os.readlink(file) for file in Path(f"/proc/{pid}/fd").iterdir()}
+    own = {str(file.readlink()) for file in Path(f"/proc/{pid}/fd").iterdir()}
     sockets = re.findall(r"(\d+) (@sse-labels-\S+)$", Path("/proc/net/unix").read_text(), re.M)
     [door] = {name for inode, name in sockets if f"socket:[{inode}]" in own}
     return sum(name == door for _, name in sockets) - 1
