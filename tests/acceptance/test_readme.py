@@ -284,3 +284,25 @@ async def test_the_lines_of_python(shell: Shell, database: TestDatabase) -> None
         database.insert(1, val="rude")
         line = await process.stdout.readline()
     assert [ast.literal_eval(line.decode())] == database.stored(after=60)
+
+
+def test_every_link_leads_somewhere() -> None:
+    titles = re.findall(r"^#+ (.*)$", README, re.MULTILINE)
+    # As GitHub names them.
+    anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+    targets = re.findall(r"\]\(([^)\s]+)\)", README)
+    inside = [target for target in targets if not target.startswith("https://")]
+    assert inside
+    for target in inside:
+        file, _, anchor = target.partition("#")
+        assert (REPOSITORY / file).exists(), target
+        assert file or anchor in anchors, target
+
+
+def test_every_file_that_shows_a_promise_is_there() -> None:
+    promises = README.partition("## What it promises")[2].partition("\n## ")[0]
+    named = set(re.findall(r"`((?:tests/)?[\w/]*\w+\.py)`", promises))
+    assert named
+    files = {file.name for file in (REPOSITORY / "tests").rglob("*.py")}
+    for name in named:
+        assert (REPOSITORY / name).exists() if "/" in name else name in files, name
