@@ -91,12 +91,19 @@ class Crowd:
         return {}
 
     def connect(
-        self, host: str, port: int, groups: list[dict[str, Any]], samples: int, seconds: float
+        self,
+        host: str,
+        port: int,
+        groups: list[dict[str, Any]],
+        samples: int,
+        seconds: float,
+        per_address: int = CLIENTS_PER_ADDRESS,
     ) -> dict[str, Any]:
         """Open all connections at once; return when every one has its response head.
 
         Each group is a `count` of clients with one `request`, each of which is to get `events`
         (`gaps`: its filter hides some). `samples` clients, spread over all, are read in full.
+        No address has more than `per_address` clients.
         """
         began = self._began = time.monotonic_ns()
         self._used = time.process_time()
@@ -106,7 +113,7 @@ class Crowd:
             connection = socket.socket()
             connection.setblocking(False)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            source = 1 + number // CLIENTS_PER_ADDRESS
+            source = 1 + number // per_address
             if source > 1:
                 connection.setsockopt(
                     socket.SOL_IP, getattr(socket, "IP_BIND_ADDRESS_NO_PORT", 24), 1

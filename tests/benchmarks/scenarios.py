@@ -145,6 +145,8 @@ class Run:
         """Start a server by its name."""
         if name == SERVICE:
             return servers.service(self.place, history)
+        if name == servers.BEHIND_NGINX:
+            return servers.behind_nginx(self.place)
         return servers.PEERS[name](self.place)
 
     def left_out(self, scenario: str, name: str, why: str) -> None:
@@ -204,6 +206,7 @@ class Meter:
     def __init__(self, server: Server) -> None:
         self._server = server
         self._cpu, self._database = server.cpu(), server.database_cpu()
+        self._proxy = server.proxy_cpu()
 
     def read(self, result: Result, units: int) -> None:
         """Note it, divided by so many deliveries or labels."""
@@ -216,6 +219,9 @@ class Meter:
             result.database_cpu_seconds = database
             if units:
                 result.database_us = database / units * 1e6
+        proxy = self._server.proxy_cpu()
+        if proxy is not None and self._proxy is not None and units:
+            result.more["µs of nginx"] = f"{(proxy - self._proxy) / units * 1e6:.3g}"
         if cpu < LEAST_CPU_SECONDS:
             result.more["coarse"] = f"{cpu:.2f} s of CPU, read to 0.01 s"
 
@@ -228,7 +234,7 @@ def connect(
     before, cpu = server.memory_kib(), server.cpu()
     opened = crowd.ask(
         "connect", host=servers.HOST, port=server.port, groups=groups, samples=samples,
-        seconds=CONNECT_SECONDS,
+        seconds=CONNECT_SECONDS, per_address=server.per_address,
     )  # fmt: skip
     result.connect_seconds = opened["seconds"]
     time.sleep(SETTLE_SECONDS)
@@ -318,7 +324,9 @@ def everyone(server: Server, connections: int, events: int) -> list[dict[str, An
     return [{"count": connections, "request": server.request(), "events": events}]
 
 
-def _paced(run: Run, scenario: str, size: tuple[int, float, float]) -> None:
+def _paced(
+    run: Run, scenario: str, size: tuple[int, float, float], names: list[str] | None = None
+) -> None:
     connections, rate, seconds = size
     events = round(rate * seconds)
 
@@ -328,7 +336,7 @@ def _paced(run: Run, scenario: str, size: tuple[int, float, float]) -> None:
             rate=rate, patience=run.numbers.patience_seconds,
         )  # fmt: skip
 
-    for name in run.everybody(paced=True):
+    for name in names or run.everybody(paced=True):
         run.measured(scenario, f"{connections} x {rate:g}/s", name, work)
 
 
@@ -632,6 +640,13 @@ def idle(run: Run) -> None:
     _paced(run, "L", run.numbers.idle)
 
 
+def p(run: Run) -> None:
+    """The way through nginx, beside the direct one: under load as in A2, and idle."""
+    for size in (run.numbers.a2, run.numbers.idle):
+        _paced(run, "P", size, [SERVICE, servers.BEHIND_NGINX])
+
+
 SCENARIOS: dict[str, Callable[[Run], None]] = {
     "A": a, "A2": a2, "B": b, "C": c, "D": d, "E": e, "F": f, "G": g, "H": h, "L": idle,
+    "P": p,
 }  # fmt: skip

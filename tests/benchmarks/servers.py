@@ -29,7 +29,9 @@ from psycopg2.extensions import make_dsn
 from sse_labels.embedded import EmbeddedPostgres
 
 from benchmarks import cores, labels, measure, nchan
+from benchmarks.load import CLIENTS_PER_ADDRESS
 from support.database import reachable_directory
+from support.nginx import nginx
 from support.program import command, environment, free_port
 
 HOST = "127.0.0.1"
@@ -37,6 +39,8 @@ SERVICE = "service"
 #: Only where publishing is paced. Nchan joins what waits for a client when messages come faster
 #: than it sends them, which a publisher that waits for each answer never lets happen.
 NCHAN_SERIAL = "nchan-serial"
+#: The service behind nginx, with the site that operators are given.
+BEHIND_NGINX = "service, nginx"
 START_SECONDS = 30.0
 FILL_ROWS = 100_000
 
@@ -59,6 +63,8 @@ class Server:
     target: dict[str, Any]
     how: str
     batch: int = 500
+    #: Clients that may come from one address.
+    per_address: int = CLIENTS_PER_ADDRESS
 
     def request(self, query: str = "", cursor: str | None = None) -> str:
         """The request of one subscriber."""
@@ -75,6 +81,10 @@ class Server:
     def database_cpu(self) -> float:
         """CPU seconds of its PostgreSQL so far."""
         return 0.0
+
+    def proxy_cpu(self) -> float | None:
+        """CPU seconds of the proxy before it so far; None without one."""
+        return None
 
     def memory_kib(self, key: str = "VmRSS") -> int:
         """Its resident memory."""
@@ -158,6 +168,16 @@ class Service(Server):
         end(self.process)
 
 
+@dataclass
+class Proxied(Service):
+    """Ours, asked through nginx."""
+
+    proxy: int = 0
+
+    def proxy_cpu(self) -> float | None:
+        return measure.cpu_seconds(self.proxy)
+
+
 class Nchan(Server):
     """Nchan, which keeps messages in memory."""
 
@@ -232,6 +252,27 @@ def service(place: Place, history: int = 0) -> Iterator[Service]:
                 server.stop()
         finally:
             run(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@contextmanager
+def behind_nginx(place: Place) -> Iterator[Proxied]:
+    """The service, and nginx on the same core before it."""
+    if not Path(nchan.NGINX).exists():
+        raise CannotRun("nginx is not installed (Debian: apt-get install nginx)")
+    with service(place) as direct, contextlib.ExitStack() as stack:
+        with cores.on(place.server_core):
+            front = stack.enter_context(nginx(direct.port))
+        version = subprocess.run([nchan.NGINX, "-v"], capture_output=True, text=True).stderr.strip()
+        behind = {
+            **vars(direct),
+            "name": BEHIND_NGINX,
+            "version": f"{direct.version}, {version.removeprefix('nginx version: ')}",
+            "port": front.port,
+            "per_address": front.per_address,
+        }
+        server = Proxied(**behind, proxy=front.process.pid)
+        wait_for(lambda: server.get("/health/ready")[0] == 200, front.process, direct.log)
+        yield server
 
 
 def _fill(place: Place, dsn: str, history: int) -> None:

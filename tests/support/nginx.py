@@ -58,6 +58,11 @@ class Nginx:
         )
 
     @property
+    def per_address(self) -> int:
+        """How many requests of one address the site lets be open."""
+        return int(SITE.read_text().partition("limit_conn sse_labels_readers ")[2].split(";")[0])
+
+    @property
     def url(self) -> str:
         """Where it serves without TLS."""
         return f"http://127.0.0.1:{self.port}"

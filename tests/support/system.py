@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 
-import pytest
-
 #: Program and the package that has it.
 PACKAGES = {
     "chromium": "chromium",
@@ -22,5 +20,8 @@ def program(name: str) -> str:
     # An ordinary user's PATH has no sbin.
     path = shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
     if path is None:
+        # Not on top: benchmarks run without it, and look for themselves.
+        import pytest
+
         pytest.skip(f"{name} is not installed; on Debian: sudo apt-get install {PACKAGES[name]}")
     return path
