@@ -18,14 +18,15 @@ from typing import Any
 import aiohttp
 import pytest
 from oracle import tell
-from oracle.stage import Stage, own_postgres, staged
+from oracle.behind_nginx import Behind, behind_nginx
+from oracle.stage import own_postgres
 
 from sse_labels.config import Settings
 from sse_labels.embedded import EmbeddedPostgres
 
 from support.database import TestDatabase, until
 from support.nginx import Nginx, nginx
-from support.program import QUICK_SERVER, REPOSITORY, free_port, ran, running
+from support.program import QUICK_SERVER, REPOSITORY, ran, running
 from support.reading import reading
 from support.server import PUBLISH_TOKEN, RunServer
 from support.system import program
@@ -235,51 +236,37 @@ def postgres_of_faults() -> Iterator[EmbeddedPostgres]:
         yield postgres
 
 
-@asynccontextmanager
-async def two_upstreams(postgres: EmbeddedPostgres) -> Any:
-    """A stage whose consumers read through nginx, which has two servers."""
-    async with staged(postgres, "nginx") as stage:
-        second = free_port()
-        other = stage.another_server(second)
-        try:
-            await asyncio.to_thread(other.url)
-            with nginx(stage.port, second) as proxy:
-                async with client() as session:
-                    await until(lambda: answers(session, proxy))
-                stage.front_port = proxy.port
-                await stage.begin()
-                yield stage, proxy
-                verdict = await stage.end()
-                assert verdict.clean, f"{verdict}\n{stage.log()}\n{proxy.errors()[-4000:]}"
-                assert verdict.labels > 20
-        finally:
-            other.end()
+async def clean(behind: Behind) -> None:
+    """Nothing was lost, doubled, reordered or altered."""
+    verdict = await behind.stage.end()
+    told = f"{verdict}\n{behind.stage.log()}\n{behind.proxy.errors()[-4000:]}"
+    assert verdict.clean, told
+    assert verdict.labels > 20
 
 
 async def test_nothing_is_lost_when_nginx_reloads(postgres_of_faults: EmbeddedPostgres) -> None:
-    async with two_upstreams(postgres_of_faults) as (stage, proxy):
-
-        async def reload() -> None:
-            workers = await asyncio.to_thread(proxy.reload)
-            assert len(workers) == 2
-            await until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
-
+    async with behind_nginx(postgres_of_faults, "nginx") as behind:
         for _ in range(2):
-            await stage.inject("nginx reloads", reload)
-
-
-async def restarted(stage: Stage, number: signal.Signals) -> None:
-    await stage.stop_server(number)
-    await stage.start_server()
+            await behind.stage.inject("nginx reloads", behind.reload)
+        await clean(behind)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["drained", "killed"])
 async def test_nothing_is_lost_when_one_of_two_servers_is_restarted(
     number: signal.Signals, postgres_of_faults: EmbeddedPostgres
 ) -> None:
-    async with two_upstreams(postgres_of_faults) as (stage, _):
+    async with behind_nginx(postgres_of_faults, "nginx") as behind:
         for _ in range(2):
-            await stage.inject(f"{number.name} of one of two", lambda: restarted(stage, number))
+            await behind.stage.inject(
+                f"{number.name} of one of two", lambda: behind.restart_server(number)
+            )
+        await clean(behind)
+
+
+async def test_nothing_is_lost_when_nginx_restarts(postgres_of_faults: EmbeddedPostgres) -> None:
+    async with behind_nginx(postgres_of_faults, "nginx") as behind:
+        await behind.stage.inject("nginx restarts", lambda: behind.restart_nginx(signal.SIGTERM))
+        await clean(behind)
 
 
 UNIT = REPOSITORY / "nginx/sse-labels@.service"

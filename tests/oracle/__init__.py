@@ -8,6 +8,7 @@ parser of its own, the table with psycopg2, and compares the two at the end, all
     verdict     transcripts against the table, and the report
     proxy       a database connection that can be cut, refused or swallowed
     stage       PostgreSQL, proxy, program and oracle put together; the faults
+    behind_nginx  the same with nginx before two servers
 
 All chance comes from one seed, each actor's from a stream of its own: SSE_LABELS_TEST_SEED=<seed>
 repeats who does what in which order, not the machine's timing.

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import getpass
+import os
 import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from support.program import PATIENCE_SECONDS, REPOSITORY, free_port
@@ -53,9 +54,7 @@ class Nginx:
         (directory / "site.conf").write_text(site)
         user = "user root;" if getpass.getuser() == "root" else ""
         (directory / "nginx.conf").write_text(MAIN.format(directory=directory, user=user))
-        self.process = subprocess.Popen(
-            self._command(), stdout=self._log, stderr=self._log, stdin=subprocess.DEVNULL
-        )
+        self.process = self._started()
 
     @property
     def per_address(self) -> int:
@@ -75,10 +74,20 @@ class Nginx:
 
     def reload(self) -> list[int]:
         """Read the configuration again as `nginx -s reload` does; return the old workers."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
-        workers = [int(pid) for pid in children.read_text().split()]
+        workers = self._workers()
         subprocess.run([*self._command(), "-s", "reload"], check=True, stderr=self._log)
         return workers
+
+    def restart(self, number: signal.Signals = signal.SIGTERM) -> None:
+        """End it at once with all its streams, and start it again."""
+        workers = self._workers()
+        self.process.send_signal(number)
+        self.process.wait(PATIENCE_SECONDS)
+        for pid in workers:
+            # Of a master that was killed they would go on without it, and keep the ports.
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process = self._started()
 
     def errors(self) -> str:
         """Its error log."""
@@ -89,6 +98,15 @@ class Nginx:
         self.process.send_signal(signal.SIGTERM)
         self.process.wait(PATIENCE_SECONDS)
         self._log.close()
+
+    def _workers(self) -> list[int]:
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        return [int(pid) for pid in children.read_text().split()]
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            self._command(), stdout=self._log, stderr=self._log, stdin=subprocess.DEVNULL
+        )
 
     def _command(self) -> list[str]:
         return [self._path, "-e", "stderr", "-c", str(self._directory / "nginx.conf")]
