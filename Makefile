@@ -67,7 +67,7 @@ demo: $(DONE)/package ## Install, run a PostgreSQL of its own, serve, publish ma
 	@$(BIN)/sse-labels demo $(ARGS)
 
 test: $(DONE)/package $(DONE)/dev $(DONE)/javascript $(DONE)/system ## Install what the tests need, and run all of them
-	@$(BIN)/pytest -o cache_dir='$(CACHES)/pytest' $(PYTEST_ARGS)
+	@$(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal -o cache_dir='$(CACHES)/pytest' $(PYTEST_ARGS)
 
 soak: $(DONE)/package $(DONE)/dev $(DONE)/system ## The long run: all faults in random order, SECONDS=600
 	@SSE_LABELS_SOAK_SECONDS='$(SECONDS)' $(if $(SEED),SSE_LABELS_TEST_SEED='$(SEED)') \

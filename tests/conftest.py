@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
+import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
@@ -19,9 +21,17 @@ from sse_labels.embedded import EmbeddedPostgres
 from sse_labels.migrations import migrate
 
 from support.database import TestDatabase, reachable_directory
+from support.memory import folder_in_memory
 from support.server import PUBLISH_TOKEN, QUICK, RunServer, Server
 
 TEMPLATE = "sse_labels_template"
+
+
+def pytest_configure() -> None:
+    """Have all files of the run, and of the programs that it starts, in memory if that will do."""
+    if folder := folder_in_memory():
+        os.environ["TMPDIR"] = str(folder)
+        tempfile.tempdir = None
 
 
 @pytest.fixture(scope="session")
@@ -71,7 +81,10 @@ def fresh_database(postgres: EmbeddedPostgres, template: str | None) -> Iterator
     database = TestDatabase(make_dsn(postgres.dsn, dbname=name), name)
     try:
         with admin.cursor() as cursor:
-            cursor.execute(f"CREATE DATABASE {name} TEMPLATE {template or 'template0'}")
+            cursor.execute(
+                # By its files: the other way writes all of them to the log, too.
+                f"CREATE DATABASE {name} TEMPLATE {template or 'template0'} STRATEGY file_copy"
+            )
         yield database
     finally:
         database.close()

@@ -63,8 +63,14 @@ def pids(server: Program) -> dict[int, int]:
     return {int(worker): int(pid) for worker, pid in found}
 
 
-def streams_by_worker(server: Program) -> Counter[str]:
-    return Counter(re.findall(r" (worker-\d) .*: stream opened: ", server.errors))
+async def streams_by_worker(server: Program, count: int) -> Counter[str]:
+    """Who has opened how many of `count` streams: the log comes later than their first bytes."""
+
+    def told() -> Counter[str]:
+        return Counter(re.findall(r" (worker-\d) .*: stream opened: ", server.errors))
+
+    await asyncio.to_thread(server.wait_until, lambda: told().total() >= count, "stream opened")
+    return told()
 
 
 async def get(url: str, **headers: str) -> httpx.Response:
@@ -116,7 +122,7 @@ async def test_streams_are_spread_each_gets_every_label_and_metrics_are_sums(
             stored = database.stored()
             for reader in readers:
                 assert await reader.until_events(80) == stored
-            spread = streams_by_worker(server)
+            spread = await streams_by_worker(server, 16)
             assert sum(spread.values()) == 16
             assert set(spread) == {"worker-1", "worker-2"}
             assert min(spread.values()) >= 4
@@ -153,7 +159,7 @@ async def test_killed_worker_is_replaced_and_its_consumers_lose_nothing(
             for reader in readers:
                 await reader.until_events(20)
             await until_shown(url, events_delivered_total=200, streams=10)
-            of_first = streams_by_worker(server)["worker-1"]
+            of_first = (await streams_by_worker(server, 10))["worker-1"]
             server_pids = pids(server)
             os.kill(server_pids[1], signal.SIGKILL)
             database.fill(20)
@@ -217,7 +223,7 @@ async def test_limits_hold_over_all_workers(database: TestDatabase) -> None:
             for writer in idle:
                 writer.close()
             await until_live(url)
-            assert len(streams_by_worker(server)) == 2
+            assert len(await streams_by_worker(server, 6)) == 2
 
         statuses = [await publish(url, 2) for _ in range(10)]
         assert statuses[:5] == [201] * 5
@@ -282,7 +288,7 @@ async def test_stuck_worker_keeps_no_client_waiting_and_is_killed_in_the_end(
         stuck = pids(server)[2]
         os.kill(stuck, signal.SIGSTOP)
         async with streams(url, 8):
-            assert streams_by_worker(server) == {"worker-1": 8}
+            assert await streams_by_worker(server, 8) == {"worker-1": 8}
         assert await asyncio.to_thread(server.end, signal.SIGINT) == 0
     assert f"a worker is killed, it does not end: pid={stuck}" in server.errors
     assert "Traceback" not in server.errors
@@ -347,7 +353,7 @@ async def test_worker_that_cannot_start_again_leaves_the_others_serving(
             for reader in readers:
                 with contextlib.suppress(httpx.RemoteProtocolError):
                     lived += len(await reader.until_events(1))
-            assert lived == streams_by_worker(server)["worker-2"] > 0
+            assert lived == (await streams_by_worker(server, 8))["worker-2"] > 0
             # Again and again, until somebody mends it.
             tokens.write_text("")
             await until_workers_serve(server, {"worker-1": 2, "worker-2": 1})

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 from typing import Any
 
 SEED_VARIABLE = "SSE_LABELS_TEST_SEED"
@@ -35,7 +36,11 @@ def chance(seed: str, actor: str) -> random.Random:
 
 def tell(config: Any, text: str) -> None:
     """Show `text` in pytest's output, past its capturing."""
-    reporter = config.pluginmanager.getplugin("terminalreporter")
     capture = config.pluginmanager.getplugin("capturemanager")
     with capture.global_and_fixture_disabled():
-        reporter.write_line(f"\n{text}")
+        # What a reporter writes in one of several processes (pytest-xdist) nobody sees.
+        if hasattr(config, "workerinput"):
+            sys.stderr.write(f"\n{text}\n")
+            sys.stderr.flush()
+        else:
+            config.pluginmanager.getplugin("terminalreporter").write_line(f"\n{text}")

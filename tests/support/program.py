@@ -7,7 +7,9 @@ a deadline and none of it sleeps: it wakes with the line that comes, or with the
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
+import random
 import re
 import signal
 import socket
@@ -219,12 +221,29 @@ def failure(program: Program) -> tuple[int, str]:
     return status, program.err[-1]
 
 
+def _ports() -> Iterator[int]:
+    """Ports that are ours alone, each once; then any that the kernel gives."""
+    # From below those that the kernel hands out: between asking for a port and listening on it,
+    # or while a server is started again, it would give the same one to others. Several processes
+    # (pytest-xdist) share them out among themselves.
+    kernels = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    ours = [port for port in range(10_000, kernels) if port % 16 == worker % 16]
+    random.SystemRandom().shuffle(ours)
+    yield from ours
+    yield from itertools.repeat(0)
+
+
+_free_ports = _ports()
+
+
 def free_port() -> int:
     """A port that was free a moment ago; take --port 0 where the number does not matter."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    while True:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", next(_free_ports)))
+            port: int = probe.getsockname()[1]
+            return port
 
 
 def postgres_runs_in(data_dir: Path) -> bool:

@@ -1,0 +1,32 @@
+"""Where tests put their files: in memory, where there is enough of it.
+
+A database cloned for a test is 300 new files. On a disk that costs up to 0.2 s, in memory 0.015 s.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+MEMORY = Path("/dev/shm")
+#: A cluster may keep 1 GiB of write-ahead log (max_wal_size), and several run at the same time.
+LEAST_BYTES = 4 << 30
+
+
+def folder_in_memory() -> Path | None:
+    """A folder of this machine's memory, if it will do: large enough, and programs may run there.
+
+    Not where a person has said TMPDIR, nor in a soak, which fills more than memory should hold.
+    """
+    if "TMPDIR" in os.environ or "SSE_LABELS_SOAK_SECONDS" in os.environ:
+        return None
+    try:
+        found = os.statvfs(MEMORY)
+        [free] = re.findall(r"(?m)^MemAvailable: +(\d+) kB$", Path("/proc/meminfo").read_text())
+    except (OSError, ValueError):
+        return None
+    # The system user who runs PostgreSQL may need a copy of its programs beside its data.
+    runs = not found.f_flag & os.ST_NOEXEC
+    room = min(found.f_bavail * found.f_frsize, 1024 * int(free))
+    return MEMORY if runs and room >= LEAST_BYTES and os.access(MEMORY, os.W_OK) else None
