@@ -11,6 +11,7 @@ import pytest
 PACKAGES = {
     "chromium": "chromium",
     "nginx": "nginx",
+    "prometheus": "prometheus",
     "promtool": "prometheus",
     "systemd-analyze": "systemd",
 }
