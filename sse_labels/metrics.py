@@ -9,11 +9,19 @@ several processes meet (`shared`).
 
 from __future__ import annotations
 
+import resource
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Histogram,
+    Metric,
+    ProcessCollector,
+    generate_latest,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -36,6 +44,7 @@ COUNTERS = {
     "backfill_page_hits": "Pages that a backfill found in the page cache.",
     "ring_hits": "Streams that caught up from the ring alone.",
     "queue_overflows": "Consumers that were too slow for their outbox.",
+    "publish_requests": "POST /labels that were answered with seqs, repeated ones included.",
     "labels_published": "Labels that POST /labels answered with seqs, repeated requests included.",
     "labels_deleted": "Labels deleted by retention.",
     "labels_refused": "Labels refused by POST /labels.",
@@ -48,19 +57,33 @@ GAUGES = {
     "head_seq": "The newest settled seq.",
     "floor_seq": "The oldest seq still kept.",
     "connections": "TCP connections open now, streams included.",
+    "connections_limit": "TCP connections that may be open at the same time.",
     "streams": "Streams open now.",
+    "streams_limit": "Streams that may be open at the same time.",
     "streams_backfilling": "Streams that are reading history now.",
     "holes_open": "Whether the sequencer waits for a hole: 1 or 0.",
     "hole_age_seconds": "How long it has been waiting.",
     "ring_bytes": "Memory held by the ring.",
     "ring_chunks": "Chunks in the ring.",
     "following": "Whether the sequencer follows the table: 1 or 0.",
+    "sweep_age_seconds": "Seconds since retention had deleted all that is beyond its limits, or "
+    "since the start; 0 without limits.",
 }
-#: Of these, `--workers` shows each process's own.
-PER_WORKER = frozenset(
-    f"sse_labels_{name}"
-    for name in ("head_seq", "floor_seq", "holes_open", "hole_age_seconds", "following")
-)
+#: Looked at by every process for itself: `--workers` shows each one's own.
+PER_WORKER = frozenset({
+    *(f"sse_labels_{name}" for name in (
+        "head_seq", "floor_seq", "holes_open", "hole_age_seconds", "following", "sweep_age_seconds",
+    )),
+    *(f"process_{name}" for name in (
+        "open_fds", "max_fds", "resident_memory_bytes", "virtual_memory_bytes",
+        "start_time_seconds",
+    )),
+})  # fmt: skip
+#: Known by every process for all: not added up.
+OF_ALL = frozenset({"sse_labels_connections_limit", "sse_labels_streams_limit"})
+DESCRIPTORS = ("process_open_fds", "process_max_fds")
+#: Counting 16,000 descriptors takes 10 ms, and workers are asked four times a second.
+PROCESS_SECONDS = 5.0
 
 
 class Metrics(Collector):
@@ -80,6 +103,7 @@ class Metrics(Collector):
         self.bytes_delivered = 0
         self._registry = CollectorRegistry()
         self._registry.register(self)
+        self._registry.register(Process())
         self.fanout_seconds = Histogram(
             "sse_labels_commit_to_fanout_seconds",
             "From a label's commit to its hand-over to all consumers, sampled, by the database's "
@@ -104,13 +128,15 @@ class Metrics(Collector):
             for numbers, alive in self._share.read_others()
         ]
         registry = CollectorRegistry(auto_describe=False)
-        registry.register(Sums(families, [self._share.read_mine(), *others]))
+        whole = snapshot([f for f in families if f.name in OF_ALL], "", frozenset())
+        registry.register(Sums(families, [self._share.read_mine(), *others, whole]))
         return generate_latest(registry)
 
     def show(self) -> None:
         """Let the other processes read what this one has counted by now."""
         if self._share is not None:
-            mine = snapshot(self._registry.collect(), str(self._share.index + 1), PER_WORKER)
+            families = [each for each in self._registry.collect() if each.name not in OF_ALL]
+            mine = snapshot(families, str(self._share.index + 1), PER_WORKER)
             self._share.write(add([mine, self._before]))
 
     def collect(self) -> Iterator[Any]:
@@ -134,3 +160,26 @@ class Metrics(Collector):
         for error, number in sorted(self.requests_refused.items()):
             refused.add_metric([error], number)
         yield refused
+
+
+class Process(ProcessCollector):
+    """Memory, time and descriptors of this process, as the library names them."""
+
+    def __init__(self) -> None:
+        super().__init__(registry=None)
+        self._found: list[Metric] = []
+        self._look_at = 0.0
+
+    def collect(self) -> Iterable[Metric]:
+        """Return what the kernel said last, at most `PROCESS_SECONDS` ago."""
+        now = time.monotonic()
+        if now >= self._look_at:
+            self._look_at = now + PROCESS_SECONDS
+            found = list(super().collect())
+            if self._found and not any(each.name in DESCRIPTORS for each in found):
+                # None is left to look with: an alert must not go away because of that.
+                limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+                found = [each for each in self._found if each.name not in DESCRIPTORS]
+                found += [GaugeMetricFamily(name, "All.", value=limit) for name in DESCRIPTORS]
+            self._found = found
+        return self._found

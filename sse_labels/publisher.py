@@ -57,6 +57,7 @@ class Publisher:
         seqs = await self._store.publish(labels, key, fingerprint)
         if seqs is None:
             raise IdempotencyKeyReused("this Idempotency-Key was used for other labels")
+        self._metrics.count["publish_requests"] += 1
         self._metrics.count["labels_published"] += len(seqs)
         return seqs
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 
 from sse_labels.database import Connection
@@ -40,6 +41,7 @@ class Retention:
         max_labels: int | None,
         sweep_seconds: float,
         batch_labels: int,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
         self._head = head
@@ -49,8 +51,17 @@ class Retention:
         self._max_labels = max_labels
         self._sweep_seconds = sweep_seconds
         self._batch_labels = batch_labels
+        self._clock = clock
         self._floor = 0
+        self._swept = clock()
         metrics.gauges["floor_seq"] = lambda: self._floor
+        metrics.gauges["sweep_age_seconds"] = self.sweep_age_seconds
+
+    def sweep_age_seconds(self) -> float:
+        """Return how long ago, at the most, everything below the horizon was gone."""
+        if (self._max_age_seconds, self._max_labels) == (None, None):
+            return 0.0
+        return self._clock() - self._swept
 
     async def run(self) -> None:
         """Sweep until cancelled; while the database is away nothing is deleted."""
@@ -82,6 +93,7 @@ class Retention:
             if horizon > self._floor:
                 self._floor = await self._store.raise_floor(connection, horizon)
             deleted = await self._delete(connection)
+            self._swept = self._clock()
             if deleted:
                 log.info("old labels deleted: labels=%s floor=%s", deleted, self._floor)
             return True

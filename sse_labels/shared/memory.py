@@ -44,7 +44,8 @@ class _Word(IntEnum):
     SERVING = 1
     CONNECTIONS = 2
     STREAMS = 3
-    SNAPSHOT = 4
+    ALLOWED = 4
+    SNAPSHOT = 5
 
 
 _WORDS_BYTES = len(_Word) * _WORD_BYTES
@@ -143,6 +144,14 @@ class Share:
     @serving.setter
     def serving(self, value: bool) -> None:
         self._words[_Word.SERVING] = value
+
+    def allow(self, connections: int) -> None:
+        """Say how many connections this process may hold."""
+        self._words[_Word.ALLOWED] = connections
+
+    def allowed(self) -> int:
+        """Return how many connections the processes that live may hold, each for itself."""
+        return sum(words[_Word.ALLOWED] for words in self._all_words)
 
     def yields(self) -> bool:
         """Return whether the next connection should be another process's.

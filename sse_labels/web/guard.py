@@ -93,7 +93,10 @@ class Guard:
         self._refusals: set[Refusal] = set()
         self._kept: list[socket.socket] = []
         self._complain_at = 0.0
+        if share is not None:
+            share.allow(max_connections)
         metrics.gauges["connections"] = lambda: self.open
+        metrics.gauges["connections_limit"] = self.limit
 
     @contextlib.asynccontextmanager
     async def serving(
@@ -136,6 +139,12 @@ class Guard:
             raise
         self.open += 1
         return key
+
+    def limit(self) -> int:
+        """Return how many connections may be open, those of all processes together."""
+        if self._share is None:
+            return self._max_connections
+        return min(self._max_everywhere, self._share.allowed())
 
     def yields(self) -> bool:
         """Return whether another process, which has less to do, should accept the next."""

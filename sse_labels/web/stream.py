@@ -104,6 +104,7 @@ class StreamHandler:
         self._stopping = False
         self._worker = share.index + 1 if share else 1
         metrics.gauges["streams"] = lambda: len(self._open)
+        metrics.gauges["streams_limit"] = lambda: settings.max_streams
         metrics.gauges["streams_backfilling"] = lambda: sum(
             not visit.outbox.caught_up for visit in self._open.values()
         )

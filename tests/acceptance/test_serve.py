@@ -75,7 +75,9 @@ def publish(url: str, token: str, count: int = 1) -> httpx.Response:
 def test_help_names_every_option_with_its_variable_and_default() -> None:
     context = click.Context(cli)
     names = cli.list_commands(context)
-    assert sorted(names) == ["demo", "migrate", "publish", "reseed", "serve", "tail", "token"]
+    assert sorted(names) == [
+        "demo", "doctor", "migrate", "publish", "reseed", "serve", "tail", "token",
+    ]  # fmt: skip
     helps = ran_all([((name, "--help"), {}) for name in names])
     for name, shown in zip(names, helps, strict=True):
         assert shown.process.returncode == 0

@@ -115,7 +115,8 @@ async def test_streams_are_spread_each_gets_every_label_and_metrics_are_sums(
     database: TestDatabase,
 ) -> None:
     database.fill(50)
-    with two_workers("--dsn", database.dsn) as server:
+    limits = ("--max-connections=200", "--max-streams=100", "--retention-max-labels=1000")
+    with two_workers("--dsn", database.dsn, *limits) as server:
         url = await url_of(server)
         async with streams(url, 16, cursor=0) as readers:
             database.fill(30)
@@ -133,7 +134,14 @@ async def test_streams_are_spread_each_gets_every_label_and_metrics_are_sums(
                 connections=17,
                 events_delivered_total=16 * 80,
                 events_followed_total=2 * 30,
+                # Of all workers, and not of each.
+                connections_limit=200,
+                streams_limit=100,
             )
+            for worker in (1, 2):
+                assert 0 < shown[f"process_open_fds{worker}"] < shown[f"process_max_fds{worker}"]
+                assert shown[f"process_resident_memory_bytes{worker}"] > 1024**2
+                assert 0 <= shown[f"sweep_age_seconds{worker}"] < 60
             assert {name: shown[name] for name in shown if name.startswith("head_seq")} == {
                 "head_seq1": 80,
                 "head_seq2": 80,

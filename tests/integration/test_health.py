@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 
 import httpx
 import pytest
@@ -125,7 +126,10 @@ async def test_not_ready_while_it_stops(server: Server) -> None:
 
 
 PROMISED = {
+    "connections": "gauge",
+    "connections_limit": "gauge",
     "streams": "gauge",
+    "streams_limit": "gauge",
     "streams_backfilling": "gauge",
     "streams_ended": "counter",
     "requests_refused": "counter",
@@ -143,11 +147,20 @@ PROMISED = {
     "commit_to_fanout_seconds": "histogram",
     "queue_overflows": "counter",
     "database_reconnects": "counter",
+    "publish_requests": "counter",
     "labels_published": "counter",
     "labels_refused": "counter",
     "broken_promises": "counter",
     "following": "gauge",
     "ring_bytes": "gauge",
+    "sweep_age_seconds": "gauge",
+}
+#: Of the process itself, under the names that Prometheus' libraries share.
+PROCESS = {
+    "process_open_fds": "gauge",
+    "process_max_fds": "gauge",
+    "process_resident_memory_bytes": "gauge",
+    "process_cpu_seconds": "counter",
 }
 
 
@@ -157,6 +170,7 @@ async def test_metrics_are_all_there_from_the_start(server: Server) -> None:
     found = await families(server)
     got = {name: found[f"sse_labels_{name}"].type for name in PROMISED}
     assert got == PROMISED
+    assert {name: found[name].type for name in PROCESS} == PROCESS
     for family in found.values():
         assert family.documentation
 
@@ -239,3 +253,27 @@ async def test_a_database_that_does_not_keep_the_time_of_commits_is_not_asked(
     found = await families(server)
     assert sample(found, "sse_labels_commit_to_fanout_seconds_count") == 0
     assert reader.events == database.stored()
+
+
+async def test_metrics_show_limits_beside_what_they_limit(run_server: RunServer) -> None:
+    async with (
+        run_server(max_connections=40, max_streams=30) as server,
+        reading(server.stream_url) as reader,
+    ):
+        await reader.until_opened()
+        found = await families(server)
+    assert sample(found, "sse_labels_streams") == 1
+    assert sample(found, "sse_labels_streams_limit") == 30
+    # The reader's and the scrape's.
+    assert sample(found, "sse_labels_connections") == 2
+    assert sample(found, "sse_labels_connections_limit") == 40
+    assert 0 < sample(found, "process_open_fds") <= sample(found, "process_max_fds")
+
+
+async def test_metrics_show_the_limit_of_connections_that_descriptors_allow(
+    run_server: RunServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (1024, 1024))
+    async with run_server(max_connections=16_000) as server:
+        found = await families(server)
+    assert 500 < sample(found, "sse_labels_connections_limit") < 1024

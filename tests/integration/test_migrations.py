@@ -284,7 +284,7 @@ def test_one_notification_per_statement(database: TestDatabase) -> None:
 
 
 #: Statements that PostgreSQL cannot prepare: they are run instead.
-UTILITIES = {"listen", "create_schema_record"}
+UTILITIES = {"listen", "notify", "create_schema_record"}
 
 
 def test_every_block_prepares(database: TestDatabase, empty_database: TestDatabase) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from sse_labels.app import App
 from sse_labels.config import Settings
-from sse_labels.errors import ConfigError
+from sse_labels.errors import ConfigError, DatabaseUnavailable
 from sse_labels.pages import Pages
 from sse_labels.store import Page
 
@@ -221,3 +221,49 @@ async def test_nothing_is_deleted_without_a_horizon(server: Server, database: Te
     database.execute("UPDATE label_stream SET floor = 15")
     await server.app.retention.sweep()
     assert len(database.stored()) == 20
+
+
+async def test_age_of_the_last_complete_sweep_is_shown(
+    server: Server, database: TestDatabase
+) -> None:
+    retention = server.app.retention
+    shown = server.app.metrics.gauges["sweep_age_seconds"]
+    now = retention._swept
+    retention._clock = lambda: now
+    database.fill(10)
+    await at_head(server, 10)
+    now += 1000
+    # Nothing is to be deleted: nothing is late.
+    assert shown() == 0
+    retention._max_labels = 5
+    assert shown() == 1000
+    other = database.connect()
+    lock = "SELECT pg_advisory_lock(hashtext('sse-labels retention'))"
+    await asyncio.to_thread(other.cursor().execute, lock)
+    assert not await retention.sweep()
+    assert shown() == 1000
+    other.cursor().execute("SELECT pg_advisory_unlock_all()")
+    await sweep(server, max_labels=5)
+    assert shown() == 0
+    now += 60
+    assert shown() == 60
+
+
+async def test_sweep_that_fails_half_way_is_none(
+    server: Server, database: TestDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    retention = server.app.retention
+    now = retention._swept
+    database.fill(10)
+    await at_head(server, 10)
+    await sweep(server, max_labels=9)
+    retention._clock = lambda: now
+    now = retention._swept + 100
+
+    async def lost(*arguments: Any) -> int:
+        raise DatabaseUnavailable("gone")
+
+    monkeypatch.setattr(server.app.store, "delete_below_floor", lost)
+    with pytest.raises(DatabaseUnavailable):
+        await sweep(server, max_labels=5)
+    assert retention.sweep_age_seconds() == 100

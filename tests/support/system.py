@@ -10,6 +10,7 @@ PACKAGES = {
     "chromium": "chromium",
     "nginx": "nginx",
     "pgbouncer": "pgbouncer",
+    "prometheus": "prometheus",
     "promtool": "prometheus",
     "systemd-analyze": "systemd",
 }

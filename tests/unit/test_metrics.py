@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import ast
+import resource
+import subprocess
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from prometheus_client import Metric
+from prometheus_client import Metric, ProcessCollector
 from prometheus_client.parser import text_string_to_metric_families
 
 import sse_labels
 from sse_labels.metrics import COUNTERS, FANOUT_BUCKETS, GAUGES, Metrics
 
 PREFIX = "sse_labels_"
+FDS = ("open_fds", "max_fds")
 
 
 def scrape(metrics: Metrics) -> dict[str, Metric]:
@@ -57,9 +62,21 @@ class TestTheText:
             )
         assert families[PREFIX + "commit_to_fanout_seconds"].type == "histogram"
 
-    def test_all_names_begin_alike_and_there_are_no_others(self) -> None:
+    def test_all_names_begin_alike_or_are_the_process_and_there_are_no_others(self) -> None:
         labelled = {"streams_ended", "requests_refused", "commit_to_fanout_seconds"}
-        expected = {PREFIX + name for name in {*COUNTERS, *GAUGES, *labelled}}
+        # Those that Prometheus' libraries give every process.
+        process = {
+            f"process_{name}"
+            for name in (
+                "cpu_seconds",
+                "max_fds",
+                "open_fds",
+                "resident_memory_bytes",
+                "start_time_seconds",
+                "virtual_memory_bytes",
+            )
+        }
+        expected = {PREFIX + name for name in {*COUNTERS, *GAUGES, *labelled}} | process
         # The library adds when the histogram was made, unless the environment forbids it.
         created = {PREFIX + "commit_to_fanout_seconds_created"}
         assert set(scrape(Metrics())) - created == expected
@@ -140,6 +157,69 @@ class TestCounting:
         one, other = Metrics(), Metrics()
         one.count["holes"] += 1
         assert value(other, "holes_total") == 0
+
+
+#: Opens descriptors until there are no more, and says what /metrics says then.
+OUT_OF_DESCRIPTORS = """
+import os, resource
+from sse_labels import metrics
+metrics.PROCESS_SECONDS = 0
+shown = metrics.Metrics()
+first = shown.render()
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+opened = []
+try:
+    while True:
+        opened.append(os.dup(0))
+except OSError:
+    pass
+last = shown.render()
+for each in opened:
+    os.close(each)
+print(*(text.decode() for text in (first, last, shown.render())), sep="----", end="")
+"""
+
+
+class TestTheProcess:
+    def test_descriptors_are_counted_beside_their_limit(self) -> None:
+        found = scrape(Metrics())
+        opened, limit = (found[f"process_{name}"].samples[0].value for name in FDS)
+        assert 3 <= opened <= limit
+        assert limit == resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+    def test_when_none_is_left_to_count_them_with_all_are_open(self) -> None:
+        done = subprocess.run(
+            [sys.executable, "-c", OUT_OF_DESCRIPTORS],
+            cwd=Path(sse_labels.__file__).parents[1],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        first, out, again = (
+            {family.name: family for family in text_string_to_metric_families(text)}
+            for text in done.stdout.split("----")
+        )
+        assert first.keys() == out.keys() == again.keys()
+        assert [out[f"process_{name}"].samples[0].value for name in FDS] == [64, 64]
+        for shown in (first, again):
+            assert shown["process_open_fds"].samples[0].value < 20
+
+    def test_they_are_counted_now_and_then_and_not_with_each_scrape(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked = []
+        look = ProcessCollector.collect
+
+        def counted(self: ProcessCollector) -> Iterable[Metric]:
+            asked.append(self)
+            return look(self)
+
+        monkeypatch.setattr(ProcessCollector, "collect", counted)
+        metrics = Metrics()
+        for _ in range(5):
+            metrics.render()
+        assert len(asked) == 1
 
 
 class TestTheCode:

@@ -35,6 +35,16 @@ def shares(memory: Memory) -> list[Share]:
 
 
 class TestPlaces:
+    def test_connections_that_each_may_hold_are_added_up_while_it_lives(
+        self, memory: Memory, shares: list[Share]
+    ) -> None:
+        assert shares[0].allowed() == 0
+        for share in shares:
+            share.allow(700)
+        assert [share.allowed() for share in shares] == [2100] * 3
+        memory.forget(1)
+        assert [share.allowed() for share in shares] == [1400] * 3
+
     def test_all_together_hold_no_more_than_allowed(self, shares: list[Share]) -> None:
         taken = [shares[number % 3].streams.take(7) for number in range(12)]
         assert taken == [True] * 7 + [False] * 5
@@ -309,6 +319,7 @@ class TestMetrics:
             metrics.streams_ended["ClientGone"] += number
             metrics.gauges["streams"] = lambda number=number: number
             metrics.gauges["head_seq"] = lambda number=number: 100 + number
+            metrics.gauges["streams_limit"] = lambda: 50
             metrics.fanout_seconds.observe(0.003)
             metrics.show()
         all_metrics[2].requests_refused["Forbidden"] += 1
@@ -319,6 +330,9 @@ class TestMetrics:
             assert shown["sse_labels_streams_ended_total|ClientGone"] == 6
             assert shown["sse_labels_requests_refused_total|Forbidden"] == 1
             assert shown["sse_labels_streams"] == 6
+            assert shown["sse_labels_streams_limit"] == 50
+            for name in ("process_open_fds", "process_max_fds", "process_resident_memory_bytes"):
+                assert all(shown[f"{name}|{n}"] > 0 for n in (1, 2, 3))
             assert [shown[f"sse_labels_head_seq|{n}"] for n in (1, 2, 3)] == [101, 102, 103]
             assert shown["sse_labels_commit_to_fanout_seconds_count"] == 3
             assert shown["sse_labels_commit_to_fanout_seconds_bucket|0.005"] == 3
