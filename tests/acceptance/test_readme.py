@@ -278,7 +278,7 @@ async def test_the_lines_of_python(shell: Shell, database: TestDatabase) -> None
     [script] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     script = script.replace("http://127.0.0.1:8080", shell.url)
     (shell.home / "reader.py").write_text(script)
-    async with shell.started(f"{sys.executable} -u reader.py") as process:
+    async with shell.started(".venv/bin/python -u reader.py") as process:
         assert process.stdout is not None
         await until(lambda: shell.streams() == 1)
         database.insert(1, val="rude")
