@@ -12,6 +12,7 @@ from typing import Any
 
 import psycopg2
 import pytest
+from hypothesis import settings
 from psycopg2.extensions import make_dsn
 
 from sse_labels.app import App
@@ -25,6 +26,10 @@ from support.memory import folder_in_memory
 from support.server import PUBLISH_TOKEN, QUICK, RunServer, Server
 
 TEMPLATE = "sse_labels_template"
+
+# How long an example takes says how busy the cores are.
+settings.register_profile("whatever the time", deadline=None)
+settings.load_profile("whatever the time")
 
 
 def pytest_configure() -> None:

@@ -109,6 +109,18 @@ def test_wire_reads_the_same_however_it_is_cut() -> None:
         assert (events.last_id, events.retry_ms, events.comments) == ("8", 20, 2)
 
 
+def test_start_of_a_stream_is_known_however_soon_its_first_label_comes() -> None:
+    for stream, start in (
+        (b"retry: 20\n\nid: 7\n\nid: 8\ndata: a\n\nid: 9\n\n", "7"),
+        (b"retry: 20\n\nid: 8\ndata: a\n\nid: 9\n\n", ""),
+    ):
+        for size in (1, len(stream)):
+            events = EventStream()
+            for at in range(0, len(stream), size):
+                events.feed(stream[at : at + size])
+            assert events.opened_at == start
+
+
 @pytest.mark.parametrize("broken", [b"xyz\r\n", b"3\r\nabcd\r\n", b"-1\r\n", b"\r\n"])
 def test_broken_chunks_are_complained_about(broken: bytes) -> None:
     with pytest.raises(WireError):

@@ -127,14 +127,16 @@ class Consumer:
             self.streams += 1
             async for piece in reply.body(512 if self.slow and not self.hurry else 65536):
                 beats = stream.comments + stream.silent_blocks
-                for event in stream.feed(piece):
+                events = stream.feed(piece)
+                # Before the labels are taken: the first may come in the same piece as the start.
+                if self.start is None and stream.opened_at:
+                    self.start = int(stream.opened_at)
+                for event in events:
                     self._take(event.kind, event.last_id, event.data)
                 self.heartbeats += stream.comments + stream.silent_blocks - beats
                 self._last_id = stream.last_id
                 if self._last_id:
                     self.position = int(self._last_id)
-                    if self.start is None:
-                        self.start = self.position
                 if stream.retry_ms is not None:
                     self._retry_seconds = stream.retry_ms / 1000
                 if self.slow and not self.hurry:

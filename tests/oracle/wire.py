@@ -44,6 +44,9 @@ class EventStream:
         self.comments = 0
         #: Blocks without data: they move the position and dispatch nothing.
         self.silent_blocks = 0
+        #: Where the stream starts: the id that a block without data gave before any message.
+        self.opened_at = ""
+        self._messages = 0
         self._rest = b""
         self._id = last_id
         self._kind = ""
@@ -92,7 +95,10 @@ class EventStream:
         self._kind, self._data = "", []
         if not data:
             self.silent_blocks += 1
+            if not self._messages:
+                self.opened_at = self.opened_at or self.last_id
             return None
+        self._messages += kind == "message"
         return Event(kind, self.last_id, "\n".join(data))
 
 
