@@ -325,7 +325,10 @@ async def test_open_stream_is_never_ended_by_the_guard() -> None:
             await (await site.connect()).until_closed()
             used = await site.connect()
             used.writer.write(GET)
-            await used.until_closed()
+            # On busy cores its time may be over before it is read: then it is reset.
+            with contextlib.suppress(ConnectionResetError):
+                await used.until_closed()
+            await used.close()
         site.news.set()
         await stream.until_text(b"news\n")
         await stream.close()
