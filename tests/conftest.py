@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import resource
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -33,7 +34,11 @@ settings.load_profile("whatever the time")
 
 
 def pytest_configure() -> None:
-    """Have all files of the run, and of the programs that it starts, in memory if that will do."""
+    """Take as many descriptors as a server would, and keep the run's files in memory."""
+    # An ordinary user begins with 1,024; crowds of clients are in this process, too.
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    # Those of the programs that it starts as well, if that will do.
     if folder := folder_in_memory():
         os.environ["TMPDIR"] = str(folder)
         tempfile.tempdir = None
