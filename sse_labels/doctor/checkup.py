@@ -24,6 +24,11 @@ from sse_labels.store import Store
 
 Checks = Mapping[str, Callable[[], Awaitable[list[Finding]]]]
 
+#: No answer, or a refusal.
+UNANSWERED = (DatabaseUnavailable, SchemaError, httpx.HTTPError, OSError)
+#: An answer that is not what sse-labels says: somebody else's, or that of another version.
+NOT_UNDERSTOOD = (httpx.InvalidURL, KeyError, TypeError, ValueError)
+
 
 @dataclass(frozen=True)
 class Patient:
@@ -83,7 +88,7 @@ async def _run(checks: Checks, hint: str) -> AsyncIterator[Finding]:
     try:
         for finding in await checks[first]():
             yield finding
-    except (DatabaseUnavailable, httpx.HTTPError, OSError) as error:
+    except (*UNANSWERED, *NOT_UNDERSTOOD) as error:
         yield failure(first, _words(error), hint)
         yield unchecked(", ".join(others), f"{first} failed")
         return
@@ -91,7 +96,7 @@ async def _run(checks: Checks, hint: str) -> AsyncIterator[Finding]:
         try:
             for finding in await checks[subject]():
                 yield finding
-        except (DatabaseUnavailable, SchemaError, httpx.HTTPError, OSError) as error:
+        except (*UNANSWERED, *NOT_UNDERSTOOD) as error:
             yield unchecked(subject, _words(error))
 
 
@@ -99,4 +104,6 @@ def _words(error: Exception) -> str:
     """Return what happened in one line."""
     if isinstance(error.__cause__, ssl.SSLError):
         error = error.__cause__
+    if isinstance(error, NOT_UNDERSTOOD) and not isinstance(error, OSError):
+        return f"the answer is not one of sse-labels, or of another version ({error!r})"
     return " ".join(str(error).split()) or type(error).__name__

@@ -237,6 +237,26 @@ class TestTheServer:
         assert "not as sse-labels would" in findings[0].seen
 
 
+async def test_answers_that_nobody_expects_are_no_traceback() -> None:
+    async def anything(request: web.Request) -> web.Response:
+        headers = {"Content-Type": "application/json", "Date": "Tue, 24 Nov 2026 12:00:00 GMT"}
+        return web.Response(body=b'event: info\ndata: {"x":"StreamOpened"}\n\n', headers=headers)
+
+    async with other_program(("/health/ready", anything), ("/stream", anything)) as url:
+        findings = await look(url)
+    assert "not one of sse-labels" in of(findings, "stream")[-1].seen
+    assert of(findings, "stream")[-1].verdict is Verdict.UNCHECKED
+
+    async def undated(request: web.Request) -> web.Response:
+        headers = {"Content-Type": "application/json", "Date": "yesterday"}
+        return web.Response(body=b"[]", headers=headers)
+
+    async with other_program(("/health/ready", undated)) as url:
+        findings = await look(url)
+    assert findings[0].verdict is Verdict.FAILURE
+    assert "not one of sse-labels" in findings[0].seen
+
+
 async def test_a_stream_whose_head_comes_alone_is_found() -> None:
     """A proxy that passes the head on and gathers the body; nginx holds both back."""
 
