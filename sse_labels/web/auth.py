@@ -29,7 +29,7 @@ from jwt.algorithms import HMACAlgorithm
 from sse_labels.errors import AuthRequired, ConfigError, Forbidden, InvalidRequest, RequestError
 from sse_labels.filters import Filter
 from sse_labels.labels import is_did
-from sse_labels.publish_tokens import Unusable, WatchedFile
+from sse_labels.watched_file import Unusable, WatchedFile
 
 COOKIE = "sse_labels_token"
 QUERY = "access_token"

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from sse_labels import publish_tokens
+from sse_labels import watched_file
 from sse_labels.errors import ConfigError
 from sse_labels.publish_tokens import (
     ADMIN,
@@ -189,7 +189,7 @@ class TestBadFiles:
 
     def test_a_file_that_is_far_too_large_is_not_read(self, file: Path) -> None:
         with file.open("wb") as opened:
-            opened.truncate(publish_tokens.FILE_MAX_BYTES + 1)
+            opened.truncate(watched_file.FILE_MAX_BYTES + 1)
         with pytest.raises(ConfigError, match="expected a file of at most"):
             PublishTokens(None, file)
 
@@ -232,7 +232,7 @@ class TestRotation:
         self, file: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         old, new = new_token(), new_token()
-        monkeypatch.setattr(publish_tokens, "stamp_of", lambda status: (1,))
+        monkeypatch.setattr(watched_file, "stamp_of", lambda status: (1,))
         write(file, line_for("ozone", old), age=False)
         tokens = PublishTokens(None, file)
         write(file, line_for("ozone", new), age=False)
