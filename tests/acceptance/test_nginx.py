@@ -26,7 +26,7 @@ from sse_labels.embedded import EmbeddedPostgres
 
 from support.database import TestDatabase, until
 from support.nginx import Nginx, nginx
-from support.program import QUICK_SERVER, REPOSITORY, ran, running
+from support.program import QUICK_SERVER, REPOSITORY, free_port, ran, running
 from support.reading import reading
 from support.server import PUBLISH_TOKEN, RunServer
 from support.system import program
@@ -228,6 +228,31 @@ async def test_thousand_streams_get_the_whole_table(database: TestDatabase) -> N
             async with asyncio.timeout(60):
                 for read in reads:
                     assert await read == stored
+
+
+async def test_event_source_comes_back_when_no_server_answered() -> None:
+    with nginx(free_port()) as proxy:
+        async with client() as session:
+            await until(lambda: accepts(session, proxy))
+            source = {"Accept": "text/event-stream"}
+            async with session.get(f"{proxy.url}/stream", headers=source) as answer:
+                # Anything else an EventSource takes for final.
+                assert (answer.status, answer.content_type) == (200, "text/event-stream")
+                retry, kind, data = (await answer.text()).rstrip("\n").split("\n")
+            assert retry in {f"retry: {seconds}000" for seconds in (2, 3, 4, 5)}
+            assert kind == "event: error"
+            assert json.loads(data.removeprefix("data: "))["error"] == "NotReady"
+            async with session.get(f"{proxy.url}/stream") as answer:
+                assert (answer.status, answer.headers["Retry-After"]) == (503, "5")
+                assert (await answer.json())["error"] == "NotReady"
+
+
+async def accepts(session: aiohttp.ClientSession, proxy: Nginx) -> bool:
+    try:
+        async with session.get(proxy.url):
+            return True
+    except aiohttp.ClientConnectionError:
+        return False
 
 
 @pytest.fixture(scope="module")
