@@ -25,6 +25,9 @@ BIN := $(VENV)/bin
 DONE := $(VENV)/done
 # What the page's code is checked with.
 JAVASCRIPT := tests/javascript
+# The labelers and consumers of others that tests run, in a cache out of the tree, once for each lock.
+NODE := tests/node
+NODE_CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/sse-labels
 # Beside the programs: a cache that another user has left in the checkout cannot be written.
 CACHES := $(VENV)/caches
 WHEELS := $(VENV)/wheels
@@ -66,10 +69,10 @@ help: ## This list
 demo: $(DONE)/package ## Install, run a PostgreSQL of its own, serve, publish made-up labels
 	@$(BIN)/sse-labels demo $(ARGS)
 
-test: $(DONE)/package $(DONE)/dev $(DONE)/javascript $(DONE)/system ## Install what the tests need, and run all of them
+test: $(DONE)/package $(DONE)/dev $(DONE)/javascript $(DONE)/node $(DONE)/system ## Install what the tests need, and run all of them
 	@$(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal -o cache_dir='$(CACHES)/pytest' $(PYTEST_ARGS)
 
-soak: $(DONE)/package $(DONE)/dev $(DONE)/system ## The long run: all faults in random order, SECONDS=600
+soak: $(DONE)/package $(DONE)/dev $(DONE)/node $(DONE)/system ## The long run: all faults in random order, SECONDS=600
 	@SSE_LABELS_SOAK_SECONDS='$(SECONDS)' $(if $(SEED),SSE_LABELS_TEST_SEED='$(SEED)') \
 	  $(BIN)/pytest -o cache_dir='$(CACHES)/pytest' $(PYTEST_ARGS) \
 	  tests/soak/soak.py tests/soak/behind_nginx.py tests/soak/dashboard.py tests/acceptance/test_frozen_readers.py
@@ -159,6 +162,17 @@ $(DONE)/javascript: $(DONE)/dev $(JAVASCRIPT)/package-lock.json
 	@echo 'installing what the page is checked with'
 	@PATH="$(abspath $(BIN)):$$PATH" npm ci --prefix $(JAVASCRIPT) --silent --no-audit --no-fund
 	@touch $@
+
+# Looked at each time: the cache may be emptied, and another VENV may have filled it.
+$(DONE)/node: $(DONE)/dev FORCE
+	@set -eu; name="node-$$(sha256sum $(NODE)/package-lock.json | cut -c1-12)"; \
+	[ ! -d "$(NODE_CACHE)/$$name" ] || exit 0; \
+	echo "installing Ozone and other labelers into $(NODE_CACHE)"; \
+	mkdir -p "$(NODE_CACHE)"; made="$$(mktemp -d "$(NODE_CACHE)/making.XXXXXX")"; \
+	trap 'rm -rf "$$made"' EXIT; \
+	cp $(NODE)/package.json $(NODE)/package-lock.json "$$made"; \
+	PATH="$(abspath $(BIN)):$$PATH" npm ci --prefix "$$made" --silent --no-audit --no-fund --ignore-scripts; \
+	mv -T "$$made" "$(NODE_CACHE)/$$name" 2>/dev/null || [ -d "$(NODE_CACHE)/$$name" ]
 
 # Programs of Debian's, PROGRAM:PACKAGE, that tests drive. Who may not install them has those
 # tests skipped. Packages with a service of their own start it, unless a policy forbids that.
