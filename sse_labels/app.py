@@ -36,7 +36,7 @@ from sse_labels.store import Store
 from sse_labels.web.addresses import PerAddress, TrustedProxies
 from sse_labels.web.answers import add_security_headers, allow_origins, errors_as_json
 from sse_labels.web.auth import StreamAuth
-from sse_labels.web.event_stream import retry_ms
+from sse_labels.web.delivery import retry_ms
 from sse_labels.web.guard import Guard, most_connections
 from sse_labels.web.health import HealthHandlers
 from sse_labels.web.operators import OperatorHandlers
@@ -154,6 +154,9 @@ class App:
         app.router.add_delete("/streams/{id}", self.operators.cut)
         app.router.add_post("/labels", self.publish.handle)
         app.router.add_get("/xrpc/com.atproto.label.queryLabels", self.query.handle)
+        app.router.add_get(
+            "/xrpc/com.atproto.label.subscribeLabels", self.streams.subscribe, allow_head=False
+        )
         app.router.add_get("/health/live", self.health.live)
         app.router.add_get("/health/ready", self.health.ready)
         app.router.add_get("/metrics", self.health.metrics)

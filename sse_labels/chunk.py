@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 from sse_labels.errors import BrokenPromise
 from sse_labels.filters import Filter
 from sse_labels.labels import label_json
-from sse_labels.sse import encode_frame
+from sse_labels.sse import decode_frame, encode_frame
+from sse_labels.xrpc import encode_labels
 
 #: One row as the SQL blocks return it: id, src, uri, cid, val, neg, cts, exp, sig.
 Row = tuple[Any, ...]
@@ -50,7 +51,7 @@ class Chunk:
     `start`, and moves them to `end`. Between the two may be seqs without an event.
     """
 
-    __slots__ = ("_keys", "_offsets", "end", "seqs", "start", "wire")
+    __slots__ = ("_keys", "_messages", "_offsets", "_whole", "end", "seqs", "start", "wire")
 
     def __init__(
         self,
@@ -64,6 +65,10 @@ class Chunk:
         self.end = end
         self.seqs = seqs
         self._keys = keys
+        #: The events as WebSocket messages, and where each begins, once somebody has asked.
+        self._messages: tuple[bytes, array[int]] | None = None
+        #: What this is a part of, and the place of its first event there.
+        self._whole: tuple[Chunk, int] | None = None
         offsets = array("q", [0])
         total = 0
         for frame in frames:
@@ -90,6 +95,29 @@ class Chunk:
         return bytes(self._view())
 
     @property
+    def messages(self) -> bytes:
+        """The events as WebSocket messages of `subscribeLabels`.
+
+        Encoded out of the frames when the first consumer asks, once for all of them and for all
+        parts: whoever reads Server-Sent Events alone pays nothing, and both carry the same.
+        """
+        if self._whole is not None:
+            whole, first = self._whole
+            data, offsets = whole._encoded()
+            return data[offsets[first] : offsets[first + len(self)]]
+        return self._encoded()[0]
+
+    def _encoded(self) -> tuple[bytes, array[int]]:
+        if self._messages is None:
+            offsets, messages, total = array("q", [0]), [], 0
+            for frame in self._frames(0, len(self)):
+                messages.append(encode_labels(*decode_frame(frame)))
+                total += len(messages[-1])
+                offsets.append(total)
+            self._messages = b"".join(messages), offsets
+        return self._messages
+
+    @property
     def nbytes(self) -> int:
         """The memory that this chunk holds, in bytes, near enough to bound a ring by it."""
         uris = 0 if self._keys is None else sum(len(key.uri) for key in self._keys)
@@ -105,6 +133,10 @@ class Chunk:
         if cursor <= self.start and last == len(self):
             return self
         part = Chunk.__new__(Chunk)
+        part._messages = None
+        part._whole = (self, first) if self._whole is None else (
+            self._whole[0], self._whole[1] + first
+        )  # fmt: skip
         part.start = start = min(max(cursor, self.start), self.end)
         part.end = self.end
         if last < len(self):

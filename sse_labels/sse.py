@@ -19,6 +19,7 @@ import ujson
 
 #: The comment that keeps a silent connection open: one line, dispatches nothing.
 HEARTBEAT = b":\n\n"
+_DATA = b"\ndata: "
 
 
 def dumps(value: object) -> str:
@@ -39,6 +40,12 @@ def encode_frame(seq: int, label: Mapping[str, Any]) -> str:
     """
     body = ujson.dumps(label, escape_forward_slashes=False, ensure_ascii=True)
     return f'id: {seq}\ndata: {{"seq":{seq},"labels":[{body}]}}\n\n'
+
+
+def decode_frame(frame: bytes) -> tuple[int, dict[str, Any]]:
+    """Return the seq and the label of a frame that `encode_frame` made."""
+    data = ujson.loads(frame[frame.index(_DATA) + len(_DATA) :])
+    return data["seq"], data["labels"][0]
 
 
 def encode_id(seq: int) -> bytes:

@@ -49,7 +49,9 @@ class LongAnswer(web.StreamResponse):
 class Connection(web.RequestHandler):
     """aiohttp's protocol with manners."""
 
-    __slots__ = ("_body", "_handling", "_held", "_key", "_tail", "_terms", "_unread", "_wire")
+    __slots__ = (
+        "_body", "_handling", "_held", "_key", "_tail", "_terms", "_unread", "_upgraded", "_wire",
+    )  # fmt: skip
 
     def __init__(
         self, terms: Terms, key: str | None, server: web.Server, loop: asyncio.AbstractEventLoop
@@ -66,6 +68,8 @@ class Connection(web.RequestHandler):
         self._body: StreamReader | None = None
         #: Bytes that came since the last request was known.
         self._unread = 0
+        #: Whether what comes is a WebSocket's, which bounds it itself.
+        self._upgraded = False
         #: The last bytes of an incomplete head, None once it is complete.
         self._tail: bytes | None = b""
 
@@ -97,6 +101,8 @@ class Connection(web.RequestHandler):
             super().data_received(data)
 
     def _admit(self, data: bytes) -> bool:
+        if self._upgraded:
+            return True
         if self._body is not None and not self._body.is_eof():
             # aiohttp reads it at the handler's pace, or drops it after an answer came early.
             return True
@@ -127,6 +133,10 @@ class Connection(web.RequestHandler):
         self._body = body
         self._unread = 0
         self._tail = b""
+
+    def upgraded(self) -> None:
+        """Take what comes from now on for a WebSocket's: aiohttp reads it at its reader's pace."""
+        self._upgraded = True
 
     def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None

@@ -1,8 +1,8 @@
-"""`GET /stream`: who may read, from where, and whether there is a place.
+"""`GET /stream` and `subscribeLabels`: who may read, from where, and whether there is a place.
 
 Promises: whatever is wrong with a request is answered before the status line; what a
 stream holds (a place, its address's share) it gives back when it ends, however it does.
-Stands at the end of the corridor, before `event_stream`.
+Stands at the end of the corridor, before `event_stream` and `label_socket`.
 Does not belong here: what happens once a stream is open.
 """
 
@@ -44,7 +44,9 @@ from sse_labels.sse import encode_error, encode_info
 from sse_labels.store import Store
 from sse_labels.web.addresses import PerAddress, TrustedProxies
 from sse_labels.web.auth import StreamAuth, narrow
-from sse_labels.web.event_stream import HEADERS, EventStream, retry_ms
+from sse_labels.web.delivery import retry_ms
+from sse_labels.web.event_stream import HEADERS, EventStream
+from sse_labels.web.label_socket import LabelSocket, refuse, wants_socket
 from sse_labels.web.parameters import request_filter, stream_cursor
 
 log = logging.getLogger(__name__)
@@ -109,8 +111,15 @@ class StreamHandler:
             not visit.outbox.caught_up for visit in self._open.values()
         )
 
+    async def subscribe(self, request: web.Request) -> web.StreamResponse:
+        """Return the WebSocket that was asked for, or the event stream without an upgrade."""
+        return await self._handle(request, wants_socket(request))
+
     async def handle(self, request: web.Request) -> web.StreamResponse:
-        """Return the stream that was asked for; raise what is wrong with the request."""
+        """Return the event stream that was asked for; raise what is wrong with the request."""
+        return await self._handle(request, False)
+
+    async def _handle(self, request: web.Request, socket: bool) -> web.StreamResponse:
         # Before all else: 401 and 403 are final for a browser too.
         grant = self._auth.authorize(request)
         cursor = stream_cursor(request)
@@ -120,16 +129,23 @@ class StreamHandler:
             start = await self._start(cursor, request.query.get("epoch"))
             visit = self._let_in(client, narrowed, grant.subject)
         except (TooManyConnections, TooManyFromAddress, NotReady, EpochChanged) as error:
+            if socket:
+                return await self._refuse(request, error, final=isinstance(error, EpochChanged))
             if "text/event-stream" in request.headers.get(hdrs.ACCEPT, ""):
                 # A browser takes any other status than 200 for final, and never comes back.
                 return await self._busy(request, error)
+            raise
+        except FutureCursor as error:
+            if socket:
+                return await self._refuse(request, error, final=True)
             raise
         log.info(
             "stream opened: peer=%s cursor=%s filter=%s id=%s", client, cursor, narrowed, visit.id
         )
         try:
             visit.expiry = self._end_at(visit.outbox, grant.expires_at)
-            stream = self._event_stream(request, visit, start)
+            open_stream = self._label_socket if socket else self._event_stream
+            stream = open_stream(request, visit, start)
             await stream.prepare(request)
         except BaseException:
             self._ended(visit, "ClientGone")
@@ -266,6 +282,14 @@ class StreamHandler:
     def _full(self) -> TooManyConnections:
         return TooManyConnections(f"{self._settings.max_streams} streams are open, the most here")
 
+    def _label_socket(self, request: web.Request, visit: Visit, start: int) -> LabelSocket:
+        ended = partial(self._ended, visit)
+        socket = LabelSocket(
+            request, visit.outbox, self._metrics, self._settings, start=start, ended=ended
+        )
+        self._add_headers(socket)
+        return socket
+
     def _event_stream(self, request: web.Request, visit: Visit, start: int) -> EventStream:
         stream = EventStream(
             request,
@@ -276,12 +300,15 @@ class StreamHandler:
             news=self._opened(start),
             ended=partial(self._ended, visit),
         )
-        stream.headers["Sse-Labels-Head"] = str(self._sequencer.head)
+        self._add_headers(stream)
         if self._auth.protected:
             # A shared cache must not keep what came by cookie or URL.
             stream.headers[hdrs.CACHE_CONTROL] = "no-store, no-transform"
-        stream.headers["Sse-Labels-Epoch"] = self._sequencer.epoch or ""
         return stream
+
+    def _add_headers(self, answer: web.StreamResponse) -> None:
+        answer.headers["Sse-Labels-Head"] = str(self._sequencer.head)
+        answer.headers["Sse-Labels-Epoch"] = self._sequencer.epoch or ""
 
     def _opened(self, start: int) -> bytes:
         """Return what a page can read of the headers that `EventSource` hides from it."""
@@ -295,6 +322,12 @@ class StreamHandler:
             epoch=epoch,
             heartbeatSeconds=self._settings.heartbeat_seconds,
         )
+
+    async def _refuse(
+        self, request: web.Request, error: RequestError, *, final: bool
+    ) -> web.StreamResponse:
+        self._metrics.requests_refused[error.name] += 1
+        return await refuse(request, error, final=final)
 
     async def _busy(self, request: web.Request, error: RequestError) -> web.StreamResponse:
         self._metrics.requests_refused[error.name] += 1

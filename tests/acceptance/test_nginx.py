@@ -23,6 +23,7 @@ from oracle.stage import own_postgres
 
 from sse_labels.config import Settings
 from sse_labels.embedded import EmbeddedPostgres
+from sse_labels.xrpc import decode
 
 from support.database import TestDatabase, until
 from support.nginx import Nginx, nginx
@@ -322,3 +323,18 @@ def test_unit_is_accepted_by_systemd(tmp_path: Path) -> None:
     done = subprocess.run([checker, "verify", str(unit)], capture_output=True, text=True)
     said = [line for line in done.stderr.splitlines() if "sse-labels" in line]
     assert (done.returncode, said) == (0, [])
+
+
+async def test_subscribe_labels_comes_through_by_websocket_and_without_an_upgrade(
+    front: Any, database: TestDatabase
+) -> None:
+    database.fill(5)
+    path = "/xrpc/com.atproto.label.subscribeLabels?cursor=2"
+    async with front() as (_, proxy):
+        async with client() as session, session.ws_connect(proxy.url + path) as socket:
+            seqs = [decode(await socket.receive_bytes()).body["seq"] for _ in range(3)]
+            [live] = database.insert()
+            seqs.append(decode(await socket.receive_bytes()).body["seq"])
+        assert seqs == [3, 4, 5, live]
+        async with reading(proxy.url + path) as reader:
+            assert await reader.until_seq(live) == database.stored(2)

@@ -683,7 +683,7 @@ async def test_the_last_event_is_not_waited_for_longer_than_the_grace(
         await caught_up(server, 1)
         # The kernel is full to the brim, and the server has nothing left to write.
         with socket.socket(
-            fileno=socket.dup(streams[0]._transport.get_extra_info("socket").fileno())
+            fileno=socket.dup(streams[0].delivery._transport.get_extra_info("socket").fileno())
         ) as raw:
             raw.setblocking(False)
             with pytest.raises(BlockingIOError):
@@ -708,8 +708,8 @@ async def test_an_overflow_in_the_moment_of_the_send_timeout_disturbs_nobody(
     ):
         await caught_up(server, 1)
         insert_large(database, 200)
-        await until(lambda: streams[0]._deadline is not None)
-        deadline = streams[0]._deadline
+        await until(lambda: streams[0].delivery._deadline is not None)
+        deadline = streams[0].delivery._deadline
         assert deadline is not None
         when = deadline.when()
         assert when is not None

@@ -57,6 +57,8 @@ def _agrees(uri: str, pattern: str) -> bool:
 class Consumer:
     """Reads, notes what it read, and comes back with its last id whatever happens."""
 
+    told_of_stopping = True
+
     def __init__(
         self,
         name: str,

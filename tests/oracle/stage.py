@@ -26,6 +26,7 @@ from psycopg2.extensions import make_dsn, parse_dsn
 
 from oracle.actors import SOURCES, VALUES, Consumer, Publisher, Wanted, Writer
 from oracle.proxy import Proxy, unix_socket_of
+from oracle.sockets import SocketConsumer
 from oracle.verdict import Injection, Verdict, judge, judge_published
 from oracle.wire import Flood, get, post_labels
 from sse_labels.embedded import EmbeddedPostgres
@@ -215,6 +216,10 @@ class Stage:
             consumer("of-sources", wanted=Wanted(sources=tuple(SOURCES[:2]))),
             consumer("of-values", wanted=Wanted(values=(VALUES[0], VALUES[3])), restless=True),
             consumer("of-uris", wanted=Wanted(patterns=("at://did:plc:www*", "at://did:plc:xx*"))),
+            SocketConsumer("socket", self.seed, self.front_port, shared=shared),
+            SocketConsumer(
+                "restless-socket", self.seed, self.front_port, restless=True, shared=shared
+            ),
             consumer("of-nothing", wanted=Wanted(sources=("did:plc:" + "q" * 24,))),
         ]
         if slow:
@@ -509,7 +514,8 @@ class Stage:
 
     def _told(self, end: str) -> dict[str, int]:
         """How often each consumer that stays was told that its stream ends so."""
-        return {c.name: c.ends[end] for c in self.consumers if not c.slow and not c.restless}
+        staying = [c for c in self.consumers if not c.slow and not c.restless]
+        return {c.name: c.ends[end] for c in staying if c.told_of_stopping}
 
     async def _terminate(self, condition: str, *, needed: bool = True) -> None:
         rows = await asyncio.to_thread(

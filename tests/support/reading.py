@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,22 +33,22 @@ class Reader:
 
     async def until_opened(self) -> int:
         """Read the first id-only block; return the position that the stream starts from."""
-        await self._until(lambda: self.last_id != "")
+        await self.until(lambda: self.last_id != "")
         return int(self.last_id)
 
     async def until_events(self, count: int) -> list[dict[str, Any]]:
         """Read until `count` events have been received in all."""
-        await self._until(lambda: len(self.events) >= count)
+        await self.until(lambda: len(self.events) >= count)
         return self.events
 
     async def until_seq(self, seq: int) -> list[dict[str, Any]]:
         """Read until the last id is at least `seq`."""
-        await self._until(lambda: self.last_id != "" and int(self.last_id) >= seq)
+        await self.until(lambda: self.last_id != "" and int(self.last_id) >= seq)
         return self.events
 
     async def until_news(self, event: str) -> dict[str, Any]:
         """Read until an `info` or `error` event has come; return its data."""
-        await self._until(lambda: any(name == event for name, _ in self.news))
+        await self.until(lambda: any(name == event for name, _ in self.news))
         return next(data for name, data in self.news if name == event)
 
     async def until_closed(self) -> None:
@@ -57,7 +57,8 @@ class Reader:
             async for block in self._blocks:
                 self._take(block)
 
-    async def _until(self, enough: Any) -> None:
+    async def until(self, enough: Callable[[], bool]) -> None:
+        """Read block by block until it is `enough`."""
         async with asyncio.timeout(PATIENCE_SECONDS):
             while not enough():
                 self._take(await anext(self._blocks))
@@ -87,7 +88,7 @@ async def reading(
     async with (
         # Plain HTTP: reading the certificates would be half of a quick test's time.
         httpx.AsyncClient(timeout=PATIENCE_SECONDS, verify=False) as client,
-        aconnect_sse(client, "GET", url, headers=headers, params=query) as source,
+        aconnect_sse(client, "GET", url, headers=headers, params=query or None) as source,
     ):
         assert source.response.status_code == 200, await source.response.aread()
         yield Reader(source.response, _blocks(source))

@@ -1,0 +1,153 @@
+"""The answer to `subscribeLabels` with a WebSocket upgrade.
+
+Promises: the lexicon's messages, in the same order and from the same outbox as the event
+stream; a client that shall come back is not told that all is over.
+Stands at the end of the corridor, where a delivery becomes aiohttp's response.
+Does not belong here: when something is written (`delivery`), how a message looks (`xrpc`).
+
+How a stream ends decides whether a client comes back. `@atproto/xrpc-server` (0.10) reconnects
+when the connection breaks without a close frame, and takes any close for the end;
+the Python SDK (0.0.73) takes 1000 and 1001 for the end. So a server that stops breaks off, and
+what the client has to know comes as an error message and a close with 1008.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from aiohttp import WSMsgType, web
+from aiohttp.abc import AbstractStreamWriter
+
+from sse_labels.chunk import Chunk
+from sse_labels.config import Settings
+from sse_labels.errors import InvalidRequest, RequestError, ServerStopping
+from sse_labels.metrics import Metrics
+from sse_labels.outbox import Outbox
+from sse_labels.web.connection import Connection, LongAnswer
+from sse_labels.web.delivery import Delivery
+from sse_labels.xrpc import CLOSE_POLICY, HEARTBEAT, encode_error, encode_info
+
+#: Clients have nothing to say; a control frame has 125 bytes at most (RFC 6455, 5.5).
+MAX_MESSAGE_BYTES = 4096
+#: How long a client has to answer a close with its own.
+CLOSE_SECONDS = 5.0
+
+
+class Messages:
+    """The wire: one message for each event, pings while all is quiet."""
+
+    def events(self, chunk: Chunk) -> bytes:
+        """Return one message for each event."""
+        return chunk.messages
+
+    def position(self, seq: int) -> bytes:
+        """Return nothing: the lexicon's cursor moves by events alone."""
+        return b""
+
+    def heartbeat(self) -> bytes:
+        """Return a ping."""
+        return HEARTBEAT
+
+    def info(self, name: str, message: str, **more: object) -> bytes:
+        """Return an `#info` message."""
+        return encode_info(name, message, **more)
+
+
+MESSAGES = Messages()
+
+
+class LabelSocket(web.WebSocketResponse, LongAnswer):
+    """Writes what one outbox yields as messages of `com.atproto.label.subscribeLabels`."""
+
+    def __init__(
+        self,
+        request: web.Request,
+        outbox: Outbox,
+        metrics: Metrics,
+        settings: Settings,
+        *,
+        start: int,
+        ended: Callable[[str], None],
+    ) -> None:
+        """Stream from cursor `start`; `ended` as for an event stream."""
+        super().__init__(
+            timeout=CLOSE_SECONDS, autoping=True, compress=False, max_msg_size=MAX_MESSAGE_BYTES
+        )
+        if request.transport is None:
+            raise ConnectionResetError("the client left")
+        self._transport = request.transport
+        self._listening: asyncio.Task[None] | None = None
+        self.delivery = Delivery(
+            request.transport, outbox, MESSAGES, metrics, settings, start=start, ended=ended
+        )
+
+    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter:
+        """Shake hands."""
+        writer = await super().prepare(request)
+        if isinstance(request.protocol, Connection):
+            request.protocol.upgraded()
+        self.delivery.writer = writer
+        return writer
+
+    def write_eof(self) -> Coroutine[Any, Any, None]:  # type: ignore[override]
+        """Return the delivery, as an event stream does."""
+        return self._deliver()
+
+    async def _deliver(self) -> None:
+        # The one owner of this task is this answer: it ends with it.
+        self._listening = asyncio.create_task(self._listen(), name="listening to a consumer")
+        try:
+            await self.delivery.run(self)
+        finally:
+            self._listening.cancel()
+            self._eof_sent = True
+
+    async def _listen(self) -> None:
+        """Answer pings and a close (aiohttp does, while this waits); ignore all else."""
+        async for message in self:
+            if message.type is WSMsgType.ERROR:
+                break
+        if not self.closed:
+            self._transport.close()
+
+    async def begin(self) -> int:
+        """Write nothing: the first message is the first event."""
+        return 0
+
+    async def finish(self, name: str, message: str) -> None:
+        """Say why it ends and close, or break off when the client shall come back."""
+        if name == ServerStopping.name:
+            self._transport.close()
+            return
+        self.delivery.send(encode_error(name, message))
+        await self.close(code=CLOSE_POLICY, message=name.encode("ascii"))
+
+
+def wants_socket(request: web.Request) -> bool:
+    """Say whether it asks for a WebSocket; raise InvalidRequest when it does so wrongly."""
+    if request.headers.get("Upgrade", "").strip().lower() != "websocket":
+        return False
+    if not web.WebSocketResponse().can_prepare(request):
+        raise InvalidRequest(
+            "expected a WebSocket handshake of version 13 (RFC 6455, section 4.2.1)"
+        )
+    return True
+
+
+async def refuse(request: web.Request, error: RequestError, *, final: bool) -> web.StreamResponse:
+    """Shake hands and say why not; unless that is `final`, break off, so that it comes back.
+
+    A client that is answered 503 before the handshake never comes back: `ws` gives no code.
+    """
+    socket = web.WebSocketResponse(
+        timeout=CLOSE_SECONDS, compress=False, max_msg_size=MAX_MESSAGE_BYTES
+    )
+    writer = await socket.prepare(request)
+    if final:
+        await writer.write(encode_error(error.name, str(error)))
+        await socket.close(code=CLOSE_POLICY, message=error.name.encode("ascii"))
+    elif request.transport is not None:
+        request.transport.close()
+    return socket
