@@ -32,6 +32,8 @@ from sse_labels.publisher import Publisher
 from sse_labels.retention import Retention
 from sse_labels.sequencer import Sequencer
 from sse_labels.shared import Share
+from sse_labels.signature_watch import SignatureWatch
+from sse_labels.signatures import SigningKey, SourceKeys
 from sse_labels.store import Store
 from sse_labels.web.addresses import PerAddress, TrustedProxies
 from sse_labels.web.answers import add_security_headers, allow_origins, errors_as_json
@@ -86,6 +88,16 @@ class App:
             max_connections=settings.backfill_max_reads + REQUEST_CONNECTIONS,
         )
         self.store = Store(self.database)
+        if settings.signing_did is not None and settings.signing_key_file is None:
+            raise ConfigError(
+                option_name("signing_did"), settings.signing_did, "--signing-key-file as well"
+            )
+        self.source_keys = (
+            None if settings.source_keys_file is None else SourceKeys(settings.source_keys_file)
+        )
+        self.signature_watch = (
+            None if self.source_keys is None else SignatureWatch(self.source_keys, self.metrics)
+        )
         self.sequencer = Sequencer(
             self.store,
             self.metrics,
@@ -93,6 +105,7 @@ class App:
             ring_max_bytes=settings.ring_max_bytes,
             poll_seconds=settings.poll_seconds,
             gather_seconds=settings.gather_seconds,
+            watch=None if self.signature_watch is None else self.signature_watch.take,
         )
         self.listener = Listener(self.store, self.metrics, self.sequencer.wake)
         self.pages = Pages(
@@ -129,7 +142,15 @@ class App:
         tokens = PublishTokens(publish_token, settings.publish_tokens_file)
         self.operators = OperatorHandlers(self.streams, tokens, share.neighbours if share else None)
         self.publish = PublishHandler(
-            Publisher(self.store, self.metrics),
+            Publisher(
+                self.store,
+                self.metrics,
+                signing_key=None
+                if settings.signing_key_file is None
+                else SigningKey.load(settings.signing_key_file),
+                signing_did=settings.signing_did,
+                source_keys=self.source_keys,
+            ),
             tokens,
             PublishRate(
                 settings.publish_rate_labels,
@@ -177,14 +198,19 @@ class App:
             port = sockets[0].getsockname()[1]
             await self.prepare()
             async with asyncio.TaskGroup() as tasks:
-                following = tasks.create_task(self.sequencer.run(), name="sequencer")
-                listening = tasks.create_task(self.listener.run(), name="listener")
-                retaining = tasks.create_task(self.retention.run(), name="retention")
+                running = [
+                    tasks.create_task(self.sequencer.run(), name="sequencer"),
+                    tasks.create_task(self.listener.run(), name="listener"),
+                    tasks.create_task(self.retention.run(), name="retention"),
+                ]
+                if self.signature_watch is not None:
+                    watching = tasks.create_task(self.signature_watch.run(), name="signatures")
+                    running.append(watching)
                 try:
                     async with self._answering(), self._http(sockets):
                         yield port
                 finally:
-                    for task in (following, listening, retaining):
+                    for task in running:
                         task.cancel()
         finally:
             for listener in sockets:

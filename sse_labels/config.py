@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from sse_labels.errors import ConfigError
+from sse_labels.labels import is_did
 
 ENV_PREFIX = "SSE_LABELS_"
 
@@ -95,6 +96,13 @@ def path(text: str) -> Path:
         return Path(words(text)).expanduser()
     except RuntimeError:
         raise Expected("a file or folder whose ~ is the home of a user") from None
+
+
+def did(text: str) -> str:
+    """Read a DID."""
+    if is_did(text):
+        return text
+    raise Expected("a DID such as did:plc:ewvi7nxzyoun6zhxrhs64oiz")
 
 
 def one_of(*choices: str) -> Parse:
@@ -183,6 +191,19 @@ class Settings:
     jwt_audience: str | None = setting(
         None, words, "Audience (aud) that tokens must have.", metavar="AUDIENCE"
     )
+    signing_key_file: Path | None = setting(
+        None, path, "k256 private key (hex or PEM) that published labels are signed with.",
+        metavar="FILE",
+    )  # fmt: skip
+    signing_did: str | None = setting(
+        None, did, "Source whose labels that key signs; none: every source's.", metavar="DID"
+    )
+    source_keys_file: Path | None = setting(
+        None, path,
+        "Public keys of sources (lines DID did:key:…): wrong signatures are refused or flagged; "
+        "read again when changed.",
+        metavar="FILE",
+    )  # fmt: skip
     cors_origins: tuple[str, ...] = setting(
         ("*",), origins, "Web origins that may read, separated by commas.", metavar="ORIGINS"
     )

@@ -39,6 +39,8 @@ COUNTERS = {
     "bytes_delivered": "Bytes written to consumers' connections, without HTTP's headers.",
     "events_followed": "Events that the sequencer took from the table.",
     "chunks_followed": "Chunks that the sequencer made of them.",
+    "signatures_invalid": "New labels whose signature is wrong, by --source-keys-file.",
+    "signatures_unchecked": "New labels that came faster than signatures can be checked.",
     "backfill_events": "Events read from the database, or the page cache, for backfills.",
     "backfill_pages": "Pages read from the database for backfills.",
     "backfill_page_hits": "Pages that a backfill found in the page cache.",

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from sse_labels.errors import Forbidden, IdempotencyKeyReused, InvalidLabel
 from sse_labels.labels import Label, label_json, parse_label
 from sse_labels.metrics import Metrics
+from sse_labels.signatures import SigningKey, SourceKeys, Verdict
 from sse_labels.sse import dumps
 from sse_labels.store import Store
 
@@ -25,9 +26,24 @@ PARSED_AT_ONCE = 250
 class Publisher:
     """Stores labels through the store's pool."""
 
-    def __init__(self, store: Store, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        store: Store,
+        metrics: Metrics,
+        *,
+        signing_key: SigningKey | None = None,
+        signing_did: str | None = None,
+        source_keys: SourceKeys | None = None,
+    ) -> None:
+        """Sign labels of `signing_did` (None: of every source) that come without a signature.
+
+        Those that come signed by a source of `source_keys` must be signed by it.
+        """
         self._store = store
         self._metrics = metrics
+        self._signing_key = signing_key
+        self._signing_did = signing_did
+        self._source_keys = source_keys
 
     async def publish(self, given: Sequence[object], key: bytes | None = None) -> list[int]:
         """Return one seq per label, in the same order.
@@ -54,12 +70,30 @@ class Publisher:
                 self._metrics.count["labels_refused"] += len(given)
                 raise error.at(index) from None
         fingerprint = b"" if key is None else await self._fingerprint(labels)
+        if self._signing_key is not None or self._source_keys is not None:
+            # 25 to 35 µs each, most of it without the interpreter's lock.
+            labels = await asyncio.to_thread(self._signed, labels)
         seqs = await self._store.publish(labels, key, fingerprint)
         if seqs is None:
             raise IdempotencyKeyReused("this Idempotency-Key was used for other labels")
         self._metrics.count["publish_requests"] += 1
         self._metrics.count["labels_published"] += len(seqs)
         return seqs
+
+    def _signed(self, labels: Sequence[Label]) -> list[Label]:
+        """Return the labels as they are stored; raise InvalidLabel for a wrong signature."""
+        signed = []
+        for index, label in enumerate(labels):
+            if label.sig is None:
+                if self._signing_key and self._signing_did in (None, label.src):
+                    label = label._replace(sig=self._signing_key.sign(label))
+            elif self._source_keys and self._source_keys.check(label) is Verdict.INVALID:
+                self._metrics.count["labels_refused"] += len(labels)
+                raise InvalidLabel(
+                    "sig", f"is not a signature of {label.src} for this label", index
+                )
+            signed.append(label)
+        return signed
 
     async def _fingerprint(self, labels: Sequence[Label]) -> bytes:
         # Of their wire form, so that a key outlives an update of this program.

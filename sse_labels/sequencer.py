@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from sse_labels.backoff import Backoff
@@ -59,7 +59,9 @@ class Sequencer:
         poll_seconds: float,
         gather_seconds: float,
         clock: Callable[[], float] = time.monotonic,
+        watch: Callable[[Sequence[Row]], None] | None = None,
     ) -> None:
+        """`watch` is handed all rows that were published, withheld ones too."""
         self._store = store
         self._metrics = metrics
         self._limit = page_max_events
@@ -67,6 +69,7 @@ class Sequencer:
         self._poll_seconds = poll_seconds
         self._gather_seconds = gather_seconds
         self._clock = clock
+        self._watch = watch
         self._wake = asyncio.Event()
         self._subscribers: dict[Filter | None, dict[Subscriber, None]] = {}
         self._rule: SettledRule | None = None
@@ -230,6 +233,8 @@ class Sequencer:
             return None, True
         chunk = encode_rows(rows[:taken], start=rule.head, end=head, with_keys=True)
         rule.publish(head)
+        if self._watch is not None:
+            self._watch(rows[:taken])
         return chunk, more
 
     async def _was_overtaken(self, rule: SettledRule) -> bool:

@@ -24,11 +24,10 @@ from sse_labels.cli.options import (
     token_text,
 )
 from sse_labels.cli.serve import interruptible
-from sse_labels.config import Expected, Settings, load, read
+from sse_labels.config import Settings, did, load, read
 from sse_labels.doctor import Finding, Patient, Verdict, count, examine
 from sse_labels.embedded import EmbeddedPostgres, default_data_dir
 from sse_labels.errors import ConfigError
-from sse_labels.labels import is_did
 
 #: How each verdict is coloured where colours are shown.
 COLOURS = {Verdict.OK: "green", Verdict.WARNING: "yellow", Verdict.FAILURE: "red"}
@@ -44,13 +43,6 @@ def address(context: click.Context, parameter: click.Parameter, given: str | Non
         raise ConfigError(error.key.replace("--url", "URL"), error.value, error.expected) from None
     url = found.get("url")
     return None if url is None else str(url).partition("?")[0].removesuffix("/stream")
-
-
-def did(text: str) -> str:
-    """Read a DID."""
-    if is_did(text):
-        return text
-    raise Expected("a DID, e.g. did:web:labeler.example")
 
 
 @click.command(cls=Command, short_help="Say what is wrong with a deployment.")

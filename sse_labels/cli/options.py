@@ -48,6 +48,7 @@ GROUPS = {
         "publish_token", "publish_tokens_file", "publish_max_labels", "body_max_bytes",
         "publish_rate_labels", "publish_burst_labels",
     ),
+    "Signatures": ("signing_key_file", "signing_did", "source_keys_file"),
     "Who may read": (
         "jwt_secret", "jwt_secret_file", "jwt_key_file", "jwt_issuer", "jwt_audience",
     ),

@@ -1,0 +1,206 @@
+"""Signatures of labels, as the AT Protocol wants them: made, and checked.
+
+Promises: what is signed is the label as it stands, nothing reformatted and no absent field
+filled in; a signature of ours is the one that Ozone makes with the same key; a signature that
+is malformed, or has a high S, is invalid and never an error.
+Stands beside the corridor: the publisher signs and checks, the watch and `verify` check.
+Does not belong here: which labels are signed, and what happens to a wrong one.
+
+Sources: https://atproto.com/specs/label#signatures (DAG-CBOR of the label with `ver` and without
+`sig`, SHA-256, ECDSA); https://atproto.com/specs/cryptography (curves, low S, did:key).
+"""
+
+from __future__ import annotations
+
+from binascii import unhexlify
+from collections import defaultdict
+from enum import Enum
+from pathlib import Path
+from typing import Protocol
+
+import libipld
+from coincurve import PrivateKey as K256PrivateKey
+from coincurve import PublicKey as K256PublicKey
+from coincurve.ecdsa import cdata_to_der, deserialize_compact
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+from sse_labels.errors import ConfigError
+from sse_labels.labels import Label, is_did, label_json
+from sse_labels.watched_file import FILE_MAX_BYTES, Unusable, WatchedFile
+
+SIGNATURE_BYTES = 64
+KEY_SETTING = "--signing-key-file"
+SOURCE_KEYS_SETTING = "--source-keys-file"
+#: Multicodec prefixes of public keys, as varints (https://github.com/multiformats/multicodec).
+K256_PREFIX = b"\xe7\x01"
+P256_PREFIX = b"\x80\x24"
+#: The order of P-256 (SEC 2, section 2.4.2); coincurve refuses a high S by itself.
+P256_ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
+_EXPECTED_KEY = "a file with a k256 private key: 64 hex digits, or PEM (secp256k1)"
+
+
+class Verdict(Enum):
+    """What can be said of a label's signature."""
+
+    VALID = "valid"
+    INVALID = "invalid"
+    UNSIGNED = "unsigned"
+    #: No key of its source is known here.
+    UNKNOWN = "unknown"
+
+
+def signed_bytes(label: Label) -> bytes:
+    """Return what a signature of `label` covers."""
+    return libipld.encode_dag_cbor(label_json(*label._replace(sig=None)))
+
+
+class SigningKey:
+    """A k256 private key."""
+
+    def __init__(self, secret: bytes) -> None:
+        """Raise ValueError when 32 bytes `secret` are no key."""
+        self._key = K256PrivateKey(secret)
+
+    @classmethod
+    def load(cls, file: Path) -> SigningKey:
+        """Read a key; raise ConfigError, which never shows what stands in the file."""
+        try:
+            with file.open("rb") as opened:
+                content = opened.read(FILE_MAX_BYTES)
+        except OSError as error:
+            raise ConfigError(
+                KEY_SETTING, str(file), f"a file to read ({error.strerror})"
+            ) from None
+        try:
+            if content.lstrip().startswith(b"-----BEGIN"):
+                return cls(_secret_of_pem(content))
+            secret = unhexlify(content.strip())
+            if len(secret) == 32:
+                return cls(secret)
+        except (ValueError, TypeError, UnsupportedAlgorithm):
+            pass
+        raise ConfigError(KEY_SETTING, str(file), _EXPECTED_KEY)
+
+    @property
+    def did_key(self) -> str:
+        """The public key as a `did:key`."""
+        encoded = K256_PREFIX + self._key.public_key.format(compressed=True)
+        return "did:key:" + libipld.encode_multibase("z", encoded)
+
+    def sign(self, label: Label) -> bytes:
+        """Return the signature: r and s, 32 bytes each, s low; the same one every time."""
+        # Without its last byte, which says which of two public keys it was.
+        return self._key.sign_recoverable(signed_bytes(label))[:SIGNATURE_BYTES]
+
+
+class PublicKey(Protocol):
+    """A key that can check signatures."""
+
+    def verifies(self, sig: bytes, message: bytes) -> bool:
+        """Say whether `sig`, 64 bytes, is this key's for `message`."""
+
+
+class K256Key:
+    """A public key on secp256k1."""
+
+    def __init__(self, encoded: bytes) -> None:
+        """Raise ValueError when `encoded` is no compressed point."""
+        self._key = K256PublicKey(encoded)
+
+    def verifies(self, sig: bytes, message: bytes) -> bool:
+        """Say so; a high S is not accepted (libsecp256k1)."""
+        try:
+            return self._key.verify(cdata_to_der(deserialize_compact(sig)), message)
+        except ValueError:
+            return False
+
+
+class P256Key:
+    """A public key on NIST's P-256."""
+
+    def __init__(self, encoded: bytes) -> None:
+        """Raise ValueError when `encoded` is no point."""
+        self._key = ec.EllipticCurvePublicKey.from_encoded_point(ec.SECP256R1(), encoded)
+
+    def verifies(self, sig: bytes, message: bytes) -> bool:
+        """Say so; a high S is not accepted (https://atproto.com/specs/cryptography)."""
+        r, s = int.from_bytes(sig[:32], "big"), int.from_bytes(sig[32:], "big")
+        if s > P256_ORDER // 2:
+            return False
+        try:
+            self._key.verify(encode_dss_signature(r, s), message, ec.ECDSA(SHA256()))
+        except InvalidSignature:
+            return False
+        return True
+
+
+def parse_public_key(text: str) -> PublicKey:
+    """Return the key written as `did:key:z…`, or as `z…` alone; raise Unusable."""
+    expected = "a key such as did:key:zQ3sh… (k256) or did:key:zDn… (p256)"
+    multibase = text.removeprefix("did:key:")
+    try:
+        if not multibase.startswith("z"):
+            raise Unusable(expected)
+        _, encoded = libipld.decode_multibase(multibase)
+        if encoded.startswith(K256_PREFIX) and len(encoded) == 35:
+            return K256Key(encoded[2:])
+        if encoded.startswith(P256_PREFIX) and len(encoded) == 35:
+            return P256Key(encoded[2:])
+    except ValueError:
+        pass
+    raise Unusable(expected)
+
+
+class SourceKeys:
+    """The public keys of sources, from a file that is read again when it was changed."""
+
+    def __init__(self, file: Path) -> None:
+        """Read lines `DID did:key:z…`; a source may have several. Raise ConfigError.
+
+        `#` begins a comment.
+        """
+        self._file = WatchedFile(SOURCE_KEYS_SETTING, file, parse_source_keys)
+
+    def check(self, label: Label) -> Verdict:
+        """Return what can be said of the signature of `label`."""
+        if not label.sig:
+            return Verdict.UNSIGNED
+        keys = self._file.value().get(label.src)
+        if not keys:
+            return Verdict.UNKNOWN
+        sig = bytes(label.sig)
+        if len(sig) != SIGNATURE_BYTES:
+            return Verdict.INVALID
+        message = signed_bytes(label)
+        good = any(key.verifies(sig, message) for key in keys)
+        return Verdict.VALID if good else Verdict.INVALID
+
+
+def parse_source_keys(content: bytes) -> dict[str, list[PublicKey]]:
+    """Return the keys of each source; raise Unusable with the number of the first bad line."""
+    found: defaultdict[str, list[PublicKey]] = defaultdict(list)
+    for number, raw in enumerate(content.split(b"\n"), start=1):
+        try:
+            words = raw.decode("utf-8").partition("#")[0].split()
+        except UnicodeDecodeError:
+            raise Unusable(f"in line {number}: UTF-8") from None
+        if not words:
+            continue
+        if len(words) != 2 or not is_did(words[0]):
+            raise Unusable(f"in line {number}: a DID and a key, did:plc:… did:key:z…")
+        try:
+            found[words[0]].append(parse_public_key(words[1]))
+        except Unusable as error:
+            raise Unusable(f"in line {number}: {error}") from None
+    return dict(found)
+
+
+def _secret_of_pem(content: bytes) -> bytes:
+    key = load_pem_private_key(content, None)
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or key.curve.name != "secp256k1":
+        raise ValueError("not on secp256k1")
+    return key.private_numbers().private_value.to_bytes(32, "big")
