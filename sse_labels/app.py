@@ -87,7 +87,11 @@ class App:
             query_timeout_seconds=settings.query_timeout_seconds,
             max_connections=settings.backfill_max_reads + REQUEST_CONNECTIONS,
         )
-        self.store = Store(self.database)
+        self.store = Store(
+            self.database,
+            source=settings.source,
+            withhold_unsigned=settings.unsigned == "withhold",
+        )
         if settings.signing_did is not None and settings.signing_key_file is None:
             raise ConfigError(
                 option_name("signing_did"), settings.signing_did, "--signing-key-file as well"
@@ -221,7 +225,8 @@ class App:
 
     async def prepare(self) -> None:
         """Bring the database to where it can be served from, or raise as `running` does."""
-        if self.settings.migrate:
+        await self.store.find_source()
+        if self.settings.migrate and not self.store.attached:
             await migrate(self.database)
         await self.store.check()
         await self.store.claim_epoch()
@@ -272,6 +277,10 @@ class App:
         for name in ("retention_max_age_seconds", "retention_max_labels"):
             value = getattr(self.settings, name)
             if value is not None and not self.store.may_delete:
+                if self.store.attached:
+                    raise ConfigError(
+                        option_name(name), value, "none: Ozone's table is read, never written"
+                    )
                 raise ConfigError(
                     option_name(name), value,
                     "a table made by `sse-labels migrate`, and a role that may DELETE from label "

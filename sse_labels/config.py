@@ -164,6 +164,15 @@ class Settings:
     data_dir: Path | None = setting(
         None, path, "Where the embedded PostgreSQL keeps its data.", metavar="DIR"
     )
+    source: str = setting(
+        "auto", one_of("auto", "own", "ozone"),
+        "Whose table is read: sse-labels' own or Ozone's; auto looks.", metavar="SOURCE",
+    )  # fmt: skip
+    unsigned: str = setting(
+        "stream", one_of("stream", "withhold"),
+        "What happens to labels without a signature; those withheld are counted.",
+        metavar="WHAT",
+    )  # fmt: skip
     migrate: bool = setting(True, boolean, "Bring the schema up to date at start.", metavar="BOOL")
     publish_token: str | None = setting(
         None, words, "Token that may publish; none with a DSN: no publishing.",

@@ -98,6 +98,13 @@ class Database:
         self._slots = asyncio.Semaphore(max_connections)
         self._idle: list[Connection] = []
         self._closed = False
+        self._read_only = False
+
+    def read_only(self) -> None:
+        """Let PostgreSQL refuse every write of the sessions that begin from now on."""
+        self._read_only = True
+        while self._idle:
+            self._idle.pop().close()
 
     async def connect(self) -> Connection:
         """Return a new connection to the first address that accepts one."""
@@ -164,6 +171,8 @@ class Database:
 
     async def _connect_to(self, address: Mapping[str, str]) -> Connection:
         options = f"{self._dsn.get('options', '')} {SESSION}".strip()
+        if self._read_only:
+            options += " -c default_transaction_read_only=on"
         mine = {"application_name": "sse-labels", **KEEPALIVE}
         dsn = make_dsn(**{**mine, **self._dsn, **address, "options": options})
         async with asyncio.timeout(self._connect_timeout):

@@ -39,6 +39,7 @@ COUNTERS = {
     "bytes_delivered": "Bytes written to consumers' connections, without HTTP's headers.",
     "events_followed": "Events that the sequencer took from the table.",
     "chunks_followed": "Chunks that the sequencer made of them.",
+    "unsigned_withheld": "New labels without a signature that were withheld.",
     "signatures_invalid": "New labels whose signature is wrong, by --source-keys-file.",
     "signatures_unchecked": "New labels that came faster than signatures can be checked.",
     "backfill_events": "Events read from the database, or the page cache, for backfills.",

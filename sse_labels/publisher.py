@@ -54,6 +54,8 @@ class Publisher:
         DatabaseUnavailable when nothing was stored, or when the connection was lost before the
         database could say (then a key makes trying again safe).
         """
+        if self._store.attached:
+            raise Forbidden("publishing is off: this server reads Ozone's labels; label in Ozone")
         if not self._store.may_publish:
             raise Forbidden(
                 "publishing is off: this database was not migrated, or the server's role may not "

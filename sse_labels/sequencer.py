@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from sse_labels.backoff import Backoff
-from sse_labels.chunk import Chunk, Row, encode_rows
+from sse_labels.chunk import Chunk, Row
 from sse_labels.database import Connection
 from sse_labels.errors import BrokenPromise, DatabaseUnavailable
 from sse_labels.filters import Filter
@@ -231,7 +231,8 @@ class Sequencer:
             return None, more
         if (not taken or rows[0][0] != rule.head + 1) and await self._was_overtaken(rule):
             return None, True
-        chunk = encode_rows(rows[:taken], start=rule.head, end=head, with_keys=True)
+        chunk = self._store.chunk(rows[:taken], start=rule.head, end=head, with_keys=True)
+        self._metrics.count["unsigned_withheld"] += taken - len(chunk)
         rule.publish(head)
         if self._watch is not None:
             self._watch(rows[:taken])

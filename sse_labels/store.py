@@ -42,13 +42,43 @@ class State(NamedTuple):
 class Store:
     """Typed access to the labels; uses the pool, except for the sequencer's own connection."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(
+        self, database: Database, *, source: str = "auto", withhold_unsigned: bool = False
+    ) -> None:
+        """`source` is whose table is to be read: `own`, `ozone`, or `auto` to look."""
         self._database = database
+        self._source = source
+        self._withhold_unsigned = withhold_unsigned
+        #: Whether the table is Ozone's: it is read, and nothing is ever written.
+        self.attached = False
         self.has_state = False
         self.has_commit_time = False
         self.may_publish = False
         self.may_delete = False
         self.may_claim = False
+
+    async def find_source(self) -> None:
+        """See whose table it is; of Ozone's database, every later session is read-only.
+
+        Raises SchemaError when it is not the one that was asked for.
+        """
+        [(is_ozone, is_own)] = await self._database.fetch("is_ozone")
+        if self._source == "ozone" and not is_ozone:
+            raise SchemaError(
+                "--source",
+                "ozone",
+                "auto or own: this label table was made by sse-labels"
+                if is_own
+                else "a database in which Ozone keeps label, moderation_event and signing_key; "
+                "when they are in a schema of their own, name it in the DSN: "
+                "options=-csearch_path%3DSCHEMA",
+            )
+        if self._source == "own" and is_ozone:
+            raise SchemaError("--source", "own", "auto or ozone: this database is Ozone's")
+        self.attached = is_ozone
+        if is_ozone:
+            self._database.read_only()
+            log.info("attached to Ozone: its label table is read, and nothing is written")
 
     async def check(self) -> None:
         """Raise SchemaError when nothing can be streamed from this database without loss."""
@@ -153,13 +183,28 @@ class Store:
             # show as a gap at the page's beginning, and a floor read now is as new as the page.
             floor = (await self.state()).floor
         end = rows[-1][0] if full else head
-        return Page(encode_rows(rows, start=cursor, end=end, narrowed=narrowed), full, floor)
+        return Page(self.chunk(rows, start=cursor, end=end, narrowed=narrowed), full, floor)
+
+    def chunk(
+        self,
+        rows: Sequence[Row],
+        *,
+        start: int,
+        end: int,
+        narrowed: Filter | None = None,
+        with_keys: bool = False,
+    ) -> Chunk:
+        """Return the chunk of all settled rows in `(start, end]`, less what is withheld."""
+        if self._withhold_unsigned:
+            rows = [row for row in rows if row[8]]
+        return encode_rows(rows, start=start, end=end, narrowed=narrowed, with_keys=with_keys)
 
     async def query(
         self, narrowed: Filter | None, cursor: int, head: int, limit: int
     ) -> Sequence[Row]:
         """Return at most `limit` rows after `cursor` up to `head` that match, by id, once each."""
         common: dict[str, Any] = {"cursor": cursor, "limit": limit}
+        common["unsigned"] = not self._withhold_unsigned
         common["sources"] = list(narrowed.sources) if narrowed else []
         common["values"] = list(narrowed.values) if narrowed else []
         if narrowed is None or not (narrowed.uris or narrowed.uri_prefixes):

@@ -1,6 +1,14 @@
 -- How the sequencer follows the table. The settled rule is explained on top of
 -- sql/migrations/0001_labels.sql; its judgement is sse_labels/settled.py.
 
+-- name: is_ozone
+-- One row: is this Ozone's database; did sse-labels make the label table.
+SELECT to_regclass('label') IS NOT NULL
+           AND to_regclass('moderation_event') IS NOT NULL
+           AND to_regclass('signing_key') IS NOT NULL
+           AND to_regclass('sse_labels_migration') IS NULL,
+       to_regclass('sse_labels_migration') IS NOT NULL;
+
 -- name: describe
 -- One row: have we a label table; and our own state beside it to read; name and cache of the id
 -- sequence; are commit timestamps kept; the server's version as a number; may this role publish

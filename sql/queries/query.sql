@@ -1,8 +1,8 @@
 -- What queryLabels reads, one block per kind of URI pattern: the planner sees the
 -- pattern itself and chooses between the index on uri and the order of ids. That
 -- index holds the first 600 characters of a URI: hence each condition stands twice.
--- Empty arrays of sources and values mean any. What lies beyond the head is cut off by the caller,
--- for the reason that rows_after gives.
+-- Empty arrays of sources and values mean any; without `unsigned`, signed labels alone. What lies
+-- beyond the head is cut off by the caller, for the reason that rows_after gives.
 
 -- name: query_any
 -- Rows (id, src, uri, cid, val, neg, cts, exp, sig) of any URI after a cursor, by id.
@@ -11,6 +11,7 @@ SELECT id, src, uri, cid, val, neg, cts, exp, sig
  WHERE id > %(cursor)s
    AND (cardinality(%(sources)s::varchar[]) = 0 OR src = ANY (%(sources)s::varchar[]))
    AND (cardinality(%(values)s::varchar[]) = 0 OR val = ANY (%(values)s::varchar[]))
+   AND (%(unsigned)s OR sig IS NOT NULL)
  ORDER BY id
  LIMIT %(limit)s;
 
@@ -23,6 +24,7 @@ SELECT id, src, uri, cid, val, neg, cts, exp, sig
    AND id > %(cursor)s
    AND (cardinality(%(sources)s::varchar[]) = 0 OR src = ANY (%(sources)s::varchar[]))
    AND (cardinality(%(values)s::varchar[]) = 0 OR val = ANY (%(values)s::varchar[]))
+   AND (%(unsigned)s OR sig IS NOT NULL)
  ORDER BY id
  LIMIT %(limit)s;
 
@@ -35,5 +37,6 @@ SELECT id, src, uri, cid, val, neg, cts, exp, sig
    AND id > %(cursor)s
    AND (cardinality(%(sources)s::varchar[]) = 0 OR src = ANY (%(sources)s::varchar[]))
    AND (cardinality(%(values)s::varchar[]) = 0 OR val = ANY (%(values)s::varchar[]))
+   AND (%(unsigned)s OR sig IS NOT NULL)
  ORDER BY id
  LIMIT %(limit)s;

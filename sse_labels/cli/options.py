@@ -36,7 +36,8 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 GROUPS = {
     "Where it listens": ("host", "port", "workers", "cors_origins"),
     "The database": (
-        "dsn", "data_dir", "migrate", "connect_timeout_seconds", "query_timeout_seconds",
+        "dsn", "data_dir", "source", "unsigned", "migrate", "connect_timeout_seconds",
+        "query_timeout_seconds",
         "poll_seconds", "gather_seconds", "page_max_events", "backfill_max_reads",
     ),
     "Streams": (

@@ -71,10 +71,14 @@ class DatabaseChecks:
 
     async def schema(self) -> list[Finding]:
         """Say whether labels can be served from these tables."""
+        store = Store(self._database, source=self._settings.source)
         try:
-            await Store(self._database).check()
+            await store.find_source()
+            await store.check()
         except SchemaError as error:
             return [failure("schema", str(error), "see the message; `sse-labels migrate` makes it")]
+        if store.attached:
+            return [ok("schema", "Ozone's: it is read, and never written")]
         [(recorded, _)] = await self._database.fetch("schema_exists")
         if not recorded:
             return [

@@ -16,9 +16,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import psycopg2
-from psycopg2.extensions import make_dsn
+from psycopg2.extensions import make_dsn, parse_dsn
 
 
 @contextmanager
@@ -58,6 +59,14 @@ class TestDatabase:
                 return cursor.fetchall() if cursor.description else []
         finally:
             connection.close()
+
+    def url(self) -> str:
+        """The DSN as a URI, for programs that know no other form."""
+        parts = parse_dsn(self.dsn)
+        return (
+            f"postgresql://{parts['user']}@/{parts['dbname']}"
+            f"?host={quote(parts['host'], safe='')}&port={parts['port']}"
+        )
 
     def insert(self, count: int = 1, **columns: Any) -> list[int]:
         """Store `count` labels; return their seqs."""

@@ -49,6 +49,8 @@ SAMPLES = {
     "workers": Sample("8", 8, "65"),
     "dsn": Sample("host=db password=secret", "host=db password=secret", "  "),
     "data_dir": Sample("/var/lib/x", Path("/var/lib/x"), "\t"),
+    "source": Sample("ozone", "ozone", "Ozone"),
+    "unsigned": Sample("withhold", "withhold", "drop"),
     "migrate": Sample("no", False, "maybe"),
     "publish_token": Sample("hunter2", "hunter2", "\n"),
     "publish_tokens_file": Sample("/etc/x/tokens", Path("/etc/x/tokens"), " "),

@@ -41,6 +41,7 @@ class Stored:
     """As much of a store as the publisher needs."""
 
     may_publish = True
+    attached = False
 
     def __init__(self) -> None:
         self.labels: list[Label] = []

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sse_labels.chunk import Chunk, Row
+from sse_labels.chunk import Chunk, Row, encode_rows
 from sse_labels.errors import BrokenPromise, DatabaseUnavailable
 from sse_labels.metrics import Metrics
 from sse_labels.sequencer import Sequencer
@@ -526,6 +526,8 @@ class WorldStore:
 
     async def sequence_holders(self, _connection: Any) -> frozenset[str]:
         return self.world.holders()
+
+    chunk = staticmethod(encode_rows)
 
     async def rows_after(self, _connection: Any, head: int, limit: int) -> list[Row]:
         if not self.following:

@@ -1,0 +1,122 @@
+"""The real Ozone, on a database of its own: labels are made by its HTTP API alone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
+
+import aiohttp
+
+from sse_labels.xrpc import Message, decode
+
+from support.database import TestDatabase
+from support.node import NodeProgram
+
+OZONE_DID = "did:plc:" + "o" * 24
+ADMIN_DID = "did:plc:" + "a" * 24
+ADMIN_PASSWORD = "ozone-admin"
+SIGNING_KEY = "1f" * 32
+#: Nothing answers there: Ozone is to need no other service.
+NOWHERE = "http://127.0.0.1:9"
+
+
+class Ozone:
+    """One Ozone that runs."""
+
+    def __init__(self, program: NodeProgram, port: int) -> None:
+        self.program = program
+        self.port = port
+        self.url = f"http://127.0.0.1:{port}"
+        self._session = aiohttp.ClientSession(
+            headers={"Authorization": aiohttp.encode_basic_auth("admin", ADMIN_PASSWORD)}
+        )
+
+    async def emit(self, subject: dict[str, Any], kind: str, **event: Any) -> dict[str, Any]:
+        """Call `tools.ozone.moderation.emitEvent`; `kind` as in `modEventLabel`."""
+        body = {
+            "event": {"$type": f"tools.ozone.moderation.defs#{kind}", **event},
+            "subject": subject,
+            "createdBy": ADMIN_DID,
+        }
+        url = f"{self.url}/xrpc/tools.ozone.moderation.emitEvent"
+        async with self._session.post(url, json=body) as answer:
+            said: dict[str, Any] = await answer.json()
+            assert answer.status == 200, said
+            return said
+
+    async def label(
+        self, subject: dict[str, Any], *create: str, negate: tuple[str, ...] = ()
+    ) -> dict[str, Any]:
+        """Label a subject, and take labels back."""
+        return await self.emit(
+            subject, "modEventLabel", createLabelVals=create, negateLabelVals=negate
+        )
+
+    @asynccontextmanager
+    async def subscribed(self, cursor: int | None = None) -> AsyncIterator[list[Message]]:
+        """Read its own subscribeLabels for the block; the list grows meanwhile."""
+        query = "" if cursor is None else f"?cursor={cursor}"
+        url = f"{self.url}/xrpc/com.atproto.label.subscribeLabels{query}"
+        received: list[Message] = []
+        async with aiohttp.ClientSession() as session, session.ws_connect(url) as socket:
+
+            async def read() -> None:
+                while True:
+                    received.append(decode(await socket.receive_bytes()))
+
+            reading = asyncio.create_task(read())
+            try:
+                yield received
+            finally:
+                reading.cancel()
+
+    async def close(self) -> None:
+        await self._session.close()
+
+
+@asynccontextmanager
+async def ozone(database: TestDatabase, **environment: str) -> AsyncIterator[Ozone]:
+    """Run Ozone on an empty database, or on one that it left."""
+    with ozone_program(database, **environment) as program:
+        running = Ozone(program, program.next()["port"])
+        try:
+            yield running
+        finally:
+            await running.close()
+
+
+@contextmanager
+def ozone_program(database: TestDatabase, **environment: str) -> Iterator[NodeProgram]:
+    # Node's driver wants a host before the socket's folder.
+    url = database.url().replace("@/", "@localhost/")
+    settings = {
+        "OZONE_DB_POSTGRES_URL": url,
+        "OZONE_PORT": "0",
+        "OZONE_PUBLIC_URL": NOWHERE,
+        "OZONE_SERVER_DID": OZONE_DID,
+        "OZONE_APPVIEW_URL": NOWHERE,
+        "OZONE_APPVIEW_DID": "did:web:appview.test",
+        "OZONE_DID_PLC_URL": NOWHERE,
+        "OZONE_ADMIN_PASSWORD": ADMIN_PASSWORD,
+        "OZONE_ADMIN_DIDS": ADMIN_DID,
+        "OZONE_SIGNING_KEY_HEX": SIGNING_KEY,
+        **environment,
+    }
+    with NodeProgram("ozone.mjs", settings) as program:
+        yield program
+
+
+def account(name: str) -> dict[str, Any]:
+    """An account as a subject; `name` is at most 24 letters."""
+    return {"$type": "com.atproto.admin.defs#repoRef", "did": f"did:plc:{name:x<24}"}
+
+
+def record(name: str, key: str) -> dict[str, Any]:
+    """A record of an account as a subject."""
+    return {
+        "$type": "com.atproto.repo.strongRef",
+        "uri": f"at://did:plc:{name:x<24}/app.bsky.feed.post/{key}",
+        "cid": "bafyreidfayvfuwqa7qlnopdjiqrxzs6blmoeu4rujcjtnci5beludirz2a",
+    }
