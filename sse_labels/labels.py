@@ -17,6 +17,7 @@ import re
 from binascii import a2b_base64, b2a_base64
 from calendar import isleap
 from collections.abc import Callable
+from datetime import datetime
 from typing import Any, NamedTuple
 
 from sse_labels.errors import InvalidLabel
@@ -171,6 +172,19 @@ def is_datetime(text: str) -> bool:
             return text[-6] == "-" or minutes >= offset
         return text[-6] == "+" or minutes + offset < 24 * 60
     return True
+
+
+def is_expired(exp: str | None, now: float) -> bool:
+    """Tell whether the time `exp` has passed at `now`, in seconds since 1970.
+
+    What cannot be read as a time, in another program's table, never passes.
+    """
+    if not exp:
+        return False
+    try:
+        return datetime.fromisoformat(exp).timestamp() <= now
+    except (ValueError, OverflowError):
+        return False
 
 
 def is_val(text: str) -> bool:

@@ -24,7 +24,7 @@ from sse_labels.filters import Filter
 from sse_labels.metrics import Metrics
 from sse_labels.pages import Pages
 from sse_labels.sequencer import Sequencer
-from sse_labels.store import Page
+from sse_labels.store import Page, Snapshot
 
 log = logging.getLogger(__name__)
 
@@ -46,11 +46,17 @@ class CaughtUp(NamedTuple):
     """History is done; what follows is live."""
 
 
+class SnapshotComplete(NamedTuple):
+    """What was in force as of `seq` has been yielded; what follows are all events after it."""
+
+    seq: int
+
+
 class Silence(NamedTuple):
     """Nothing to write for `heartbeat_seconds`."""
 
 
-Step = Events | Outdated | CaughtUp | Silence
+Step = Events | Outdated | CaughtUp | SnapshotComplete | Silence
 
 
 class Outbox:
@@ -63,7 +69,8 @@ class Outbox:
     __slots__ = (
         "_from_ring", "_heartbeat_seconds", "_loop", "_max_events", "_metrics", "_narrowed",
         "_next", "_page_max_events", "_pages", "_parked", "_queue", "_quiet_since", "_reading",
-        "_sequencer", "_timer", "caught_up", "closed", "express", "on_close", "position",
+        "_sequencer", "_snapshot", "_timer", "caught_up", "closed", "express", "on_close",
+        "position",
     )  # fmt: skip
 
     def __init__(
@@ -76,8 +83,11 @@ class Outbox:
         page_max_events: int,
         max_events: int,
         heartbeat_seconds: float,
+        snapshot: Snapshot | None = None,
     ) -> None:
+        """With `snapshot` history is that state, and then the events after it."""
         self._sequencer = sequencer
+        self._snapshot = snapshot
         self._pages = pages
         self._metrics = metrics
         self._narrowed = narrowed
@@ -248,6 +258,8 @@ class Outbox:
 
         Returns None when others had their turn and one should look again.
         """
+        if self._snapshot is not None:
+            return await self._fold(self._snapshot)
         waiting = self._cut_over()
         if waiting is not None:
             self._metrics.count["ring_hits"] += self._from_ring
@@ -261,6 +273,17 @@ class Outbox:
                 return None
             page = ring.page(self.position, self._page_max_events, self._narrowed)
             return Events(self._advance([page]))
+        return await self._page()
+
+    async def _fold(self, snapshot: Snapshot) -> Step:
+        """Return the next step of a snapshot: from the database, whatever the ring holds."""
+        if self.position < snapshot.until:
+            return await self._page()
+        self._snapshot = None
+        return SnapshotComplete(self.position)
+
+    async def _page(self) -> Step:
+        """Return the next page, or Silence while it takes long."""
         self._from_ring = False
         if not await self._page_arrived():
             return Silence()
@@ -300,7 +323,8 @@ class Outbox:
         """Return the page that arrived; the next one is read while this one is being written."""
         assert self._reading is not None  # noqa: S101 - `_page_arrived` started it
         page = self._reading.result()
-        more = page.full and not self._sequencer.ring.covers(page.chunk.end)
+        in_ring = self._snapshot is None and self._sequencer.ring.covers(page.chunk.end)
+        more = page.full and not in_ring
         self._reading = self._read(page.chunk.end) if more else None
         return page
 
@@ -312,7 +336,7 @@ class Outbox:
         backoff = Backoff()
         while True:
             try:
-                return await self._pages.read(cursor, self._narrowed)
+                return await self._pages.read(cursor, self._narrowed, self._snapshot)
             except DatabaseUnavailable as error:
                 wait = backoff.next()
                 log.info("a backfill waits: error=%s next_try_seconds=%.1f", error, wait)

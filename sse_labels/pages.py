@@ -16,9 +16,9 @@ from collections.abc import Callable
 from sse_labels.chunk import kept_nbytes
 from sse_labels.filters import Filter
 from sse_labels.metrics import Metrics
-from sse_labels.store import Page, Store
+from sse_labels.store import Page, Snapshot, Store
 
-PageKey = tuple[int, Filter | None]
+PageKey = tuple[int, Filter | None, Snapshot | None]
 
 
 class Pages:
@@ -44,9 +44,14 @@ class Pages:
         self._cache_bytes = 0
         self._reading: dict[PageKey, asyncio.Task[Page]] = {}
 
-    async def read(self, cursor: int, narrowed: Filter | None) -> Page:
-        """Return the page after `cursor`, up to the head; raise DatabaseUnavailable."""
-        key = (cursor, narrowed)
+    async def read(
+        self, cursor: int, narrowed: Filter | None, snapshot: Snapshot | None = None
+    ) -> Page:
+        """Return the page after `cursor`, up to the head; raise DatabaseUnavailable.
+
+        With `snapshot`, the page of that state instead of events.
+        """
+        key = (cursor, narrowed, snapshot)
         page = self._cache.get(key)
         if page is not None:
             self._cache.move_to_end(key)
@@ -70,11 +75,14 @@ class Pages:
         await asyncio.gather(*reading, return_exceptions=True)
 
     async def _fetch(self, key: PageKey) -> Page:
-        cursor, narrowed = key
+        cursor, narrowed, snapshot = key
         try:
             async with self._slots:
-                # The head is read only now: it may have moved while this read waited its turn.
-                page = await self._store.page(cursor, self._head(), self._limit, narrowed)
+                if snapshot is not None:
+                    page = await self._store.snapshot_page(cursor, snapshot, self._limit, narrowed)
+                else:
+                    # The head is read only now: it may have moved while this read waited its turn.
+                    page = await self._store.page(cursor, self._head(), self._limit, narrowed)
         finally:
             del self._reading[key]
         self._metrics.count["backfill_pages"] += 1

@@ -9,6 +9,7 @@ Does not belong here: when to ask, how often to try again, what is settled.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,10 +17,12 @@ from sse_labels.chunk import Chunk, Row, encode_rows
 from sse_labels.database import Connection, Database
 from sse_labels.errors import SchemaError
 from sse_labels.filters import Filter
-from sse_labels.labels import Label
+from sse_labels.labels import Label, is_expired
 
 log = logging.getLogger(__name__)
 
+#: Rows that a snapshot looks at for each event that a page may have.
+SNAPSHOT_WINDOW = 10
 #: As many characters of a URI are in the index; the SQL says why.
 INDEXED_URI_CHARS = 600
 
@@ -30,6 +33,16 @@ class Page(NamedTuple):
     chunk: Chunk
     full: bool
     floor: int
+
+
+class Snapshot(NamedTuple):
+    """The state as of a seq; `resumed`: for a consumer that has a part of it already.
+
+    Whoever has a part must learn of what was negated since, or has expired.
+    """
+
+    until: int
+    resumed: bool
 
 
 class State(NamedTuple):
@@ -185,6 +198,34 @@ class Store:
         end = rows[-1][0] if full else head
         return Page(self.chunk(rows, start=cursor, end=end, narrowed=narrowed), full, floor)
 
+    async def snapshot_page(
+        self, cursor: int, snapshot: Snapshot, limit: int, narrowed: Filter | None
+    ) -> Page:
+        """Return what is in force as of `snapshot.until` among the next rows after `cursor`.
+
+        About `limit` events where one row in ten is in force.
+        """
+        window = limit * SNAPSHOT_WINDOW
+        found = await self._database.fetch(
+            "folded_after",
+            cursor=cursor,
+            window=window,
+            until=snapshot.until,
+            in_force=not snapshot.resumed,
+        )
+        last, looked_at = found[0][:2]
+        rows = [row[2:] for row in found if row[2] is not None]
+        full = looked_at == window and last < snapshot.until
+        floor = 1
+        if snapshot.resumed:
+            # A negation may have been deleted; what a new consumer does not get is not missing.
+            floor = (await self.state()).floor
+        else:
+            now = time.time()
+            rows = [row for row in rows if not is_expired(row[7], now)]
+        end = last if full else snapshot.until
+        return Page(self.chunk(rows, start=cursor, end=end, narrowed=narrowed), full, floor)
+
     def chunk(
         self,
         rows: Sequence[Row],
@@ -200,10 +241,20 @@ class Store:
         return encode_rows(rows, start=start, end=end, narrowed=narrowed, with_keys=with_keys)
 
     async def query(
-        self, narrowed: Filter | None, cursor: int, head: int, limit: int
+        self,
+        narrowed: Filter | None,
+        cursor: int,
+        head: int,
+        limit: int,
+        *,
+        in_force: bool = False,
     ) -> Sequence[Row]:
-        """Return at most `limit` rows after `cursor` up to `head` that match, by id, once each."""
+        """Return at most `limit` rows after `cursor` up to `head` that match, by id, once each.
+
+        With `in_force`, the newest of each key alone, unless negated; expired ones are there.
+        """
         common: dict[str, Any] = {"cursor": cursor, "limit": limit}
+        common |= {"in_force": in_force, "until": head}
         common["unsigned"] = not self._withhold_unsigned
         common["sources"] = list(narrowed.sources) if narrowed else []
         common["values"] = list(narrowed.values) if narrowed else []

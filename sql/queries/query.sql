@@ -1,7 +1,8 @@
 -- What queryLabels reads, one block per kind of URI pattern: the planner sees the
 -- pattern itself and chooses between the index on uri and the order of ids. That
 -- index holds the first 600 characters of a URI: hence each condition stands twice.
--- Empty arrays of sources and values mean any; without `unsigned`, signed labels alone. What lies
+-- Empty arrays of sources and values mean any; without `unsigned`, signed labels alone;
+-- with `in_force`, the newest of each key up to a seq, unless it is a negation. What lies
 -- beyond the head is cut off by the caller, for the reason that rows_after gives.
 
 -- name: query_any
@@ -12,6 +13,19 @@ SELECT id, src, uri, cid, val, neg, cts, exp, sig
    AND (cardinality(%(sources)s::varchar[]) = 0 OR src = ANY (%(sources)s::varchar[]))
    AND (cardinality(%(values)s::varchar[]) = 0 OR val = ANY (%(values)s::varchar[]))
    AND (%(unsigned)s OR sig IS NOT NULL)
+   AND (NOT %(in_force)s
+        OR neg IS NOT TRUE
+       AND id = (SELECT newer.id
+                   FROM label AS newer
+                  WHERE hashtextextended(
+                            newer.src || ' ' || newer.uri || ' ' || newer.cid || ' ' || newer.val, 0)
+                        = hashtextextended(
+                            label.src || ' ' || label.uri || ' ' || label.cid || ' ' || label.val, 0)
+                    AND newer.src = label.src AND newer.uri = label.uri
+                    AND newer.cid = label.cid AND newer.val = label.val
+                    AND newer.id <= %(until)s
+                  ORDER BY newer.id DESC
+                  LIMIT 1))
  ORDER BY id
  LIMIT %(limit)s;
 
@@ -25,6 +39,19 @@ SELECT id, src, uri, cid, val, neg, cts, exp, sig
    AND (cardinality(%(sources)s::varchar[]) = 0 OR src = ANY (%(sources)s::varchar[]))
    AND (cardinality(%(values)s::varchar[]) = 0 OR val = ANY (%(values)s::varchar[]))
    AND (%(unsigned)s OR sig IS NOT NULL)
+   AND (NOT %(in_force)s
+        OR neg IS NOT TRUE
+       AND id = (SELECT newer.id
+                   FROM label AS newer
+                  WHERE hashtextextended(
+                            newer.src || ' ' || newer.uri || ' ' || newer.cid || ' ' || newer.val, 0)
+                        = hashtextextended(
+                            label.src || ' ' || label.uri || ' ' || label.cid || ' ' || label.val, 0)
+                    AND newer.src = label.src AND newer.uri = label.uri
+                    AND newer.cid = label.cid AND newer.val = label.val
+                    AND newer.id <= %(until)s
+                  ORDER BY newer.id DESC
+                  LIMIT 1))
  ORDER BY id
  LIMIT %(limit)s;
 
@@ -38,5 +65,18 @@ SELECT id, src, uri, cid, val, neg, cts, exp, sig
    AND (cardinality(%(sources)s::varchar[]) = 0 OR src = ANY (%(sources)s::varchar[]))
    AND (cardinality(%(values)s::varchar[]) = 0 OR val = ANY (%(values)s::varchar[]))
    AND (%(unsigned)s OR sig IS NOT NULL)
+   AND (NOT %(in_force)s
+        OR neg IS NOT TRUE
+       AND id = (SELECT newer.id
+                   FROM label AS newer
+                  WHERE hashtextextended(
+                            newer.src || ' ' || newer.uri || ' ' || newer.cid || ' ' || newer.val, 0)
+                        = hashtextextended(
+                            label.src || ' ' || label.uri || ' ' || label.cid || ' ' || label.val, 0)
+                    AND newer.src = label.src AND newer.uri = label.uri
+                    AND newer.cid = label.cid AND newer.val = label.val
+                    AND newer.id <= %(until)s
+                  ORDER BY newer.id DESC
+                  LIMIT 1))
  ORDER BY id
  LIMIT %(limit)s;

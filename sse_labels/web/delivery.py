@@ -21,7 +21,15 @@ from sse_labels.chunk import Chunk
 from sse_labels.config import Settings
 from sse_labels.errors import BrokenPromise, ServerStopping, StreamClosed
 from sse_labels.metrics import Metrics
-from sse_labels.outbox import CaughtUp, Events, Outbox, Outdated, Silence, Step
+from sse_labels.outbox import (
+    CaughtUp,
+    Events,
+    Outbox,
+    Outdated,
+    Silence,
+    SnapshotComplete,
+    Step,
+)
 from sse_labels.web.connection import reset
 
 log = logging.getLogger(__name__)
@@ -143,6 +151,11 @@ class Delivery:
                 self._tell_position(otherwise=self._wire.heartbeat())
             case CaughtUp():
                 self._tell_position(otherwise=b"")
+            case SnapshotComplete(seq):
+                # The position first: a client that is cut here has all of it.
+                self._tell_position(otherwise=b"")
+                message = f"this was in force as of seq {seq}; all that comes after it follows"
+                self.send(self._wire.info("SnapshotComplete", message, seq=seq))
             case Outdated(cursor, floor):
                 message = f"cursor {cursor} is below the floor: going on from seq {floor}"
                 self.send(self._wire.info("OutdatedCursor", message, floor=floor))

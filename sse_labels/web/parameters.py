@@ -44,6 +44,14 @@ def request_filter(request: web.Request) -> Filter | None:
     )
 
 
+def wants_state(request: web.Request) -> bool:
+    """Return whether `snapshot=active` asks for what is in force, and not for all events."""
+    text = _single(request.query.getall("snapshot", []), "snapshot")
+    if text not in (None, "active"):
+        raise InvalidRequest(f"snapshot: got {text[:60]!r}, expected 'active'")
+    return text is not None
+
+
 def whole_number(request: web.Request, name: str, default: int, low: int, high: int) -> int:
     """Return an integer parameter within its bounds."""
     text = _single(request.query.getall(name, []), name)

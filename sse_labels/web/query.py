@@ -8,6 +8,7 @@ Does not belong here: streams.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 
 from aiohttp import web
@@ -15,12 +16,12 @@ from aiohttp import web
 from sse_labels.chunk import Row
 from sse_labels.errors import InvalidRequest, NotReady
 from sse_labels.filters import Filter
-from sse_labels.labels import label_json
+from sse_labels.labels import is_expired, label_json
 from sse_labels.sequencer import Sequencer
 from sse_labels.store import Store
 from sse_labels.web.answers import json_response
 from sse_labels.web.auth import StreamAuth, narrow
-from sse_labels.web.parameters import SEQ_MAX, request_filter, whole_number
+from sse_labels.web.parameters import SEQ_MAX, request_filter, wants_state, whole_number
 
 #: The lexicon's bounds of `limit`.
 LIMIT_MAX = 250
@@ -53,14 +54,19 @@ class QueryHandler:
             # Nothing is known to be settled yet: an empty answer would be a wrong one.
             raise NotReady("the sequencer has no head yet")
         cursor = whole_number(request, "cursor", 0, 0, SEQ_MAX)
+        in_force = wants_state(request)
         # One more than asked for says whether there is a next page.
-        rows = await self._read(narrowed, cursor, limit + 1)
-        answer: dict[str, object] = {"labels": [label_json(*row[1:]) for row in rows[:limit]]}
+        rows = await self._read(narrowed, cursor, limit + 1, in_force)
+        now = time.time()
+        shown = [row for row in rows[:limit] if not (in_force and is_expired(row[7], now))]
+        answer: dict[str, object] = {"labels": [label_json(*row[1:]) for row in shown]}
         if len(rows) > limit:
             answer["cursor"] = str(rows[limit - 1][0])
         return json_response(answer)
 
-    async def _read(self, narrowed: Filter | None, cursor: int, limit: int) -> Sequence[Row]:
+    async def _read(
+        self, narrowed: Filter | None, cursor: int, limit: int, in_force: bool
+    ) -> Sequence[Row]:
         """Return the rows; the query goes on, and keeps its slot, when the client leaves.
 
         A cancelled one would close its connection, which PostgreSQL notices only when it is done:
@@ -68,7 +74,8 @@ class QueryHandler:
         """
         await self._slots.acquire()
         head = self._sequencer.head
-        task = asyncio.create_task(self._store.query(narrowed, cursor, head, limit), name="query")
+        query = self._store.query(narrowed, cursor, head, limit, in_force=in_force)
+        task = asyncio.create_task(query, name="query")
         self._reading.add(task)
         task.add_done_callback(self._done)
         return await asyncio.shield(task)

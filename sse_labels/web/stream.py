@@ -41,13 +41,13 @@ from sse_labels.sequencer import Sequencer
 from sse_labels.shared import Share
 from sse_labels.shared.counts import Tally
 from sse_labels.sse import encode_error, encode_info
-from sse_labels.store import Store
+from sse_labels.store import Snapshot, Store
 from sse_labels.web.addresses import PerAddress, TrustedProxies
 from sse_labels.web.auth import StreamAuth, narrow
 from sse_labels.web.delivery import retry_ms
 from sse_labels.web.event_stream import HEADERS, EventStream
 from sse_labels.web.label_socket import LabelSocket, refuse, wants_socket
-from sse_labels.web.parameters import request_filter, stream_cursor
+from sse_labels.web.parameters import request_filter, stream_cursor, wants_state
 
 log = logging.getLogger(__name__)
 
@@ -123,11 +123,15 @@ class StreamHandler:
         # Before all else: 401 and 403 are final for a browser too.
         grant = self._auth.authorize(request)
         cursor = stream_cursor(request)
+        state = wants_state(request)
         narrowed = narrow(request_filter(request), grant)
         client = self._proxies.client(request)
         try:
-            start = await self._start(cursor, request.query.get("epoch"))
-            visit = self._let_in(client, narrowed, grant.subject)
+            start = await self._start(
+                0 if state and cursor is None else cursor, request.query.get("epoch")
+            )
+            snapshot = Snapshot(self._sequencer.head, resumed=start > 0) if state else None
+            visit = self._let_in(client, narrowed, grant.subject, snapshot)
         except (TooManyConnections, TooManyFromAddress, NotReady, EpochChanged) as error:
             if socket:
                 return await self._refuse(request, error, final=isinstance(error, EpochChanged))
@@ -153,7 +157,9 @@ class StreamHandler:
         # Nothing awaits from here until aiohttp asks it for its body; then it ends itself.
         return stream
 
-    def _let_in(self, client: str, narrowed: Filter | None, subject: str | None) -> Visit:
+    def _let_in(
+        self, client: str, narrowed: Filter | None, subject: str | None, snapshot: Snapshot | None
+    ) -> Visit:
         """Take a place for one more stream; raise what keeps it from opening."""
         self._admit()
         if not self._places.take(self._settings.max_streams):
@@ -171,6 +177,7 @@ class StreamHandler:
             page_max_events=self._settings.page_max_events,
             max_events=self._settings.outbox_max_events,
             heartbeat_seconds=self._settings.heartbeat_seconds,
+            snapshot=snapshot,
         )
         visit = Visit(
             secrets.token_hex(8), outbox, client, narrowed, subject, share, time.monotonic()

@@ -149,7 +149,7 @@ class Bench:
         self.floor = floor
         self.table = [row for row in self.table if row[0] >= floor]
 
-    async def read(self, cursor: int, narrowed: Filter | None) -> Page:
+    async def read(self, cursor: int, narrowed: Filter | None, _snapshot: None = None) -> Page:
         """As `Pages.read` does, from the list."""
         self.reads.append(cursor)
         self.parked.set()
@@ -994,7 +994,7 @@ class TestBrokenPromises:
         bench = Bench(history=10)
         outbox = bench.outbox()
 
-        async def read(_cursor: int, _narrowed: Filter | None) -> Page:
+        async def read(_cursor: int, _narrowed: Filter | None, _snapshot: None = None) -> Page:
             return Page(encode_rows([make_row(5)], start=4, end=5), False, 1)
 
         bench.read = read  # type: ignore[method-assign]
@@ -1105,7 +1105,7 @@ class World(Bench):
             self.published += [make_row(seq) for seq in seqs]
             self.publish(*seqs, end=end)
 
-    async def read(self, cursor: int, narrowed: Filter | None) -> Page:
+    async def read(self, cursor: int, narrowed: Filter | None, _snapshot: None = None) -> Page:
         if not self.open:
             gate = asyncio.Event()
             self.gates.append(gate)
