@@ -10,6 +10,7 @@ from sse_labels.config import Settings
 from sse_labels.database import Database
 from sse_labels.doctor import Finding, Patient, Verdict, examine
 from sse_labels.doctor.database_checks import DatabaseChecks, clock_finding
+from sse_labels.queries import migrations
 
 from support.database import TestDatabase, insert_with, role
 from support.pgbouncer import pgbouncer
@@ -89,8 +90,10 @@ async def test_each_check_of_an_empty_database_stands_for_itself(
 
 class TestSchema:
     async def test_an_older_schema_fails(self, database: TestDatabase) -> None:
-        database.execute("DELETE FROM sse_labels_migration WHERE number = 2")
-        failed(await found(database.dsn, "schema"), "version 1, this program has 2", "migrate")
+        newest = migrations()[-1].number
+        database.execute("DELETE FROM sse_labels_migration WHERE number = %s", (newest,))
+        seen = f"version {newest - 1}, this program has {newest}"
+        failed(await found(database.dsn, "schema"), seen, "migrate")
 
     async def test_a_newer_schema_fails(self, database: TestDatabase) -> None:
         database.execute("INSERT INTO sse_labels_migration (number, name) VALUES (99, 'later')")

@@ -210,11 +210,11 @@ async def test_queries_of_clients_that_hang_up_keep_to_their_slots(
     async with run_server() as server:
         query = server.app.store.query
 
-        async def held(*given: Any) -> Any:
+        async def held(*given: Any, **more: Any) -> Any:
             under_way.append(1)
             gate.reached.set()
             await gate.opened.wait()
-            return await query(*given)
+            return await query(*given, **more)
 
         monkeypatch.setattr(server.app.store, "query", held)
         host, port = "127.0.0.1", int(server.url.rsplit(":", 1)[1])

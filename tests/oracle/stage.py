@@ -54,7 +54,7 @@ OPTIONS = {
 #: hours as one has bytes, and to raise in the sequencer, between reading rows and handing them out.
 _HOOKS = """
 import os, time
-from sse_labels import sequencer
+from sse_labels.store import Store
 
 def hours():
     try:
@@ -62,15 +62,19 @@ def hours():
     except FileNotFoundError:
         return 0
 
-def encode_rows(*args, **kwargs):
-    try:
-        os.unlink({trap!r})
-    except FileNotFoundError:
-        return encode(*args, **kwargs)
-    raise RuntimeError({reason!r})
+def encode(*args, with_keys=False, **kwargs):
+    # Keys are for live chunks alone: the caller is the sequencer.
+    if with_keys:
+        try:
+            os.unlink({trap!r})
+        except FileNotFoundError:
+            pass
+        else:
+            raise RuntimeError({reason!r})
+    return chunk(*args, with_keys=with_keys, **kwargs)
 
 real, time.time = time.time, lambda: real() - 3600 * hours()
-encode, sequencer.encode_rows = sequencer.encode_rows, encode_rows
+chunk, Store.chunk = Store.chunk, encode
 """
 TRAP_REASON = "the oracle made the sequencer raise"
 #: What clients may take when descriptors shall run out.
