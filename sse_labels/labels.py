@@ -35,14 +35,15 @@ SIG_MAX_BYTES = 1024  # ours: the signatures in use (K-256, P-256) have 64 bytes
 class Label(NamedTuple):
     """One label as its row holds it; every string is exactly as it was given.
 
-    `cid` is `''` when absent, as in Ozone's column, which is NOT NULL; `exp` and `sig` are None.
+    `cid` is `''` when absent, as in Ozone's column, which is NOT NULL; `neg`, `exp` and `sig` are
+    None. A `neg` of False was stated: a signature covers it.
     """
 
     src: str
     uri: str
     cid: str
     val: str
-    neg: bool
+    neg: bool | None
     cts: str
     exp: str | None
     sig: bytes | None
@@ -68,8 +69,8 @@ def parse_label(obj: object) -> Label:
     uri = _string(obj, "uri", is_uri)
     cid = _string(obj, "cid", is_cid) if "cid" in obj else ""
     val = _string(obj, "val", is_val)
-    neg = obj.get("neg", False)
-    if neg is not True and neg is not False:
+    neg = obj.get("neg")
+    if "neg" in obj and neg is not True and neg is not False:
         raise _refusal(obj, "neg", "true or false")
     cts = _string(obj, "cts", is_datetime)
     exp = _string(obj, "exp", is_datetime) if "exp" in obj else None
@@ -89,16 +90,18 @@ def label_json(
 ) -> dict[str, Any]:
     """Return the wire form of a label, ready for a JSON encoder; takes the columns as they come.
 
-    Absent fields are left out (an empty `cid`, a `neg` that is not true), and `sig` becomes
-    `{"$bytes": base64 without padding}`. The order of the keys is fixed. Nothing is checked: it
-    runs once per event, and the row may be another program's.
+    Absent fields are left out (an empty `cid`, a `neg` that is null), and `sig` becomes
+    `{"$bytes": base64 without padding}`. A `neg` that is false says nothing, and is left out as
+    well, unless there is a signature, which covers it: skyware's labelers sign it (0.2). The order
+    of the keys is fixed. Nothing is checked: it runs once per event, and the row may be another
+    program's.
     """
     label: dict[str, Any] = {"ver": 1, "src": src, "uri": uri}
     if cid:
         label["cid"] = cid
     label["val"] = val
-    if neg:
-        label["neg"] = True
+    if neg or (sig and neg is False):
+        label["neg"] = neg
     label["cts"] = cts
     if exp:
         label["exp"] = exp

@@ -88,7 +88,7 @@ class Publisher:
         for index, label in enumerate(labels):
             if label.sig is None:
                 if self._signing_key and self._signing_did in (None, label.src):
-                    label = label._replace(sig=self._signing_key.sign(label))
+                    label = self._signing_key.sign(label)
             elif self._source_keys and self._source_keys.check(label) is Verdict.INVALID:
                 self._metrics.count["labels_refused"] += len(labels)
                 raise InvalidLabel(

@@ -54,8 +54,10 @@ class Verdict(Enum):
 
 
 def signed_bytes(label: Label) -> bytes:
-    """Return what a signature of `label` covers."""
-    return libipld.encode_dag_cbor(label_json(*label._replace(sig=None)))
+    """Return what the signature of `label` covers."""
+    covered = label_json(*label)
+    covered.pop("sig", None)
+    return libipld.encode_dag_cbor(covered)
 
 
 class SigningKey:
@@ -91,10 +93,15 @@ class SigningKey:
         encoded = K256_PREFIX + self._key.public_key.format(compressed=True)
         return "did:key:" + libipld.encode_multibase("z", encoded)
 
-    def sign(self, label: Label) -> bytes:
-        """Return the signature: r and s, 32 bytes each, s low; the same one every time."""
+    def sign(self, label: Label) -> Label:
+        """Return the label with its signature: r and s, 32 bytes each, s low; always the same.
+
+        As Ozone signs it, a `neg` of False is not stated.
+        """
+        bare = label._replace(neg=label.neg or None, sig=None)
         # Without its last byte, which says which of two public keys it was.
-        return self._key.sign_recoverable(signed_bytes(label))[:SIGNATURE_BYTES]
+        sig = self._key.sign_recoverable(signed_bytes(bare))[:SIGNATURE_BYTES]
+        return bare._replace(sig=sig)
 
 
 class PublicKey(Protocol):

@@ -130,7 +130,7 @@ class Store:
 
     async def rows_after(self, connection: Connection, cursor: int, limit: int) -> list[Row]:
         """Return at most `limit` rows after `cursor`, by id; not yet known to be settled."""
-        return await connection.fetch("rows_after", cursor=cursor, limit=limit)
+        return self._as_meant(await connection.fetch("rows_after", cursor=cursor, limit=limit))
 
     async def sequence_holders(self, connection: Connection) -> frozenset[str]:
         """Return the virtual transactions that took an id and have not ended."""
@@ -185,7 +185,7 @@ class Store:
 
     async def page(self, cursor: int, head: int, limit: int, narrowed: Filter | None) -> Page:
         """Return what comes after `cursor`, at most `limit` rows and never beyond `head`."""
-        rows = await self._database.fetch("rows_after", cursor=cursor, limit=limit)
+        rows = self._as_meant(await self._database.fetch("rows_after", cursor=cursor, limit=limit))
         full = len(rows) == limit and rows[-1][0] <= head
         if not full:
             # What lies beyond the head is not settled yet.
@@ -214,7 +214,7 @@ class Store:
             in_force=not snapshot.resumed,
         )
         last, looked_at = found[0][:2]
-        rows = [row[2:] for row in found if row[2] is not None]
+        rows = self._as_meant([row[2:] for row in found if row[2] is not None])
         full = looked_at == window and last < snapshot.until
         floor = 1
         if snapshot.resumed:
@@ -259,7 +259,7 @@ class Store:
         common["sources"] = list(narrowed.sources) if narrowed else []
         common["values"] = list(narrowed.values) if narrowed else []
         if narrowed is None or not (narrowed.uris or narrowed.uri_prefixes):
-            rows = await self._database.fetch("query_any", **common)
+            rows = self._as_meant(await self._database.fetch("query_any", **common))
             return [row for row in rows if row[0] <= head]
         rows = []
         if narrowed.uris:
@@ -274,7 +274,14 @@ class Store:
                 **common,
             )
         # Each block returned its first `limit`: the first `limit` of all are among them.
-        return sorted({row[0]: row for row in rows if row[0] <= head}.values())[:limit]
+        found = {row[0]: row for row in self._as_meant(rows) if row[0] <= head}
+        return [found[seq] for seq in sorted(found)[:limit]]
+
+    def _as_meant(self, rows: list[Row]) -> list[Row]:
+        """Return rows of the table; in Ozone's a `neg` that is false was never stated."""
+        if not self.attached:
+            return rows
+        return [(*row[:5], row[5] or None, *row[6:]) for row in rows]
 
     async def publish(
         self, labels: Sequence[Label], key: bytes | None, fingerprint: bytes

@@ -51,6 +51,6 @@ def test_signatures_are_byte_equal_with_ozones(request: pytest.FixtureRequest) -
     theirs = json.loads(ran.stdout)
     key = SigningKey(bytes.fromhex(SECRET))
     assert key.did_key == theirs["did"]
-    ours = [key.sign(label).hex() for label in labels]
+    ours = [(key.sign(label).sig or b"").hex() for label in labels]
     assert ours == theirs["signatures"]
     tell(request.config, f"{len(ours)} labels: signatures byte-equal with Ozone's; {ours[0]}")

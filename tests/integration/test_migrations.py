@@ -317,3 +317,21 @@ def numbered(text: str) -> tuple[str, list[str]]:
         return f"${names.index(match['name']) + 1}"
 
     return re.sub(r"%\((?P<name>\w+)\)s", number, text), names
+
+
+async def test_absence_that_was_stored_as_false_becomes_absence_where_it_is_signed(
+    empty: Database, empty_database: TestDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = migrations()
+    [at] = [index for index, step in enumerate(known) if step.name == "neg_as_stated"]
+    monkeypatch.setattr("sse_labels.migrations.migrations", lambda: known[:at])
+    await migrate(empty)
+    empty_database.insert(1, neg=False, sig=b"s")
+    empty_database.insert(1, neg=True, sig=b"s")
+    empty_database.insert(1, neg=False)
+    monkeypatch.undo()
+    await migrate(empty)
+    rows = empty_database.execute("SELECT neg FROM label ORDER BY id")
+    assert rows == [(None,), (True,), (False,)]
+    with pytest.raises(psycopg2.Error, match="append-only"):
+        empty_database.execute("UPDATE label SET neg = NULL")

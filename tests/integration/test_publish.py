@@ -121,7 +121,7 @@ async def test_every_field_is_stored_as_it_was_given(
     assert full[:7] == tuple(FULL[name] for name in columns.split(", ")[:7])
     assert bytes(full[7]) == bytes(range(256))
     assert full[8] is None
-    assert least == (SRC, "did:plc:x", "", "spam", False, LEAST["cts"], None, None, None)
+    assert least == (SRC, "did:plc:x", "", "spam", None, LEAST["cts"], None, None, None)
     assert (third[3], third[4]) == ("x" * 128, False)
     assert reader.events == database.stored()
     wire = {name: value for name, value in FULL.items() if name != "$type"}

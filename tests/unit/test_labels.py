@@ -410,7 +410,7 @@ class TestFormats:
 class TestParsing:
     def test_a_label_with_the_required_fields_has_the_others_absent(self) -> None:
         assert parse_label(LEAST) == Label(
-            LEAST["src"], LEAST["uri"], "", "spam", False, LEAST["cts"], None, None
+            LEAST["src"], LEAST["uri"], "", "spam", None, LEAST["cts"], None, None
         )
 
     def test_a_label_with_every_field_keeps_them_all(self) -> None:
@@ -430,8 +430,9 @@ class TestParsing:
         label = parse_label({**LEAST, "cts": text, "exp": text})
         assert (label.cts, label.exp) == (text, text)
 
-    def test_a_negation_that_is_false_is_no_negation(self) -> None:
+    def test_a_negation_that_is_false_is_told_from_one_that_is_absent(self) -> None:
         assert parse_label({**LEAST, "neg": False}).neg is False
+        assert parse_label(LEAST).neg is None
 
     @pytest.mark.parametrize("obj", [None, True, 1, "label", [], [LEAST]], ids=brief)
     def test_what_is_no_object_is_refused_without_a_field(self, obj: object) -> None:
@@ -604,6 +605,13 @@ class TestWireForm:
             "cts": "now",
         }
 
+    @pytest.mark.parametrize(("sig", "stated"), [(None, {}), (b"s", {"neg": False})])
+    def test_a_negation_that_is_false_stands_where_a_signature_covers_it(
+        self, sig: bytes | None, stated: dict[str, bool]
+    ) -> None:
+        wire = label_json("did:a:b", "at://x", "", "spam", False, "now", None, sig)
+        assert {name: wire[name] for name in wire if name == "neg"} == stated
+
     def test_a_negation_that_is_null_in_the_row_is_left_out(self) -> None:
         assert "neg" not in label_json("did:a:b", "at://x", "", "spam", None, "now", None, None)
 
@@ -630,7 +638,7 @@ class TestWireForm:
         uri=st.from_regex(labels._URI, fullmatch=True).filter(is_uri),
         cid=st.just("") | st.sampled_from(CIDS),
         val=st.text(min_size=1, max_size=128).filter(is_val),
-        neg=st.booleans(),
+        neg=st.sampled_from([None, False, True]),
         cts=st.sampled_from(DATETIMES),
         exp=st.none() | st.sampled_from(DATETIMES),
         sig=st.none() | st.binary(min_size=1, max_size=100),
@@ -641,13 +649,15 @@ class TestWireForm:
         uri: str,
         cid: str,
         val: str,
-        neg: bool,
+        neg: bool | None,
         cts: str,
         exp: str | None,
         sig: bytes | None,
     ) -> None:
         label = Label(src, uri, cid, val, neg, cts, exp, sig)
         wire = label_json(*label)
+        if sig is None:
+            label = label._replace(neg=neg or None)
         assert parse_label(wire) == label
         assert parse_label(json.loads(json.dumps(wire))) == label
         # No line splitter may find an end of line in the frame, not even Python's.

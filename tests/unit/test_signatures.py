@@ -24,6 +24,7 @@ from sse_labels.labels import Label
 from sse_labels.signatures import (
     P256_ORDER,
     P256_PREFIX,
+    K256Key,
     SigningKey,
     SourceKeys,
     Verdict,
@@ -31,8 +32,9 @@ from sse_labels.signatures import (
 )
 
 SRC = "did:plc:" + "s" * 24
-LABEL = Label(SRC, "at://did:plc:a/b/c", "", "spam", False, "2024-05-01T12:00:00.000Z", None, None)
+LABEL = Label(SRC, "at://did:plc:a/b/c", "", "spam", None, "2024-05-01T12:00:00.000Z", None, None)
 KEY = SigningKey(b"\x1f" * 32)
+KEY_HEX = PrivateKey(b"\x1f" * 32).public_key.format().hex()
 #: The order of secp256k1 (SEC 2, section 2.4.1).
 K256_ORDER = 0xFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFEBAAEDCE6AF48A03BBFD25E8CD0364141
 
@@ -49,7 +51,7 @@ labels = st.builds(
     uri=st.text(min_size=1),
     cid=st.sampled_from(["", "bafyreib2rxk3rh6kzwq"]),
     val=st.text(min_size=1),
-    neg=st.booleans(),
+    neg=st.sampled_from([None, False, True]),
     cts=st.sampled_from(["2024-05-01T12:00:00.000Z", "2024-05-01T12:00:00+02:00"]),
     exp=st.sampled_from([None, "2030-01-01T00:00:00Z"]),
     sig=st.none(),
@@ -61,18 +63,32 @@ def test_what_is_signed_is_the_label_without_what_is_absent(label: Label) -> Non
     wanted = {"ver": 1, "src": label.src, "uri": label.uri, "val": label.val, "cts": label.cts}
     if label.cid:
         wanted["cid"] = label.cid
-    if label.neg:
-        wanted["neg"] = True
+    if label.neg is not None:
+        wanted["neg"] = label.neg
     if label.exp:
         wanted["exp"] = label.exp
-    assert decode_dag_cbor(signed_bytes(label)) == wanted
-    assert signed_bytes(label._replace(sig=b"x")) == signed_bytes(label)
+    assert decode_dag_cbor(signed_bytes(label._replace(sig=b"x"))) == wanted
+
+
+@given(labels)
+def test_a_label_that_is_signed_here_is_valid_and_means_the_same(label: Label) -> None:
+    signed = KEY.sign(label)
+    assert signed == label._replace(neg=label.neg or None, sig=signed.sig)
+    assert K256Key(bytes.fromhex(KEY_HEX)).verifies(signed.sig or b"", signed_bytes(signed))
+
+
+def test_a_negation_that_a_signature_states_to_be_false_is_covered_by_it(tmp_path: Path) -> None:
+    stated = LABEL._replace(neg=False, sig=b"?")
+    sig = PrivateKey(b"\x1f" * 32).sign_recoverable(signed_bytes(stated))[:64]
+    keys = keys_of(tmp_path, KEY.did_key)
+    assert keys.check(stated._replace(sig=sig)) is Verdict.VALID
+    assert keys.check(stated._replace(sig=sig, neg=None)) is Verdict.INVALID
 
 
 @pytest.mark.parametrize("field", ["src", "uri", "cid", "val", "neg", "cts", "exp"])
 def test_a_signature_is_invalid_once_any_field_has_changed(tmp_path: Path, field: str) -> None:
     keys = keys_of(tmp_path, KEY.did_key)
-    signed = LABEL._replace(sig=KEY.sign(LABEL))
+    signed = KEY.sign(LABEL)
     assert keys.check(signed) is Verdict.VALID
     changed = {"neg": True, "src": SRC}.get(field, "2031-01-01T00:00:00Z")
     if field == "src":
@@ -85,11 +101,12 @@ def test_a_signature_is_invalid_once_any_field_has_changed(tmp_path: Path, field
 
 def test_the_same_label_has_the_same_signature_every_time() -> None:
     assert KEY.sign(LABEL) == KEY.sign(LABEL)
-    assert len(KEY.sign(LABEL)) == 64
+    assert len(KEY.sign(LABEL).sig or b"") == 64
 
 
 def test_a_high_s_is_invalid(tmp_path: Path) -> None:
-    sig = KEY.sign(LABEL)
+    sig = KEY.sign(LABEL).sig
+    assert sig is not None
     s = int.from_bytes(sig[32:], "big")
     assert s <= K256_ORDER // 2
     high = sig[:32] + (K256_ORDER - s).to_bytes(32, "big")
@@ -120,15 +137,15 @@ def test_a_key_on_p256_checks_too_and_refuses_a_high_s(tmp_path: Path) -> None:
 def test_one_of_several_keys_is_enough_and_without_a_key_nothing_is_known(tmp_path: Path) -> None:
     other = SigningKey(b"\2" * 32)
     keys = keys_of(tmp_path, KEY.did_key, other.did_key)
-    assert keys.check(LABEL._replace(sig=other.sign(LABEL))) is Verdict.VALID
+    assert keys.check(other.sign(LABEL)) is Verdict.VALID
     assert keys.check(LABEL) is Verdict.UNSIGNED
-    stranger = LABEL._replace(src="did:web:stranger", sig=KEY.sign(LABEL))
+    stranger = KEY.sign(LABEL._replace(src="did:web:stranger"))
     assert keys.check(stranger) is Verdict.UNKNOWN
 
 
 def test_a_key_that_is_added_to_the_file_works_at_once(tmp_path: Path) -> None:
     keys = keys_of(tmp_path, SigningKey(b"\2" * 32).did_key)
-    signed = LABEL._replace(sig=KEY.sign(LABEL))
+    signed = KEY.sign(LABEL)
     assert keys.check(signed) is Verdict.INVALID
     keys_of(tmp_path, KEY.did_key)
     assert keys.check(signed) is Verdict.VALID
