@@ -1,0 +1,59 @@
+-- What a mirror of other labelers asks. One session has the lock of an upstream and does all of it.
+
+-- name: lock_upstream
+-- One row: whether this session is now the one that follows this upstream.
+SELECT pg_try_advisory_lock(hashtext('sse-labels mirror'), hashtext(%(url)s));
+
+-- name: register_upstream
+-- Nothing; an upstream that is followed already keeps its cursor.
+INSERT INTO label_upstream (url, cursor) VALUES (%(url)s, %(cursor)s) ON CONFLICT DO NOTHING;
+
+-- name: upstream
+-- One row: the last seq that was taken; the epoch that belongs to it, or null.
+SELECT cursor, epoch FROM label_upstream WHERE url = %(url)s;
+
+-- name: note_upstream_epoch
+-- Nothing; the cursor's seqs belong to this epoch.
+UPDATE label_upstream SET epoch = %(epoch)s WHERE url = %(url)s AND epoch IS NULL;
+
+-- name: rewind_upstream
+-- Nothing; the upstream is read from its beginning.
+UPDATE label_upstream SET cursor = 0, epoch = NULL, rewound = true WHERE url = %(url)s;
+
+-- name: store_mirrored
+-- One row: did the cursor stand where it was thought to, else nothing is stored; how many labels
+-- were. One statement is one transaction: a connection that dies before the answer leaves all of
+-- it or nothing.
+WITH moved AS (
+    UPDATE label_upstream SET cursor = %(until)s, at = clock_timestamp()
+     WHERE url = %(url)s AND cursor = %(cursor)s
+    RETURNING rewound
+), stored AS (
+    INSERT INTO label (src, uri, cid, val, neg, cts, exp, sig)
+    SELECT given.src, given.uri, given.cid, given.val, given.neg, given.cts, given.exp, given.sig
+      FROM moved,
+           unnest(%(src)s::varchar[], %(uri)s::varchar[], %(cid)s::varchar[], %(val)s::varchar[],
+                  %(neg)s::boolean[], %(cts)s::varchar[], %(exp)s::varchar[], %(sig)s::bytea[])
+           WITH ORDINALITY AS given (src, uri, cid, val, neg, cts, exp, sig, place)
+     WHERE NOT moved.rewound
+        OR NOT EXISTS (
+               SELECT FROM label
+                WHERE hashtextextended(
+                          label.src || ' ' || label.uri || ' ' || label.cid || ' ' || label.val, 0)
+                      = hashtextextended(
+                          given.src || ' ' || given.uri || ' ' || given.cid || ' ' || given.val, 0)
+                  AND label.src = given.src AND label.uri = given.uri
+                  AND label.cid = given.cid AND label.val = given.val
+                  AND label.neg IS NOT DISTINCT FROM given.neg AND label.cts = given.cts
+                  AND label.exp IS NOT DISTINCT FROM given.exp
+                  AND label.sig IS NOT DISTINCT FROM given.sig)
+     ORDER BY given.place
+    RETURNING id
+), aside AS (
+    INSERT INTO label_set_aside (url, seq, place, reason, label)
+    SELECT %(url)s, refused.seq, refused.place, refused.reason, refused.label
+      FROM moved,
+           unnest(%(aside_seq)s::bigint[], %(aside_place)s::integer[], %(aside_reason)s::text[],
+                  %(aside_label)s::bytea[]) AS refused (seq, place, reason, label)
+)
+SELECT EXISTS (SELECT FROM moved), (SELECT count(*) FROM stored);

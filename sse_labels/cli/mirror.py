@@ -1,0 +1,177 @@
+"""`sse-labels mirror URL…`: other labelers' labels, stored here and served from here.
+
+Promises: each upstream is followed for ever, by itself: one that is away holds up no other.
+SIGTERM, SIGHUP and Ctrl-C end it; what was stored is stored, and the next run goes on there.
+Does not belong here: following (`mirror`), reading (`upstream`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+
+import click
+
+from sse_labels import migrations
+from sse_labels.cli.layout import Command
+from sse_labels.cli.options import key_of, named_as_given, option, settings_options
+from sse_labels.cli.serve import Ready, database_of, interruptible, until_told
+from sse_labels.config import Expected, Settings, did, integer, load, seconds, size
+from sse_labels.database import Database
+from sse_labels.errors import ConfigError, SchemaError
+from sse_labels.logs import configure_logging
+from sse_labels.mirror import Mirror
+from sse_labels.signatures import SourceKeys
+from sse_labels.store import Store
+from sse_labels.upstream import SEQ_MAX, Upstream
+
+METHOD_PATH = "/xrpc/com.atproto.label.subscribeLabels"
+
+
+class Wanted(NamedTuple):
+    """An upstream as it was asked for."""
+
+    url: str
+    did: str | None
+
+
+def upstream(text: str) -> Wanted:
+    """Read `wss://…` or `DID=wss://…`; a server's address alone gets the method's path."""
+    source, address = None, text
+    if text.startswith("did:"):
+        given, _, address = text.partition("=")
+        source = did(given)
+    try:
+        parts = urlsplit(address)
+        known = parts.scheme in ("ws", "wss", "http", "https") and bool(parts.hostname)
+        good = known and parts.port != 0 and not parts.fragment
+    except ValueError:
+        good = False
+    if not good or not address.isprintable() or " " in address:
+        raise Expected("a labeler's address such as wss://labeler.example, or DID=wss://…")
+    if parts.username is not None or parts.password is not None:
+        raise Expected("an address without a user and a password: it is logged, and stored")
+    scheme = {"http": "ws", "https": "wss"}.get(parts.scheme, parts.scheme)
+    path = parts.path if parts.path not in ("", "/") else METHOD_PATH
+    # Where it stands is remembered here; an address with a cursor would always begin there.
+    query = urlencode([pair for pair in parse_qsl(parts.query) if pair[0] != "cursor"])
+    return Wanted(urlunsplit((scheme, parts.netloc, path, query, "")), source)
+
+
+def upstreams(
+    context: click.Context, parameter: click.Parameter, given: tuple[str, ...]
+) -> list[Wanted]:
+    """Read the arguments."""
+    found = []
+    for text in given:
+        try:
+            found.append(upstream(text))
+        except Expected as error:
+            shown = "(not shown)" if "@" in text else text
+            raise ConfigError("URL", shown, str(error)) from None
+    urls = [wanted.url for wanted in found]
+    for url in urls:
+        if urls.count(url) > 1:
+            raise ConfigError("URL", url, "each upstream once")
+    return found
+
+
+@click.command(cls=Command, short_help="Store the labels of other labelers.")
+@click.argument("wanted", metavar="URL...", nargs=-1, required=True, callback=upstreams)
+@option(
+    "cursor", integer(0, SEQ_MAX), "Where an upstream that was never followed begins: after this "
+    "seq of its own; 0: everything.", metavar="SEQ", default="0",
+)  # fmt: skip
+@option(
+    "message_max_bytes", size(1024, 1024**3), "Largest message of an upstream.", metavar="BYTES",
+    default="4MiB",
+)  # fmt: skip
+@option(
+    "report_seconds", seconds(0.05, 86_400), "Time between two lines that say what was stored.",
+    metavar="SECONDS", default="60",
+)  # fmt: skip
+@settings_options(
+    "dsn", "data_dir", "migrate", "connect_timeout_seconds", "query_timeout_seconds",
+    "source_keys_file", "log_level", "log_format",
+)  # fmt: skip
+def mirror(
+    wanted: list[Wanted],
+    cursor: int,
+    message_max_bytes: int,
+    report_seconds: float,
+    **options: str | None,
+) -> None:
+    """Follow the subscribeLabels of other labelers, and store their labels here.
+
+    URL is a labeler's address, wss://labeler.example; DID=wss://… takes the
+    labels of that source alone. `serve`, on the same --dsn or --data-dir, streams
+    them with its own. Signatures are kept; with --source-keys-file labels that
+    are signed wrongly are set aside.
+
+    How far an upstream was followed is kept in the database, in the transaction
+    that stores its labels: whatever dies, none is lost and none doubled. Two such
+    programs do not hurt each other; one waits until the other has ended.
+    """
+    with named_as_given(), contextlib.suppress(KeyboardInterrupt), interruptible():
+        settings = load(options)
+        configure_logging(settings.log_level, settings.log_format)
+        keys = None if settings.source_keys_file is None else SourceKeys(settings.source_keys_file)
+        found = [
+            Upstream(each.url, did=each.did, source_keys=keys, message_max_bytes=message_max_bytes)
+            for each in wanted
+        ]
+        with database_of(settings, key_of("dsn")) as place:
+            until_told(following(settings, place.dsn, found, cursor, report_seconds))
+
+
+def following(
+    settings: Settings, dsn: str, found: list[Upstream], cursor: int, report_seconds: float
+) -> Callable[[asyncio.Event, Ready], Any]:
+    """Return what follows all upstreams until it is told to stop."""
+
+    async def follow(stop: asyncio.Event, up: Ready) -> None:
+        database = Database(
+            dsn,
+            connect_timeout_seconds=settings.connect_timeout_seconds,
+            query_timeout_seconds=settings.query_timeout_seconds,
+            max_connections=1,
+        )
+        try:
+            await prepare(database, settings)
+            mirrors = [Mirror(each, database.connect, first_cursor=cursor) for each in found]
+            async with asyncio.TaskGroup() as tasks:
+                running = [
+                    tasks.create_task(work)
+                    for each in mirrors
+                    for work in (each.run(), each.report(report_seconds))
+                ]
+                await up(0)
+                await stop.wait()
+                for task in running:
+                    task.cancel()
+        finally:
+            database.close()
+
+    return follow
+
+
+async def prepare(database: Database, settings: Settings) -> None:
+    """Bring the database to where labels can be stored in it; raise SchemaError or the like."""
+    store = Store(database)
+    await store.find_source()
+    if store.attached:
+        raise SchemaError(
+            "--dsn", "Ozone's database", "one of sse-labels' own: Ozone's is never written"
+        )
+    if settings.migrate:
+        await migrations.migrate(database)
+    await store.check()
+    if not store.may_publish:
+        raise SchemaError(
+            "--dsn",
+            "a role that may not publish",
+            "a table made by `sse-labels migrate`, and a role with the rights to mirror",
+        )

@@ -1,0 +1,270 @@
+"""The mirror: follows one upstream and stores its labels here, each once.
+
+Promises: the upstream's cursor and the labels before it are stored in one transaction, so that
+whatever dies, nothing is lost and nothing doubled; one process follows an upstream, and another
+takes over when that one ends; an upstream that began anew is read from its beginning, and what
+is stored already is not stored twice.
+Stands before the corridor: upstream -> mirror -> label row -> store -> …
+Does not belong here: frames and labels on the way in (`upstream`), SQL (`upstreams`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable
+
+from sse_labels.backoff import Backoff
+from sse_labels.database import Connection
+from sse_labels.errors import DatabaseUnavailable
+from sse_labels.upstream import Connection as UpstreamConnection
+from sse_labels.upstream import Labels, News, Upstream, UpstreamLost
+from sse_labels.upstreams import Place, Upstreams
+
+log = logging.getLogger(__name__)
+
+#: What an upstream may be ahead of the database; then it is read no further.
+WAITING_MAX_BYTES = 8 * 1024**2
+#: Labels stored in one transaction, about 20 ms of PostgreSQL's time.
+BATCH_MAX_LABELS = 1000
+#: How often an upstream has to say that a cursor lies in its future before it is believed: one of
+#: several servers may be a moment behind.
+FUTURE_TRIES = 3
+RETRY_FIRST_SECONDS, RETRY_LONGEST_SECONDS = 0.5, 60.0
+#: How often somebody looks whether the process that follows an upstream is still there.
+LOCKED_SECONDS = 5.0
+#: Errors of an upstream that say that its seqs are not those that the cursor belongs to.
+BEGAN_ANEW = ("FutureCursor", "EpochChanged")
+
+
+class CursorMoved(DatabaseUnavailable):
+    """Somebody else moved this upstream's cursor meanwhile; nothing was stored."""
+
+
+class Mirror:
+    """Follows one upstream; `run` is its task, and `report` another that tells of it."""
+
+    def __init__(
+        self,
+        upstream: Upstream,
+        connect: Callable[[], Awaitable[Connection]],
+        *,
+        first_cursor: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`connect` gives a session of the database; `first_cursor` is for a new upstream."""
+        self._upstream = upstream
+        self._connect = connect
+        self._first_cursor = first_cursor
+        self._clock = clock
+        self._backoff = Backoff(RETRY_FIRST_SECONDS, RETRY_LONGEST_SECONDS)
+        self._denied = 0
+        #: What happened since the start.
+        self.count: Counter[str] = Counter()
+        #: The last seq of the upstream's that is taken.
+        self.cursor = first_cursor
+
+    async def run(self) -> None:
+        """Follow until cancelled."""
+        while True:
+            begun = self._clock()
+            try:
+                await self._follow()
+            except UpstreamLost as error:
+                self._log_lost("the upstream is lost", error)
+                wait = error.after_seconds
+            except CursorMoved as error:
+                self._log_lost("somebody else moved the cursor", error)
+                wait = 0.0
+            except DatabaseUnavailable as error:
+                self._log_lost("the database is lost", error)
+                wait = 0.0
+            self.count["reconnects"] += 1
+            if self._clock() - begun > RETRY_LONGEST_SECONDS:
+                # It went well for long, however quiet it was.
+                self._backoff.reset()
+            wait += self._backoff.next()
+            log.info("trying again: upstream=%s next_try_seconds=%.1f", self._upstream.url, wait)
+            await asyncio.sleep(wait)
+
+    def _log_lost(self, sentence: str, error: Exception) -> None:
+        log.warning(
+            sentence + ": upstream=%s cursor=%s error=%s", self._upstream.url, self.cursor, error
+        )
+
+    async def report(self, every_seconds: float) -> None:
+        """Log what was done, whenever something was, until cancelled; and at the end."""
+        told = self.count.copy()
+        try:
+            while True:
+                await asyncio.sleep(every_seconds)
+                if self.count != told:
+                    self._report("mirrored")
+                    told = self.count.copy()
+        finally:
+            self._report("stopping")
+
+    def _report(self, sentence: str) -> None:
+        log.info(
+            sentence + ": upstream=%s cursor=%s stored=%s known=%s set_aside=%s left_out=%s"
+            " repeated=%s reconnects=%s",
+            self._upstream.url, self.cursor, self.count["stored"], self.count["known"],
+            self.count["set_aside"], self._upstream.left_out, self.count["repeated"],
+            self.count["reconnects"],
+        )  # fmt: skip
+
+    async def _follow(self) -> None:
+        """Follow once; raise UpstreamLost or DatabaseUnavailable at the end of it."""
+        session = await self._connect()
+        try:
+            upstreams = Upstreams(session)
+            await self._lock(upstreams)
+            place = await upstreams.place(self._upstream.url, self._first_cursor)
+            self.cursor = place.cursor
+            try:
+                await self._mirror(upstreams, place)
+            except UpstreamLost as error:
+                if error.name in BEGAN_ANEW:
+                    await self._begin_anew(upstreams, error.name)
+                else:
+                    self._denied = 0
+                raise
+        finally:
+            session.close()
+
+    async def _lock(self, upstreams: Upstreams) -> None:
+        told = False
+        while not await upstreams.try_lock(self._upstream.url):
+            if not told:
+                log.info("another process follows this upstream: upstream=%s", self._upstream.url)
+            told = True
+            await asyncio.sleep(LOCKED_SECONDS)
+
+    async def _begin_anew(self, upstreams: Upstreams, name: str) -> None:
+        """Rewind, unless it may be one of several servers that is a moment behind."""
+        self._denied += 1
+        if name == "FutureCursor" and self._denied < FUTURE_TRIES:
+            return
+        self._denied = 0
+        await upstreams.rewind(self._upstream.url)
+        self.count["rewinds"] += 1
+        log.warning(
+            "the upstream began anew, and is read from its beginning: upstream=%s cursor=%s",
+            self._upstream.url, self.cursor,
+        )  # fmt: skip
+
+    async def _mirror(self, upstreams: Upstreams, place: Place) -> None:
+        async with self._upstream.connected(place.cursor, place.epoch) as connection:
+            if connection.epoch and place.epoch is None:
+                await upstreams.note_epoch(self._upstream.url, connection.epoch)
+            log.info("mirroring: upstream=%s cursor=%s", self._upstream.url, place.cursor)
+            waiting = Waiting(WAITING_MAX_BYTES)
+            reading = asyncio.create_task(self._read(connection, waiting), name="reading upstream")
+            try:
+                while True:
+                    await self._store(upstreams, await waiting.batch(BATCH_MAX_LABELS))
+            finally:
+                reading.cancel()
+                await asyncio.wait({reading})
+
+    async def _read(self, connection: UpstreamConnection, waiting: Waiting) -> None:
+        """Let what comes wait to be stored, and behind it the end, which is raised there."""
+        try:
+            while True:
+                message = await connection.next()
+                if isinstance(message, Labels):
+                    await waiting.put(message)
+                elif isinstance(message, News):
+                    self._tell(message)
+        except UpstreamLost as error:
+            await waiting.put(error)
+        except Exception as error:
+            log.exception("reading failed: upstream=%s", self._upstream.url)
+            await waiting.put(UpstreamLost(f"reading failed: {error!r}"))
+
+    def _tell(self, news: News) -> None:
+        if news.name == "OutdatedCursor":
+            self.count["outdated"] += 1
+            log.warning(
+                "labels after the cursor are gone at the upstream, what it has left follows:"
+                " upstream=%s cursor=%s message=%s", self._upstream.url, self.cursor, news.message,
+            )  # fmt: skip
+        else:
+            log.info(
+                "news: upstream=%s name=%s message=%s", self._upstream.url, news.name, news.message
+            )
+
+    async def _store(self, upstreams: Upstreams, messages: list[Labels]) -> None:
+        new: list[Labels] = []
+        for message in messages:
+            if message.seq > (new[-1].seq if new else self.cursor):
+                new.append(message)
+            else:
+                self.count["repeated"] += 1
+        if not new:
+            return
+        labels = [label for message in new for label in message.labels]
+        aside = [each for message in new for each in message.aside]
+        url, until = self._upstream.url, new[-1].seq
+        stored = await upstreams.store(url, self.cursor, until, labels, aside)
+        if stored is None:
+            raise CursorMoved(f"it stands no longer at {self.cursor}")
+        self.cursor = until
+        self.count["stored"] += stored
+        self.count["known"] += len(labels) - stored
+        self.count["set_aside"] += len(aside)
+        self._denied = 0
+        self._backoff.reset()
+        for each in aside:
+            log.warning(
+                "a label is set aside: upstream=%s seq=%s place=%s reason=%s",
+                url, each.seq, each.place, each.reason,
+            )  # fmt: skip
+
+
+class Waiting(asyncio.Queue[Labels | UpstreamLost]):
+    """Messages that wait to be stored, bounded in bytes; whoever puts one waits while it is full.
+
+    The end of the connection waits behind them.
+    """
+
+    _queue: deque[Labels | UpstreamLost]
+
+    async def batch(self, max_labels: int) -> list[Labels]:
+        """Wait for messages, and return about `max_labels` labels; raise the end."""
+        messages: list[Labels] = []
+        labels = 0
+        while not messages or (labels < max_labels and not self.empty()):
+            message = await self.get() if not messages else self._queue[0]
+            if isinstance(message, UpstreamLost):
+                if messages:
+                    break
+                raise message
+            if messages:
+                self.get_nowait()
+            messages.append(message)
+            labels += len(message.labels)
+        return messages
+
+    def _init(self, maxsize: int) -> None:
+        self._queue = deque()
+        self._bytes = 0
+
+    def _put(self, item: Labels | UpstreamLost) -> None:
+        self._queue.append(item)
+        self._bytes += _nbytes(item)
+
+    def _get(self) -> Labels | UpstreamLost:
+        item = self._queue.popleft()
+        self._bytes -= _nbytes(item)
+        return item
+
+    def qsize(self) -> int:
+        """Return how many bytes wait."""
+        return self._bytes
+
+
+def _nbytes(item: Labels | UpstreamLost) -> int:
+    return item.nbytes if isinstance(item, Labels) else 0

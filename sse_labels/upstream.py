@@ -1,0 +1,206 @@
+"""The upstream: another labeler's `subscribeLabels`, read over one WebSocket.
+
+Promises: messages in the order in which they came, each with its labels as rows can hold them
+and what cannot be stored beside them; a connection that died silently is found; every way in
+which it ends is an `UpstreamLost` that says why.
+Stands before the corridor: upstream -> mirror -> label row.
+Does not belong here: cursors, storing, when to connect again (`mirror`).
+
+Sources: lexicon `com.atproto.label.subscribeLabels`; https://atproto.com/specs/event-stream.
+"""
+
+from __future__ import annotations
+
+from binascii import b2a_base64
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, NamedTuple
+from urllib.parse import urlencode, urlsplit, urlunsplit
+
+import aiohttp
+import libipld
+
+from sse_labels import __version__, xrpc
+from sse_labels.errors import InvalidLabel, SseLabelsError
+from sse_labels.labels import Label, parse_label
+from sse_labels.signatures import SourceKeys, Verdict
+from sse_labels.upstreams import Aside
+
+CONNECT_SECONDS = 10.0
+#: A ping after so much silence; without an answer in half of it the connection is dead.
+SILENCE_SECONDS = 30.0
+#: How long an upstream has to answer a close.
+CLOSE_SECONDS = 2.0
+SEQ_MAX = 2**63 - 1
+
+
+class UpstreamLost(SseLabelsError):
+    """The connection ended, or could not be made; `name` is the upstream's error, if it gave one.
+
+    `after_seconds` is how long the upstream wants to be left alone.
+    """
+
+    def __init__(self, reason: str, name: str = "", after_seconds: float = 0.0) -> None:
+        super().__init__(reason)
+        self.name = name
+        self.after_seconds = after_seconds
+
+
+class Labels(NamedTuple):
+    """One `#labels` message: its seq, what can be stored, what cannot, and its bytes' number."""
+
+    seq: int
+    labels: list[Label]
+    aside: list[Aside]
+    nbytes: int
+
+
+class News(NamedTuple):
+    """One `#info` message."""
+
+    name: str
+    message: str
+
+
+class Upstream:
+    """Where a labeler streams its labels, and what is taken of them."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        did: str | None = None,
+        source_keys: SourceKeys | None = None,
+        message_max_bytes: int,
+    ) -> None:
+        """With `did`, labels of that source alone are taken; those of others are left out.
+
+        With `source_keys` labels whose signature is wrong are set aside.
+        """
+        self.url = url
+        self._did = did
+        self._source_keys = source_keys
+        self._message_max_bytes = message_max_bytes
+        #: Labels of other sources.
+        self.left_out = 0
+
+    @asynccontextmanager
+    async def connected(self, cursor: int, epoch: str | None) -> AsyncIterator[Connection]:
+        """Give a connection that begins after `cursor`; raise UpstreamLost."""
+        query = {"cursor": str(cursor)} | ({"epoch": epoch} if epoch else {})
+        parts = urlsplit(self.url)
+        asked = "&".join(filter(None, (parts.query, urlencode(query))))
+        epochs: list[str] = []
+        try:
+            async with (
+                aiohttp.ClientSession(
+                    timeout=aiohttp.ClientTimeout(total=None, connect=CONNECT_SECONDS),
+                    headers={"User-Agent": f"sse-labels/{__version__}"},
+                    trace_configs=[_noting_epochs(epochs)],
+                ) as session,
+                session.ws_connect(
+                    urlunsplit(parts._replace(query=asked)),
+                    heartbeat=SILENCE_SECONDS,
+                    max_msg_size=self._message_max_bytes,
+                    timeout=aiohttp.ClientWSTimeout(ws_close=CLOSE_SECONDS),
+                ) as socket,
+            ):
+                yield Connection(self, socket, epochs[-1] if epochs else None)
+        except aiohttp.WSServerHandshakeError as error:
+            hint = error.headers.get("Retry-After", "") if error.headers else ""
+            after = float(hint) if hint.isascii() and hint.isdigit() else 0.0
+            raise UpstreamLost(
+                f"it answered {error.status} instead of a WebSocket", after_seconds=after
+            ) from error
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            raise UpstreamLost(str(error) or type(error).__name__) from error
+
+    def taken(self, seq: int, place: int, given: Any) -> Label | Aside | None:
+        """Return one label of a message, or why it is set aside; None when it is left out."""
+        try:
+            label = parse_label(_as_json(given))
+        except InvalidLabel as error:
+            return Aside(seq, place, str(error), libipld.encode_dag_cbor(given))
+        if self._did is not None and label.src != self._did:
+            self.left_out += 1
+            return None
+        if self._source_keys and self._source_keys.check(label) is Verdict.INVALID:
+            reason = f"sig: is not a signature of {label.src} for this label"
+            return Aside(seq, place, reason, libipld.encode_dag_cbor(given))
+        return label
+
+
+class Connection:
+    """One WebSocket to an upstream that is open."""
+
+    def __init__(
+        self, upstream: Upstream, socket: aiohttp.ClientWebSocketResponse, epoch: str | None
+    ) -> None:
+        self._upstream = upstream
+        self._socket = socket
+        #: Which life of its database it streams, where it tells.
+        self.epoch = epoch
+
+    async def next(self) -> Labels | News | None:
+        """Return the next message, None for one of another kind; raise UpstreamLost at the end."""
+        message = await self._socket.receive()
+        match message.type:
+            case aiohttp.WSMsgType.BINARY:
+                return self._read(message.data)
+            case aiohttp.WSMsgType.TEXT:
+                raise UpstreamLost("it sent text, which is no message of an event stream")
+            case aiohttp.WSMsgType.ERROR:
+                raise UpstreamLost(str(message.data) or type(message.data).__name__)
+        code = self._socket.close_code
+        raise UpstreamLost("it closed the connection" + (f" with {code}" if code else ""))
+
+    def _read(self, payload: bytes) -> Labels | News | None:
+        try:
+            type_, body = xrpc.decode(payload)
+        except xrpc.MalformedMessage as error:
+            raise UpstreamLost(f"it sent what is no message: {error}") from error
+        match type_:
+            case None:
+                name, text = str(body.get("error")), str(body.get("message"))
+                raise UpstreamLost(f"it ended the stream: {name}: {text}", name)
+            case "#labels":
+                return self._labels(body, len(payload))
+            case "#info":
+                return News(str(body.get("name")), str(body.get("message")))
+        # The specification of event streams: types that are not known are ignored.
+        return None
+
+    def _labels(self, body: dict[str, Any], nbytes: int) -> Labels:
+        seq, given = body.get("seq"), body.get("labels")
+        if type(seq) is not int or not 0 < seq <= SEQ_MAX or not isinstance(given, list):
+            raise UpstreamLost("it sent #labels without a seq and labels")
+        labels, aside = [], []
+        for place, each in enumerate(given):
+            taken = self._upstream.taken(seq, place, each)
+            if isinstance(taken, Label):
+                labels.append(taken)
+            elif taken is not None:
+                aside.append(taken)
+        return Labels(seq, labels, aside, nbytes)
+
+
+def _noting_epochs(epochs: list[str]) -> aiohttp.TraceConfig:
+    """Return what notes the epoch that a handshake's answer tells; a WebSocket hides its head."""
+
+    async def note(
+        _session: object, _context: object, ended: aiohttp.TraceRequestEndParams
+    ) -> None:
+        if epoch := ended.response.headers.get("Sse-Labels-Epoch"):
+            epochs.append(epoch)
+
+    trace = aiohttp.TraceConfig()
+    trace.on_request_end.append(note)
+    return trace
+
+
+def _as_json(label: Any) -> Any:
+    """Return a label in the data model's JSON form, in which `parse_label` takes it."""
+    if isinstance(label, dict) and isinstance(label.get("sig"), bytes):
+        text = b2a_base64(label["sig"], newline=False).decode("ascii").rstrip("=")
+        return {**label, "sig": {"$bytes": text}}
+    return label

@@ -1,0 +1,77 @@
+"""What a mirror asks of its database, one typed method per question.
+
+Promises: labels and the upstream's cursor change in one transaction; a cursor that somebody else
+has moved stores nothing.
+Stands at the start of the corridor, beside the store: an upstream's labels become rows here.
+Does not belong here: reading an upstream (`upstream`), when to try again (`mirror`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from sse_labels.database import Connection
+from sse_labels.labels import Label
+
+
+class Place(NamedTuple):
+    """How far an upstream has been taken: its seq, and its epoch where it tells one."""
+
+    cursor: int
+    epoch: str | None
+
+
+class Aside(NamedTuple):
+    """A label that is not stored among the others: where it came, why, and itself in DAG-CBOR."""
+
+    seq: int
+    place: int
+    reason: str
+    label: bytes
+
+
+class Upstreams:
+    """The upstreams' cursors and labels, through the one session that has an upstream's lock."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    async def try_lock(self, url: str) -> bool:
+        """Say whether this session may follow `url` now; it keeps the right until it is closed."""
+        [(locked,)] = await self._connection.fetch("lock_upstream", url=url)
+        return bool(locked)
+
+    async def place(self, url: str, first: int = 0) -> Place:
+        """Return where to go on with `url`; when it was never followed, that is after `first`."""
+        await self._connection.fetch("register_upstream", url=url, cursor=first)
+        [(cursor, epoch)] = await self._connection.fetch("upstream", url=url)
+        return Place(cursor, epoch)
+
+    async def note_epoch(self, url: str, epoch: str) -> None:
+        """Remember which epoch the cursor belongs to."""
+        await self._connection.fetch("note_upstream_epoch", url=url, epoch=epoch)
+
+    async def rewind(self, url: str) -> None:
+        """Begin with `url` anew; from now on no label is stored that is stored already."""
+        await self._connection.fetch("rewind_upstream", url=url)
+
+    async def store(
+        self, url: str, cursor: int, until: int, labels: Sequence[Label], aside: Sequence[Aside]
+    ) -> int | None:
+        """Store what came after `cursor` and move it to `until`; return how many labels were new.
+
+        None, and nothing is stored, when the cursor stands elsewhere.
+        """
+        columns: dict[str, Any] = {
+            name: [getattr(label, name) for label in labels]
+            for name in ("src", "uri", "cid", "val", "neg", "cts", "exp", "sig")
+        }
+        refused: dict[str, Any] = {
+            f"aside_{name}": [getattr(each, name) for each in aside]
+            for name in ("seq", "place", "reason", "label")
+        }
+        [(moved, stored)] = await self._connection.fetch(
+            "store_mirrored", url=url, cursor=cursor, until=until, **columns, **refused
+        )
+        return int(stored) if moved else None

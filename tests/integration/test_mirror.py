@@ -1,0 +1,445 @@
+"""A mirror: what an upstream has is stored here once, whatever it and the database do."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import libipld
+import pytest
+from aiohttp import web
+
+from sse_labels import mirror as mirrors
+from sse_labels.database import Connection, Database
+from sse_labels.labels import label_json, parse_label
+from sse_labels.migrations import migrate
+from sse_labels.signatures import SigningKey, SourceKeys
+
+from support.database import TestDatabase, until
+from support.labeler import (
+    SRC,
+    Labeler,
+    error_message,
+    info_message,
+    labeler,
+    labels_message,
+    message,
+    mirroring,
+    wire_label,
+)
+from support.program import free_port
+from support.server import RunServer
+
+OTHER = "did:plc:" + "t" * 24
+SIG = bytes(range(64))
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mirrors, "RETRY_FIRST_SECONDS", 0.01)
+    monkeypatch.setattr(mirrors, "LOCKED_SECONDS", 0.02)
+
+
+@pytest.fixture
+async def upstream() -> AsyncIterator[Labeler]:
+    async with labeler() as made:
+        yield made
+
+
+def stored(database: TestDatabase) -> list[dict[str, Any]]:
+    """All labels of the table, in the form in which an upstream sends them."""
+    labels = [event["labels"][0] for event in database.stored()]
+    return [
+        {**label, "sig": bytes(SIG)} if label.get("sig") == as_json(SIG) else label
+        for label in labels
+    ]
+
+
+def as_json(sig: bytes) -> Any:
+    return label_json("", "", "", "", None, "", None, sig)["sig"]
+
+
+def sent(upstream: Labeler) -> list[dict[str, Any]]:
+    return [label for seq in sorted(upstream.labels) for label in upstream.labels[seq]]
+
+
+def cursor_of(database: TestDatabase) -> int:
+    [(cursor,)] = database.execute("SELECT cursor FROM label_upstream")
+    return int(cursor)
+
+
+def set_aside(database: TestDatabase) -> list[tuple[int, int, str, Any]]:
+    rows = database.execute(
+        "SELECT seq, place, reason, label FROM label_set_aside ORDER BY seq, place"
+    )
+    return [(*row[:3], libipld.decode_dag_cbor(bytes(row[3]))) for row in rows]
+
+
+async def test_history_and_live_labels_are_stored_as_they_came(
+    upstream: Labeler, database: TestDatabase
+) -> None:
+    cid = "bafyreidfayvfuwqa7qlnopdjiqrxzs6blmoeu4rujcjtnci5beludirz2a"
+    upstream.add(wire_label(1), wire_label(2, cid=cid, neg=True, exp="2030-01-01T00:00:00+02:00"))
+    upstream.add(wire_label(3, sig=SIG, neg=False))
+    upstream.add(wire_label(4, sig=SIG))
+    async with mirroring(database, upstream.url) as mirror:
+        await until(lambda: mirror.cursor == 3)
+        upstream.add(wire_label(5, val="ü\U0001f98b"))
+        await until(lambda: mirror.cursor == 4)
+    # What a signature covers is as it was stated, and what it does not is absent.
+    assert stored(database) == sent(upstream)
+    assert cursor_of(database) == 4
+
+
+async def test_the_next_run_goes_on_where_the_last_one_ended(
+    upstream: Labeler, database: TestDatabase
+) -> None:
+    for number in range(3):
+        upstream.add(wire_label(number))
+        async with mirroring(database, upstream.url, first_cursor=0) as mirror:
+            await until(lambda number=number, mirror=mirror: mirror.cursor == number + 1)
+    assert upstream.cursors == [0, 1, 2]
+    assert stored(database) == sent(upstream)
+
+
+async def test_an_upstream_that_was_never_followed_begins_where_it_is_told(
+    upstream: Labeler, database: TestDatabase
+) -> None:
+    for number in range(3):
+        upstream.add(wire_label(number))
+    async with mirroring(database, upstream.url, first_cursor=2) as mirror:
+        await until(lambda: mirror.count["stored"] == 1)
+    assert stored(database) == sent(upstream)[2:]
+
+
+class Dying:
+    """Sessions that die right before or after they stored labels, the first few times."""
+
+    def __init__(self, database: TestDatabase, *, after: bool, times: int) -> None:
+        self._database = Database(
+            database.dsn, connect_timeout_seconds=10, query_timeout_seconds=10, max_connections=1
+        )
+        self._after = after
+        self.left = times
+
+    async def __call__(self) -> Connection:
+        connection = await self._database.connect()
+        fetch = connection.fetch
+
+        async def dying(name: str, **parameters: Any) -> Any:
+            if name != "store_mirrored" or not self.left:
+                return await fetch(name, **parameters)
+            self.left -= 1
+            if self._after:
+                await fetch(name, **parameters)
+            connection.close()
+            # What a closed connection says to whoever waits for its answer.
+            return await fetch(name, **parameters)
+
+        connection.fetch = dying  # type: ignore[method-assign]
+        return connection
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+async def test_a_session_that_dies_around_the_commit_loses_and_doubles_nothing(
+    upstream: Labeler, database: TestDatabase, after: bool
+) -> None:
+    dying = Dying(database, after=after, times=3)
+    async with mirroring(database, upstream.url, connect=dying) as mirror:
+        for number in range(8):
+            upstream.add(wire_label(number))
+            await until(lambda number=number: mirror.cursor == number + 1)
+    assert dying.left == 0
+    assert stored(database) == sent(upstream)
+
+
+async def test_backends_that_are_terminated_lose_and_double_nothing(
+    upstream: Labeler, database: TestDatabase
+) -> None:
+    async with mirroring(database, upstream.url) as mirror:
+        for number in range(6):
+            upstream.add(wire_label(number))
+            if number % 2:
+                database.terminate(database.backends("label_upstream|store_mirrored|moved"))
+            await until(lambda number=number: mirror.cursor == number + 1)
+        assert mirror.count["reconnects"] >= 1
+    assert stored(database) == sent(upstream)
+
+
+async def test_of_two_mirrors_one_waits_and_takes_over(
+    upstream: Labeler, database: TestDatabase, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    upstream.add(wire_label(1))
+    first = mirroring(database, upstream.url)
+    one = await first.__aenter__()
+    await until(lambda: one.cursor == 1)
+    async with mirroring(database, upstream.url) as two:
+        await until(lambda: any("another process follows" in line for line in caplog.messages))
+        upstream.add(wire_label(2))
+        await until(lambda: one.cursor == 2)
+        assert two.cursor == 0
+        await first.__aexit__(None, None, None)
+        upstream.add(wire_label(3))
+        await until(lambda: two.cursor == 3)
+    assert stored(database) == sent(upstream)
+
+
+async def test_a_cursor_that_somebody_else_moved_stores_nothing(
+    upstream: Labeler, database: TestDatabase, caplog: pytest.LogCaptureFixture
+) -> None:
+    upstream.add(wire_label(1))
+    async with mirroring(database, upstream.url) as mirror:
+        await until(lambda: mirror.cursor == 1)
+        database.execute("UPDATE label_upstream SET cursor = 2")
+        upstream.add(wire_label(2))
+        upstream.add(wire_label(3))
+        await until(lambda: mirror.cursor == 3)
+    assert stored(database) == [sent(upstream)[0], sent(upstream)[2]]
+    assert any("somebody else moved the cursor" in line for line in caplog.messages)
+
+
+async def test_several_upstreams_are_followed_at_once(
+    upstream: Labeler, database: TestDatabase
+) -> None:
+    async with (
+        labeler() as second,
+        mirroring(database, upstream.url) as one,
+        mirroring(database, second.url) as two,
+    ):
+        for number in range(5):
+            upstream.add(wire_label(number))
+            second.add(wire_label(number, src=OTHER))
+        await until(lambda: one.cursor == two.cursor == 5)
+    for each, src in ((upstream, SRC), (second, OTHER)):
+        assert [label for label in stored(database) if label["src"] == src] == sent(each)
+
+
+async def test_an_upstream_that_began_anew_is_read_from_its_beginning_and_doubles_nothing(
+    upstream: Labeler, database: TestDatabase, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in range(5):
+        upstream.add(wire_label(number))
+    async with mirroring(database, upstream.url) as mirror:
+        await until(lambda: mirror.cursor == 5)
+    # Restored from a backup: the last two are gone, and others took their place.
+    before = sent(upstream)
+    del upstream.labels[4], upstream.labels[5]
+    upstream.add(wire_label(10))
+    upstream.cursors.clear()
+    async with mirroring(database, upstream.url) as mirror:
+        await until(lambda: mirror.cursor == 4)
+        upstream.add(wire_label(11))
+        await until(lambda: mirror.cursor == 5)
+    assert upstream.cursors == [5, 5, 5, 0]
+    assert stored(database) == [*before, wire_label(10), wire_label(11)]
+    assert any("began anew" in line and "cursor=5" in line for line in caplog.messages)
+
+
+async def test_a_server_that_is_a_moment_behind_is_not_taken_for_one_that_began_anew(
+    upstream: Labeler, database: TestDatabase
+) -> None:
+    for number in range(3):
+        upstream.add(wire_label(number))
+    async with mirroring(database, upstream.url) as mirror:
+        await until(lambda: mirror.cursor == 3)
+    denials = 2
+
+    async def behind(socket: web.WebSocketResponse, cursor: int) -> bool:
+        nonlocal denials
+        denials -= 1
+        if denials >= 0:
+            await socket.send_bytes(error_message("FutureCursor"))
+            await socket.close(code=1008)
+        return denials >= 0
+
+    upstream.say = behind
+    async with mirroring(database, upstream.url) as mirror:
+        upstream.add(wire_label(3))
+        await until(lambda: mirror.cursor == 4)
+        assert mirror.count["rewinds"] == 0
+    assert upstream.cursors == [0, 3, 3, 3]
+    assert stored(database) == sent(upstream)
+
+
+async def test_a_server_of_ours_as_upstream_is_followed_through_a_new_epoch(
+    run_server: RunServer, database: TestDatabase, empty_database: TestDatabase
+) -> None:
+    edge = Database(
+        empty_database.dsn, connect_timeout_seconds=10, query_timeout_seconds=10, max_connections=1
+    )
+    await migrate(edge)
+    edge.close()
+    port = free_port()
+    url = f"ws://127.0.0.1:{port}/xrpc/com.atproto.label.subscribeLabels"
+    async with mirroring(empty_database, url) as mirror:
+        database.insert(3, sig=SIG)
+        async with run_server(port=port):
+            await until(lambda: mirror.cursor == 3)
+        # As after a restore: another epoch, and more labels than were ever mirrored.
+        database.execute("UPDATE label_stream SET epoch = gen_random_uuid()")
+        database.insert(2, val="rude", sig=SIG)
+        async with run_server(port=port):
+            await until(lambda: mirror.cursor == 5)
+        assert mirror.count["rewinds"] == 1
+        assert (mirror.count["stored"], mirror.count["known"]) == (5, 3)
+    assert stored(empty_database) == stored(database)
+
+
+async def test_an_outdated_cursor_is_told_and_the_rest_is_stored(
+    upstream: Labeler, database: TestDatabase, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def outdated(socket: web.WebSocketResponse, cursor: int) -> bool:
+        await socket.send_bytes(info_message("OutdatedCursor"))
+        await socket.send_bytes(info_message("WeatherReport"))
+        return False
+
+    upstream.say = outdated
+    upstream.add(wire_label(1))
+    caplog.set_level("INFO")
+    async with mirroring(database, upstream.url) as mirror:
+        await until(lambda: mirror.cursor == 1)
+        assert mirror.count["outdated"] == 1
+    assert stored(database) == sent(upstream)
+    assert any("are gone at the upstream" in line for line in caplog.messages)
+    assert any("name=WeatherReport" in line for line in caplog.messages)
+
+
+GARBAGE = {
+    "no message": b"garbage",
+    "one object": libipld.encode_dag_cbor({"op": 1, "t": "#labels"}),
+    "no labels": message({"op": 1, "t": "#labels"}, {"seq": 1}),
+    "no seq": message({"op": 1, "t": "#labels"}, {"labels": []}),
+    "a seq below": message({"op": 1, "t": "#labels"}, {"seq": 0, "labels": []}),
+    "a seq that is true": message({"op": 1, "t": "#labels"}, {"seq": True, "labels": []}),
+    "too large": b"x" * ((1 << 20) + 1),
+    "slow": error_message("ConsumerTooSlow"),
+    "text": "text",
+    "nothing": None,
+}
+
+
+@pytest.mark.parametrize("garbage", GARBAGE.values(), ids=GARBAGE)
+async def test_what_is_no_message_ends_the_connection_and_moves_nothing(
+    upstream: Labeler,
+    database: TestDatabase,
+    garbage: bytes | str | None,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    spoke = False
+
+    async def babble(socket: web.WebSocketResponse, cursor: int) -> bool:
+        nonlocal spoke
+        if spoke:
+            return False
+        spoke = True
+        if isinstance(garbage, str):
+            await socket.send_str(garbage)
+        elif garbage is not None:
+            await socket.send_bytes(garbage)
+        return True
+
+    upstream.say = babble
+    upstream.add(wire_label(1))
+    async with mirroring(database, upstream.url) as mirror:
+        await until(lambda: mirror.cursor == 1)
+        assert mirror.count["reconnects"] == 1
+    assert upstream.cursors == [0, 0]
+    assert stored(database) == sent(upstream)
+    [line] = [line for line in caplog.messages if "the upstream is lost" in line]
+    assert "cursor=0 error=it " in line or "Message size" in line
+
+
+async def test_unknown_messages_and_seqs_that_come_again_change_nothing(
+    upstream: Labeler, database: TestDatabase
+) -> None:
+    async def chatter(socket: web.WebSocketResponse, cursor: int) -> bool:
+        await socket.send_bytes(message({"op": 1, "t": "#weather"}, {"rain": 1}))
+        await socket.send_bytes(labels_message(1, wire_label(1)))
+        await socket.send_bytes(labels_message(1, wire_label(1)))
+        return False
+
+    upstream.say = chatter
+    upstream.add(wire_label(1))
+    upstream.add(wire_label(2))
+    async with mirroring(database, upstream.url) as mirror:
+        await until(lambda: mirror.cursor == 2)
+        assert mirror.count["repeated"] >= 1
+    assert stored(database) == sent(upstream)
+
+
+async def test_labels_that_break_the_lexicon_are_set_aside_whole(
+    upstream: Labeler, database: TestDatabase, caplog: pytest.LogCaptureFixture
+) -> None:
+    bad = [
+        wire_label(1, cts="yesterday"),
+        wire_label(2, reason="an unknown field, that a signature may cover", sig=SIG),
+        wire_label(3, val="a\0b"),
+        "no label",
+    ]
+    upstream.add(wire_label(0), *bad)
+    upstream.add(wire_label(4))
+    async with mirroring(database, upstream.url) as mirror:
+        await until(lambda: mirror.cursor == 2)
+        assert mirror.count["set_aside"] == 4
+    assert stored(database) == [wire_label(0), wire_label(4)]
+    aside = set_aside(database)
+    assert [(seq, place, label) for seq, place, _, label in aside] == [
+        (1, place, label) for place, label in enumerate(bad, start=1)
+    ]
+    assert [reason.split(":")[0] for _, _, reason, _ in aside] == [
+        "cts", "reason", "val", "got 'no label', expected a JSON object",
+    ]  # fmt: skip
+    assert sum("a label is set aside" in line for line in caplog.messages) == 4
+
+
+async def test_wrong_signatures_are_set_aside_and_right_ones_kept(
+    upstream: Labeler, database: TestDatabase, tmp_path: Path
+) -> None:
+    key = SigningKey(b"\x1f" * 32)
+    (tmp_path / "keys").write_text(f"{SRC} {key.did_key}\n")
+    signed = key.sign(parse_label(wire_label(1)))
+    upstream.add(wire_label(1, sig=signed.sig))
+    upstream.add(wire_label(2, sig=signed.sig))
+    upstream.add(wire_label(3, sig=SIG, src=OTHER))
+    keys = SourceKeys(tmp_path / "keys")
+    async with mirroring(database, upstream.url, source_keys=keys) as mirror:
+        await until(lambda: mirror.cursor == 3)
+    [row, other] = database.execute("SELECT src, sig FROM label ORDER BY id")
+    assert (row[0], bytes(row[1])) == (SRC, signed.sig)
+    assert other[0] == OTHER
+    [(seq, _, reason, label)] = set_aside(database)
+    assert (seq, reason) == (2, f"sig: is not a signature of {SRC} for this label")
+    assert label == upstream.labels[2][0]
+
+
+async def test_labels_of_other_sources_are_left_out_when_one_is_named(
+    upstream: Labeler, database: TestDatabase
+) -> None:
+    upstream.add(wire_label(1), wire_label(2, src=OTHER))
+    upstream.add(wire_label(3, src=OTHER))
+    async with mirroring(database, upstream.url, did=SRC) as mirror:
+        await until(lambda: mirror.cursor == 2)
+    assert stored(database) == [wire_label(1)]
+    assert set_aside(database) == []
+
+
+async def test_an_upstream_that_is_not_there_yet_is_tried_again(
+    database: TestDatabase, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with mirroring(database, "ws://127.0.0.1:9/xrpc/x") as mirror:
+        await until(lambda: mirror.count["reconnects"] >= 3)
+    assert any("the upstream is lost" in line for line in caplog.messages)
+
+
+async def test_much_history_is_stored_in_few_transactions(
+    upstream: Labeler, database: TestDatabase
+) -> None:
+    for number in range(3000):
+        upstream.labels[number + 1] = [wire_label(number)]
+    async with mirroring(database, upstream.url) as mirror:
+        await until(lambda: mirror.cursor == 3000)
+    assert stored(database) == sent(upstream)
+    [(transactions,)] = database.execute("SELECT count(DISTINCT xmin::text) FROM label")
+    assert transactions < 600

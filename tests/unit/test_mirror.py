@@ -1,0 +1,112 @@
+"""A mirror's parts that need no database: what waits to be stored, and how upstreams are named."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from click.testing import CliRunner
+
+from sse_labels.cli.mirror import METHOD_PATH, Wanted, mirror, upstream
+from sse_labels.config import Expected
+from sse_labels.errors import ConfigError
+from sse_labels.labels import Label
+from sse_labels.mirror import Waiting
+from sse_labels.upstream import Labels, UpstreamLost
+
+LABEL = Label("did:web:a.example", "at://x", "", "spam", None, "now", None, None)
+
+
+def some(seq: int, labels: int = 1, nbytes: int = 100) -> Labels:
+    return Labels(seq, [LABEL] * labels, [], nbytes)
+
+
+async def test_a_batch_is_all_that_waits_up_to_its_labels() -> None:
+    waiting = Waiting(10_000)
+    for seq in range(1, 6):
+        await waiting.put(some(seq, labels=2))
+    assert [message.seq for message in await waiting.batch(5)] == [1, 2, 3]
+    assert [message.seq for message in await waiting.batch(5)] == [4, 5]
+
+
+async def test_a_batch_waits_for_the_first_message_alone() -> None:
+    waiting = Waiting(10_000)
+    batch = asyncio.create_task(waiting.batch(5))
+    await asyncio.sleep(0)
+    assert not batch.done()
+    await waiting.put(some(1))
+    assert [message.seq for message in await batch] == [1]
+
+
+async def test_whoever_puts_waits_while_it_is_full_of_bytes() -> None:
+    waiting = Waiting(250)
+    for seq in (1, 2, 3):
+        await asyncio.wait_for(waiting.put(some(seq)), 1)
+    fourth = asyncio.create_task(waiting.put(some(4)))
+    await asyncio.sleep(0)
+    assert not fourth.done()
+    assert waiting.qsize() == 300
+    await waiting.batch(1)
+    await asyncio.wait_for(fourth, 1)
+    assert waiting.qsize() == 300
+
+
+async def test_the_end_is_raised_behind_what_came_before_it() -> None:
+    waiting = Waiting(10_000)
+    await waiting.put(some(1))
+    await waiting.put(some(2))
+    await waiting.put(UpstreamLost("over"))
+    assert [message.seq for message in await waiting.batch(50)] == [1, 2]
+    with pytest.raises(UpstreamLost, match="over"):
+        await waiting.batch(50)
+    assert waiting.empty()
+
+
+@pytest.mark.parametrize(
+    ("text", "url", "did"),
+    [
+        ("wss://labeler.example", f"wss://labeler.example{METHOD_PATH}", None),
+        ("https://labeler.example/", f"wss://labeler.example{METHOD_PATH}", None),
+        ("http://127.0.0.1:8080", f"ws://127.0.0.1:8080{METHOD_PATH}", None),
+        ("ws://[::1]:1/elsewhere", "ws://[::1]:1/elsewhere", None),
+        (
+            "did:plc:abc=wss://labeler.example",
+            f"wss://labeler.example{METHOD_PATH}",
+            "did:plc:abc",
+        ),
+        (
+            "did:web:a.example%3A8080=wss://a.example:8080/x?cursor=7&values=a%26b",
+            "wss://a.example:8080/x?values=a%26b",
+            "did:web:a.example%3A8080",
+        ),
+    ],
+)
+def test_an_upstream_is_named_by_its_address(text: str, url: str, did: str | None) -> None:
+    assert upstream(text) == Wanted(url, did)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "labeler.example", "ftp://labeler.example", "wss://", "wss://a:0", "wss://a b",
+        "did:plc:abc", "did:plc:abc=", "did:=wss://a", "wss://a#b", "wss://u:p@a", "wss://[", "",
+    ],
+)  # fmt: skip
+def test_what_is_no_address_is_refused(text: str) -> None:
+    with pytest.raises(Expected):
+        upstream(text)
+
+
+def refused(*arguments: str) -> str:
+    with pytest.raises(ConfigError) as raised:
+        CliRunner().invoke(mirror, arguments, catch_exceptions=False)
+    return str(raised.value)
+
+
+def test_a_password_in_an_address_is_never_shown() -> None:
+    assert "secret" not in refused("wss://me:secret@a.example")
+
+
+def test_an_upstream_that_is_named_twice_is_refused() -> None:
+    said = refused("wss://a.example", "did:plc:abc=https://a.example/")
+    assert said == f"URL: got 'wss://a.example{METHOD_PATH}', expected each upstream once"
