@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from sse_labels.database import Connection
+from sse_labels.database import Connection, Database
 from sse_labels.labels import Label
 
 
@@ -29,6 +29,12 @@ class Aside(NamedTuple):
     place: int
     reason: str
     label: bytes
+
+
+async def may_mirror(database: Database) -> bool:
+    """Say whether this role may store what upstreams send."""
+    [(may,)] = await database.fetch("may_mirror")
+    return bool(may)
 
 
 class Upstreams:

@@ -1,5 +1,13 @@
 -- What a mirror of other labelers asks. One session has the lock of an upstream and does all of it.
 
+-- name: may_mirror
+-- One row: may this role store labels and how far an upstream was taken.
+SELECT bool_and(has_table_privilege(to_regclass(place), needed))
+           AND has_sequence_privilege(pg_get_serial_sequence('label', 'id'), 'USAGE')
+  FROM (VALUES ('label', 'SELECT'), ('label', 'INSERT'), ('label_set_aside', 'INSERT'),
+               ('label_upstream', 'SELECT'), ('label_upstream', 'INSERT'),
+               ('label_upstream', 'UPDATE')) AS wanted (place, needed);
+
 -- name: lock_upstream
 -- One row: whether this session is now the one that follows this upstream.
 SELECT pg_try_advisory_lock(hashtext('sse-labels mirror'), hashtext(%(url)s));

@@ -27,6 +27,7 @@ from sse_labels.mirror import Mirror
 from sse_labels.signatures import SourceKeys
 from sse_labels.store import Store
 from sse_labels.upstream import SEQ_MAX, Upstream
+from sse_labels.upstreams import may_mirror
 
 METHOD_PATH = "/xrpc/com.atproto.label.subscribeLabels"
 
@@ -169,9 +170,9 @@ async def prepare(database: Database, settings: Settings) -> None:
     if settings.migrate:
         await migrations.migrate(database)
     await store.check()
-    if not store.may_publish:
+    if not await may_mirror(database):
         raise SchemaError(
             "--dsn",
-            "a role that may not publish",
-            "a table made by `sse-labels migrate`, and a role with the rights to mirror",
+            "a role that may not mirror, or a schema that is too old",
+            "tables made by `sse-labels migrate`, and the rights that the README's table lists",
         )

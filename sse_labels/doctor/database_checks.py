@@ -57,6 +57,7 @@ class DatabaseChecks:
             "triggers": self.triggers,
             "notifications": self.notifications,
             "open transactions": self.open_transactions,
+            "upstreams": self.upstreams,
             "connections left": self.connections_left,
             "durability": self.durability,
             "database's clock": self.clock,
@@ -107,9 +108,16 @@ class DatabaseChecks:
             return [failure("schema", f"version {version}, this program has {newest}", do)]
         return [ok("schema", f"version {version}")]
 
+    async def _is_ozone(self) -> bool:
+        [(is_ozone, _)] = await self._database.fetch("is_ozone")
+        return bool(is_ozone)
+
     async def rights(self) -> list[Finding]:
         """Say what the role may do, too little and too much."""
         held = await self._database.fetch("rights")
+        if await self._is_ozone():
+            # It has none of our tables, and its sequence need not be read.
+            held = [row for row in held if row[0] != "stream" or row[2] == "label"]
         [(owner, hidden)] = await self._database.fetch("label_owner") or [(False, False)]
         [facts] = await self._database.fetch("server_facts")
         superuser = facts[10]
@@ -214,6 +222,8 @@ class DatabaseChecks:
 
     async def triggers(self) -> list[Finding]:
         """Say whether the triggers of the migrations are there and fire."""
+        if await self._is_ozone():
+            return [ok("triggers", "Ozone has none: it notifies, and guards its table, itself")]
         works = {
             function: enabled for _, function, enabled in await self._database.fetch("triggers")
         }
@@ -281,6 +291,34 @@ class DatabaseChecks:
                 )
             )
         return found
+
+    async def upstreams(self) -> list[Finding]:
+        """Say of each labeler that is mirrored whether somebody follows it."""
+        if await self._is_ozone():
+            return [ok("upstreams", "nothing is mirrored into Ozone's table")]
+        [(may_see,)] = await self._database.fetch("may_see_upstreams")
+        if not may_see:
+            return [ok("upstreams", "not for this role to see, nor needed to serve")]
+        found = []
+        for url, cursor, age, followed, aside in await self._database.fetch("upstreams"):
+            seen = f"{url} is taken up to its seq {cursor}, the last of it {age:.0f} s ago"
+            if not followed:
+                found.append(
+                    warning(
+                        "upstreams", f"{seen}; nobody follows it", f"run sse-labels mirror {url}"
+                    )
+                )
+            elif aside:
+                found.append(
+                    warning(
+                        "upstreams",
+                        f"{seen}; {aside} labels were set aside",
+                        "see label_set_aside for why",
+                    )
+                )
+            else:
+                found.append(ok("upstreams", seen))
+        return found or [ok("upstreams", "no labeler is mirrored here")]
 
     async def connections_left(self) -> list[Finding]:
         """Say whether a server with these settings finds connections enough."""

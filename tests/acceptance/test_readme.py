@@ -17,13 +17,14 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from support.database import TestDatabase, reachable_directory, until
+from support.labeler import labeler, wire_label
 from support.program import PATIENCE_SECONDS, REPOSITORY, command, environment, free_port
 from support.server import PUBLISH_TOKEN, RunServer
 
@@ -47,6 +48,8 @@ ELSEWHERE = {
     "apt-get install nginx ssl-cert": "test_nginx.py: nginx -t and reload with that very file",
 }
 CLAIMED = {"make demo", "make bench"}
+#: Commands that do not end, and log.
+LOGGING = re.compile("serve|sse-labels mirror")
 
 
 def block(first: str) -> pytest.MarkDecorator:
@@ -68,6 +71,8 @@ class Shell:
     dsn: str
     variables: dict[str, str]
     streams: Callable[[], Any] = lambda: 0
+    #: What stands for more of the README's names.
+    places: dict[str, str] = field(default_factory=dict)
 
     async def run(self, line: str, **variables: str) -> str:
         """Run a command to its end; return what it wrote, on success."""
@@ -99,6 +104,7 @@ class Shell:
             "https://labels.example": self.url,
             "postgresql://…": shlex.quote(self.dsn),
             ".venv/bin/python": sys.executable,
+            **self.places,
         }
         for theirs, ours in places.items():
             line = line.replace(theirs, ours)
@@ -107,7 +113,7 @@ class Shell:
             env=environment(**{**self.variables, **variables}),
             stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE,
             # A server's log is what shows that it serves.
-            stderr=asyncio.subprocess.STDOUT if "serve" in line else asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT if LOGGING.search(line) else asyncio.subprocess.PIPE,
         )  # fmt: skip
         try:
             yield process
@@ -272,6 +278,26 @@ async def test_reseeding(lines: list[str], home: Path, database: TestDatabase) -
     shell = Shell(home, "", database.dsn, {"PATH": f"{home}/bin:{os.environ['PATH']}"})
     assert "the next seq is 123457" in await shell.run(lines[0])
     assert database.insert() == [123457]
+
+
+@block(
+    "sse-labels mirror wss://labeler.example did:plc:ewvi7nxzyoun6zhxrhs64oiz=wss://ozone.example"
+)
+async def test_mirroring(lines: list[str], home: Path, database: TestDatabase) -> None:
+    async with labeler() as one, labeler() as two:
+        one.add(wire_label(1))
+        two.add(wire_label(2), wire_label(3, src="did:plc:ewvi7nxzyoun6zhxrhs64oiz"))
+        places = {"wss://labeler.example": one.url, "wss://ozone.example": two.url}
+        variables = {
+            "PATH": f"{home}/bin:{os.environ['PATH']}",
+            "SSE_LABELS_DSN": database.dsn,
+            "SSE_LABELS_REPORT_SECONDS": "0.1",
+        }
+        shell = Shell(home, "", database.dsn, variables, places=places)
+        mirrored = r"mirrored: upstream=\S+ cursor=1 stored=1"
+        await shell.run_until(lines[0], rf"(?s){mirrored}.*{mirrored}")
+    uris = {event["labels"][0]["uri"][-3:] for event in database.stored()}
+    assert uris == {"3k1", "3k3"}
 
 
 async def test_the_lines_of_python(shell: Shell, database: TestDatabase) -> None:

@@ -12,14 +12,15 @@ from sse_labels.doctor import Finding, Patient, Verdict, examine
 from sse_labels.doctor.database_checks import DatabaseChecks, clock_finding
 from sse_labels.queries import migrations
 
-from support.database import TestDatabase, insert_with, role
+from support.database import OZONE_TABLES, TestDatabase, insert_with, role, until
+from support.labeler import labeler, mirroring, wire_label
 from support.pgbouncer import pgbouncer
 
 STREAM = ("SELECT ON label, label_stream, sse_labels_migration", "SELECT ON SEQUENCE label_id_seq")
 
 SUBJECTS = (
     "connection", "schema", "rights", "sequence", "triggers", "notifications",
-    "open transactions", "connections left", "durability", "database's clock",
+    "open transactions", "upstreams", "connections left", "durability", "database's clock",
 )  # fmt: skip
 
 
@@ -252,6 +253,36 @@ class TestOpenTransactions:
             finding = await found(dsn, "open transactions")
             writer.rollback()
         warned(finding, "not ended for at least 0.05 s", "commit it")
+
+
+class TestUpstreams:
+    async def test_one_that_nobody_follows_is_a_warning(self, database: TestDatabase) -> None:
+        async with labeler() as upstream:
+            upstream.add(wire_label())
+            async with mirroring(database, upstream.url) as mirror:
+                await until(lambda: mirror.cursor == 1)
+                finding = await found(database.dsn, "upstreams")
+                assert (finding.verdict, "its seq 1," in finding.seen) == (Verdict.OK, True)
+            warned(await found(database.dsn, "upstreams"), "nobody follows it", upstream.url)
+
+    async def test_labels_that_were_set_aside_are_a_warning(self, database: TestDatabase) -> None:
+        async with labeler() as upstream:
+            upstream.add("no label")
+            async with mirroring(database, upstream.url) as mirror:
+                await until(lambda: mirror.cursor == 1)
+                warned(await found(database.dsn, "upstreams"), "1 labels were set aside", "aside")
+
+
+async def test_of_ozones_database_nothing_is_asked_that_it_does_not_have(
+    empty_database: TestDatabase,
+) -> None:
+    empty_database.execute(OZONE_TABLES)
+    with role(empty_database, "SELECT ON label") as dsn:
+        patient = Patient(Settings(migrate=False), dsn, embedded=False, url=None)
+        findings = {finding.subject: finding async for finding in examine(patient)}
+    bad = [finding for finding in findings.values() if finding.verdict is Verdict.FAILURE]
+    assert bad == []
+    assert "Ozone's" in findings["schema"].seen
 
 
 async def test_too_few_connections_for_a_server_fail(database: TestDatabase) -> None:

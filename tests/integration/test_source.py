@@ -10,21 +10,10 @@ from sse_labels.app import App
 from sse_labels.config import Settings
 from sse_labels.errors import ConfigError, DatabaseUnavailable, SchemaError
 
-from support.database import TestDatabase, role, until
+from support.database import OZONE_TABLES, TestDatabase, role, until
 from support.reading import reading
 from support.server import PUBLISH_TOKEN, QUICK, RunServer
 
-#: The columns, keys and channel of `@atproto/ozone` 0.1.169; the whole is in test_ozone.py.
-OZONE_TABLES = """
-CREATE TABLE label (
-    id bigserial PRIMARY KEY, src varchar NOT NULL, uri varchar NOT NULL, cid varchar NOT NULL,
-    val varchar NOT NULL, neg boolean NOT NULL, cts varchar NOT NULL, exp varchar, sig bytea,
-    "signingKeyId" integer
-);
-CREATE UNIQUE INDEX unique_label_idx ON label (src, uri, cid, val);
-CREATE TABLE moderation_event (id serial PRIMARY KEY);
-CREATE TABLE signing_key (id serial PRIMARY KEY, key varchar NOT NULL);
-"""
 SIG = bytes(64)
 
 

@@ -21,6 +21,18 @@ from urllib.parse import quote
 import psycopg2
 from psycopg2.extensions import make_dsn, parse_dsn
 
+#: The columns, keys and channel of `@atproto/ozone` 0.1.169; the whole is in test_ozone.py.
+OZONE_TABLES = """
+CREATE TABLE label (
+    id bigserial PRIMARY KEY, src varchar NOT NULL, uri varchar NOT NULL, cid varchar NOT NULL,
+    val varchar NOT NULL, neg boolean NOT NULL, cts varchar NOT NULL, exp varchar, sig bytea,
+    "signingKeyId" integer
+);
+CREATE UNIQUE INDEX unique_label_idx ON label (src, uri, cid, val);
+CREATE TABLE moderation_event (id serial PRIMARY KEY);
+CREATE TABLE signing_key (id serial PRIMARY KEY, key varchar NOT NULL);
+"""
+
 
 @contextmanager
 def reachable_directory() -> Iterator[Path]:
