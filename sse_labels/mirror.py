@@ -96,13 +96,13 @@ class Mirror:
 
     async def report(self, every_seconds: float) -> None:
         """Log what was done, whenever something was, until cancelled; and at the end."""
-        told = self.count.copy()
+        told = self.cursor
         try:
             while True:
                 await asyncio.sleep(every_seconds)
-                if self.count != told:
+                if self.cursor != told:
+                    told = self.cursor
                     self._report("mirrored")
-                    told = self.count.copy()
         finally:
             self._report("stopping")
 

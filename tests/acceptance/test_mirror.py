@@ -224,6 +224,25 @@ async def test_what_is_mirrored_is_streamed_and_its_signatures_are_kept(
     assert values(database, SKYWARE_DID) == skyware.published
 
 
+async def test_a_skyware_labeler_that_lost_its_database_is_read_from_its_beginning(
+    database: TestDatabase, skyware: Skyware, tmp_path: Path
+) -> None:
+    await skyware.start()
+    for number in range(1, 6):
+        await skyware.publish(number)
+    with mirror_of(database, skyware.url) as mirror:
+        mirror.wait_for("cursor=5 stored=5")
+        await skyware.kill()
+        for file in tmp_path.glob("labels.db*"):
+            file.unlink()
+        await skyware.start()
+        for number in range(6, 9):
+            await skyware.publish(number)
+        mirror.wait_for("began anew, and is read from its beginning: .*cursor=5")
+        mirror.wait_for("cursor=3 stored=8")
+    assert values(database, SKYWARE_DID) == skyware.published
+
+
 async def test_a_wrong_key_sets_labels_aside_and_says_so(
     database: TestDatabase, skyware: Skyware, tmp_path: Path
 ) -> None:
