@@ -110,15 +110,15 @@ class StreamAuth:
         """Return whether reading needs a token."""
         return self._keys is not None
 
-    def authorize(self, request: web.Request) -> Grant:
-        """Return what `request` may read.
+    def authorize(self, request: web.Request, *, by_cookie: bool = True) -> Grant:
+        """Return what `request` may read; without `by_cookie` a cookie says nothing.
 
         Raises AuthRequired without a token or with one that does not hold, InvalidRequest when
         the request carries two (RFC 6750, 2).
         """
         if self._keys is None:
             return PUBLIC
-        token, in_query = _token_of(request)
+        token, in_query = _token_of(request, by_cookie)
         if token is None:
             # RFC 6750, 3.1: without any token, no error code.
             raise AuthRequired(
@@ -305,7 +305,7 @@ def _named(keys: Mapping[str, Key], token: str) -> Key:
     return key
 
 
-def _token_of(request: web.Request) -> tuple[str | None, bool]:
+def _token_of(request: web.Request, by_cookie: bool) -> tuple[str | None, bool]:
     """Return the token and whether it stood in the URL.
 
     What the client put there itself wins over the cookie, which a browser sends unasked and a
@@ -333,7 +333,7 @@ def _token_of(request: web.Request) -> tuple[str | None, bool]:
             raise _challenged(InvalidRequest("the token is empty"), "invalid_request", "no token")
         return given[0], bool(queries)
     # Emptied is how a cookie is often deleted.
-    return request.cookies.get(COOKIE) or None, False
+    return (request.cookies.get(COOKIE) or None) if by_cookie else None, False
 
 
 def _time(claims: Mapping[str, object], name: str) -> float | None:

@@ -16,8 +16,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any
+from urllib.parse import urlsplit
 
-from aiohttp import WSMsgType, web
+from aiohttp import WSMsgType, hdrs, web
 from aiohttp.abc import AbstractStreamWriter
 
 from sse_labels.chunk import Chunk
@@ -134,6 +135,21 @@ def wants_socket(request: web.Request) -> bool:
             "expected a WebSocket handshake of version 13 (RFC 6455, section 4.2.1)"
         )
     return True
+
+
+def page_elsewhere(request: web.Request) -> str | None:
+    """Return the origin of a page that is not of this host; None for one that is, and others.
+
+    Ports are not compared: cookies know none, and proxies leave them out.
+    """
+    origin = request.headers.get(hdrs.ORIGIN)
+    if origin is None:
+        return None
+    try:
+        same = urlsplit(origin).hostname == urlsplit(f"//{request.host}").hostname
+    except ValueError:
+        same = False
+    return None if same else origin
 
 
 async def refuse(request: web.Request, error: RequestError, *, final: bool) -> web.StreamResponse:

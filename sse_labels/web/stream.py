@@ -24,6 +24,7 @@ from sse_labels.config import Settings
 from sse_labels.errors import (
     DatabaseUnavailable,
     EpochChanged,
+    Forbidden,
     FutureCursor,
     NotReady,
     RequestError,
@@ -43,10 +44,10 @@ from sse_labels.shared.counts import Tally
 from sse_labels.sse import encode_error, encode_info
 from sse_labels.store import Snapshot, Store
 from sse_labels.web.addresses import PerAddress, TrustedProxies
-from sse_labels.web.auth import StreamAuth, narrow
+from sse_labels.web.auth import Grant, StreamAuth, narrow
 from sse_labels.web.delivery import retry_ms
 from sse_labels.web.event_stream import HEADERS, EventStream
-from sse_labels.web.label_socket import LabelSocket, refuse, wants_socket
+from sse_labels.web.label_socket import LabelSocket, page_elsewhere, refuse, wants_socket
 from sse_labels.web.parameters import request_filter, stream_cursor, wants_state
 
 log = logging.getLogger(__name__)
@@ -113,15 +114,23 @@ class StreamHandler:
 
     async def subscribe(self, request: web.Request) -> web.StreamResponse:
         """Return the WebSocket that was asked for, or the event stream without an upgrade."""
-        return await self._handle(request, wants_socket(request))
+        if not wants_socket(request):
+            return await self.handle(request)
+        # A browser lets every page open WebSockets, and sends the cookies along.
+        elsewhere = page_elsewhere(request)
+        if elsewhere and not {"*", elsewhere} & set(self._settings.cors_origins):
+            raise Forbidden("pages of this origin may not read here")
+        grant = self._auth.authorize(request, by_cookie=not elsewhere)
+        return await self._handle(request, grant, socket=True)
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """Return the event stream that was asked for; raise what is wrong with the request."""
-        return await self._handle(request, False)
+        return await self._handle(request, self._auth.authorize(request), socket=False)
 
-    async def _handle(self, request: web.Request, socket: bool) -> web.StreamResponse:
-        # Before all else: 401 and 403 are final for a browser too.
-        grant = self._auth.authorize(request)
+    async def _handle(
+        self, request: web.Request, grant: Grant, *, socket: bool
+    ) -> web.StreamResponse:
+        # A grant before all else: 401 and 403 are final for a browser too.
         cursor = stream_cursor(request)
         state = wants_state(request)
         narrowed = narrow(request_filter(request), grant)

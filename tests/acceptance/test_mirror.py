@@ -49,6 +49,7 @@ class Skyware:
     """The real `@skyware/labeler`, on an SQLite file that survives it."""
 
     def __init__(self, folder: Path) -> None:
+        self._folder = folder
         self.port = free_port()
         self.program = NodeProgram(
             "skyware.mjs",
@@ -74,6 +75,11 @@ class Skyware:
 
     async def kill(self) -> None:
         await asyncio.to_thread(self.program.stop, signal.SIGKILL)
+
+    def forget(self) -> None:
+        """Lose the database."""
+        for file in self._folder.glob("labels.db*"):
+            file.unlink()
 
 
 class RealOzone:
@@ -225,7 +231,7 @@ async def test_what_is_mirrored_is_streamed_and_its_signatures_are_kept(
 
 
 async def test_a_skyware_labeler_that_lost_its_database_is_read_from_its_beginning(
-    database: TestDatabase, skyware: Skyware, tmp_path: Path
+    database: TestDatabase, skyware: Skyware
 ) -> None:
     await skyware.start()
     for number in range(1, 6):
@@ -233,8 +239,7 @@ async def test_a_skyware_labeler_that_lost_its_database_is_read_from_its_beginni
     with mirror_of(database, skyware.url) as mirror:
         mirror.wait_for("cursor=5 stored=5")
         await skyware.kill()
-        for file in tmp_path.glob("labels.db*"):
-            file.unlink()
+        skyware.forget()
         await skyware.start()
         for number in range(6, 9):
             await skyware.publish(number)

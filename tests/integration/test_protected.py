@@ -8,12 +8,14 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import httpx
 import jwt
 import pytest
 
 from sse_labels.publish_tokens import add_token
 from sse_labels.web.auth import COOKIE, LEEWAY_SECONDS
+from sse_labels.xrpc import decode
 
 from support.database import TestDatabase
 from support.reading import reading
@@ -167,3 +169,44 @@ async def test_every_answer_carries_the_security_headers(run_server: RunServer) 
         assert answer.headers.get("Server", "sse_labels") == "sse_labels"
         assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
         assert "frame-ancestors 'none'" in answer.headers["Content-Security-Policy"]
+
+
+@pytest.mark.parametrize(
+    ("origin", "reads"),
+    [
+        (None, True),
+        ("http://127.0.0.1:4000", True),
+        ("https://friend.example", False),
+        ("https://else.example", False),
+        ("null", False),
+    ],
+)
+async def test_a_cookie_opens_no_socket_to_a_page_from_elsewhere(
+    run_server: RunServer, database: TestDatabase, origin: str | None, reads: bool
+) -> None:
+    database.insert(1, src=A)
+    headers = {"Cookie": f"{COOKIE}={token()}"} | ({"Origin": origin} if origin else {})
+    async with run_server(jwt_secret=SECRET, cors_origins=("https://friend.example",)) as server:
+        url = f"{server.url}/xrpc/com.atproto.label.subscribeLabels?cursor=0"
+        async with aiohttp.ClientSession(headers=headers) as session:
+            if reads:
+                async with session.ws_connect(url) as socket:
+                    assert decode(await socket.receive_bytes()).body["seq"] == 1
+                return
+            with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
+                await session.ws_connect(url)
+            assert refused.value.status == (401 if origin == "https://friend.example" else 403)
+
+
+async def test_a_page_of_an_origin_that_may_read_opens_a_socket(
+    run_server: RunServer, database: TestDatabase
+) -> None:
+    database.insert(1, src=A)
+    async with run_server(jwt_secret=SECRET, cors_origins=("https://friend.example",)) as server:
+        url = f"{server.url}/xrpc/com.atproto.label.subscribeLabels?cursor=0"
+        headers = {"Origin": "https://friend.example"}
+        async with (
+            aiohttp.ClientSession(headers=headers) as session,
+            session.ws_connect(f"{url}&access_token={token()}") as socket,
+        ):
+            assert decode(await socket.receive_bytes()).body["seq"] == 1
