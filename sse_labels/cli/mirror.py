@@ -2,7 +2,7 @@
 
 Promises: each upstream is followed for ever, by itself: one that is away holds up no other.
 SIGTERM, SIGHUP and Ctrl-C end it; what was stored is stored, and the next run goes on there.
-Does not belong here: following (`mirror`), reading (`upstream`).
+Does not belong here: how one is followed (`mirror`).
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from sse_labels.config import Expected, Settings, did, integer, load, seconds, s
 from sse_labels.database import Database
 from sse_labels.errors import ConfigError, SchemaError
 from sse_labels.logs import configure_logging
-from sse_labels.mirror import Mirror
+from sse_labels.mirror.following import Mirror
+from sse_labels.mirror.storing import may_mirror
+from sse_labels.mirror.upstream import SEQ_MAX, Upstream
 from sse_labels.signatures import SourceKeys
 from sse_labels.store import Store
-from sse_labels.upstream import SEQ_MAX, Upstream
-from sse_labels.upstreams import may_mirror
 
 METHOD_PATH = "/xrpc/com.atproto.label.subscribeLabels"
 

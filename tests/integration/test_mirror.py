@@ -10,10 +10,10 @@ import libipld
 import pytest
 from aiohttp import web
 
-from sse_labels import mirror as mirrors
 from sse_labels.database import Connection, Database
 from sse_labels.labels import label_json, parse_label
 from sse_labels.migrations import migrate
+from sse_labels.mirror import following
 from sse_labels.signatures import SigningKey, SourceKeys
 
 from support.database import TestDatabase, until
@@ -37,8 +37,8 @@ SIG = bytes(range(64))
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mirrors, "RETRY_FIRST_SECONDS", 0.01)
-    monkeypatch.setattr(mirrors, "LOCKED_SECONDS", 0.02)
+    monkeypatch.setattr(following, "RETRY_FIRST_SECONDS", 0.01)
+    monkeypatch.setattr(following, "LOCKED_SECONDS", 0.02)
 
 
 @pytest.fixture

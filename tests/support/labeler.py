@@ -12,8 +12,8 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from sse_labels.database import Database
-from sse_labels.mirror import Mirror
-from sse_labels.upstream import Upstream
+from sse_labels.mirror.following import Mirror
+from sse_labels.mirror.upstream import Upstream
 
 from support.database import TestDatabase
 

@@ -11,8 +11,8 @@ from sse_labels.cli.mirror import METHOD_PATH, Wanted, mirror, upstream
 from sse_labels.config import Expected
 from sse_labels.errors import ConfigError
 from sse_labels.labels import Label
-from sse_labels.mirror import Waiting
-from sse_labels.upstream import Labels, UpstreamLost
+from sse_labels.mirror.following import Waiting
+from sse_labels.mirror.upstream import Labels, UpstreamLost
 
 LABEL = Label("did:web:a.example", "at://x", "", "spam", None, "now", None, None)
 

@@ -3,7 +3,7 @@
 Promises: labels and the upstream's cursor change in one transaction; a cursor that somebody else
 has moved stores nothing.
 Stands at the start of the corridor, beside the store: an upstream's labels become rows here.
-Does not belong here: reading an upstream (`upstream`), when to try again (`mirror`).
+Does not belong here: reading an upstream (`upstream`), when to try again (`following`).
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 Promises: messages in the order in which they came, each with its labels as rows can hold them
 and what cannot be stored beside them; a connection that died silently is found; every way in
 which it ends is an `UpstreamLost` that says why.
-Stands before the corridor: upstream -> mirror -> label row.
-Does not belong here: cursors, storing, when to connect again (`mirror`).
+Stands before the corridor: upstream -> following -> storing -> label row.
+Does not belong here: cursors, storing, when to connect again (`following`).
 
 Sources: lexicon `com.atproto.label.subscribeLabels`; https://atproto.com/specs/event-stream.
 """
@@ -23,8 +23,8 @@ import libipld
 from sse_labels import __version__, xrpc
 from sse_labels.errors import InvalidLabel, SseLabelsError
 from sse_labels.labels import Label, parse_label
+from sse_labels.mirror.storing import Aside
 from sse_labels.signatures import SourceKeys, Verdict
-from sse_labels.upstreams import Aside
 
 CONNECT_SECONDS = 10.0
 #: A ping after so much silence; without an answer in half of it the connection is dead.

@@ -4,8 +4,8 @@ Promises: the upstream's cursor and the labels before it are stored in one trans
 whatever dies, nothing is lost and nothing doubled; one process follows an upstream, and another
 takes over when that one ends; an upstream that began anew is read from its beginning, and what
 is stored already is not stored twice.
-Stands before the corridor: upstream -> mirror -> label row -> store -> …
-Does not belong here: frames and labels on the way in (`upstream`), SQL (`upstreams`).
+Stands before the corridor: upstream -> following -> storing -> label row -> store -> …
+Does not belong here: frames and labels on the way in (`upstream`), SQL (`storing`).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from collections.abc import Awaitable, Callable
 from sse_labels.backoff import Backoff
 from sse_labels.database import Connection
 from sse_labels.errors import DatabaseUnavailable
-from sse_labels.upstream import Connection as UpstreamConnection
-from sse_labels.upstream import Labels, News, Upstream, UpstreamLost
-from sse_labels.upstreams import Place, Upstreams
+from sse_labels.mirror.storing import Place, Upstreams
+from sse_labels.mirror.upstream import Connection as UpstreamConnection
+from sse_labels.mirror.upstream import Labels, News, Upstream, UpstreamLost
 
 log = logging.getLogger(__name__)
 
