@@ -18,7 +18,7 @@ import click
 from sse_labels import migrations
 from sse_labels.cli.layout import Command
 from sse_labels.cli.options import key_of, named_as_given, option, settings_options
-from sse_labels.cli.serve import Ready, database_of, interruptible, until_told
+from sse_labels.cli.serve import Ready, database_at, database_of, interruptible, until_told
 from sse_labels.config import Expected, Settings, did, integer, load, seconds, size
 from sse_labels.database import Database
 from sse_labels.errors import ConfigError, SchemaError
@@ -134,12 +134,7 @@ def following(
     """Return what follows all upstreams until it is told to stop."""
 
     async def follow(stop: asyncio.Event, up: Ready) -> None:
-        database = Database(
-            dsn,
-            connect_timeout_seconds=settings.connect_timeout_seconds,
-            query_timeout_seconds=settings.query_timeout_seconds,
-            max_connections=1,
-        )
+        database = database_at(settings, dsn)
         try:
             await prepare(database, settings)
             mirrors = [Mirror(each, database.connect, first_cursor=cursor) for each in found]

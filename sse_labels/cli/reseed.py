@@ -13,9 +13,8 @@ import click
 
 from sse_labels.cli.layout import Command
 from sse_labels.cli.options import key_of, named_as_given, option, settings_options
-from sse_labels.cli.serve import database_of, interruptible
+from sse_labels.cli.serve import database_at, database_of, interruptible
 from sse_labels.config import Settings, integer, load
-from sse_labels.database import Database
 from sse_labels.errors import ConfigError
 from sse_labels.logs import configure_logging
 from sse_labels.store import Store
@@ -49,12 +48,7 @@ def reseed(above: int | None, **options: str | None) -> None:
 
 async def move(settings: Settings, dsn: str, above: int) -> tuple[int, str]:
     """Return the last seq that will not be used, and the new epoch."""
-    database = Database(
-        dsn,
-        connect_timeout_seconds=settings.connect_timeout_seconds,
-        query_timeout_seconds=settings.query_timeout_seconds,
-        max_connections=1,
-    )
+    database = database_at(settings, dsn)
     try:
         store = Store(database)
         await store.check()

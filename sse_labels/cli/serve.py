@@ -87,6 +87,16 @@ def database_of(settings: Settings, dsn_key: str = "--dsn") -> Iterator[Place]:
         postgres.stop()
 
 
+def database_at(settings: Settings, dsn: str) -> Database:
+    """Return the edge to a database for a command that asks one question at a time."""
+    return Database(
+        dsn,
+        connect_timeout_seconds=settings.connect_timeout_seconds,
+        query_timeout_seconds=settings.query_timeout_seconds,
+        max_connections=1,
+    )
+
+
 def address_in(dsn: str) -> str:
     """Return the host and port in a DSN and nothing secret; empty when there is none."""
     try:
@@ -243,12 +253,7 @@ def migrate(**options: str | None) -> None:
 
 async def apply_migrations(settings: Settings, dsn: str) -> int:
     """Return the version that the schema has afterwards."""
-    database = Database(
-        dsn,
-        connect_timeout_seconds=settings.connect_timeout_seconds,
-        query_timeout_seconds=settings.query_timeout_seconds,
-        max_connections=1,
-    )
+    database = database_at(settings, dsn)
     try:
         version = await migrations.migrate(database)
         store = Store(database)
