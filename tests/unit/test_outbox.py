@@ -7,10 +7,8 @@ list behind a gate. Time is virtual: it jumps when nobody has anything to do.
 from __future__ import annotations
 
 import asyncio
-import functools
 import random
-import selectors
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,47 +31,13 @@ from sse_labels.ring import Ring
 from sse_labels.sequencer import Sequencer
 from sse_labels.store import Page
 
+from support.virtual_time import virtual_time
+
 PLENTY = 2**30
 HEARTBEAT_SECONDS = 15.0
 ONLY_SPAM = Filter(values=frozenset({"spam"}))
 
 Steps = AsyncGenerator[Step, None]
-
-
-class VirtualTimeLoop(asyncio.SelectorEventLoop):
-    """An event loop whose clock jumps to the next timer when nobody has anything to do."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-        super().__init__(_JumpingSelector(self))
-
-    def time(self) -> float:
-        return self.now
-
-
-class _JumpingSelector(selectors.SelectSelector):
-    def __init__(self, loop: VirtualTimeLoop) -> None:
-        super().__init__()
-        self._loop = loop
-
-    def select(self, timeout: float | None = None) -> Any:
-        ready = super().select(0)
-        if not ready and timeout is None:
-            raise AssertionError("everybody waits, and nothing will ever happen")
-        if not ready:
-            self._loop.now += timeout or 0.0
-        return ready
-
-
-def virtual_time(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
-    """Run an async test on virtual time."""
-
-    @functools.wraps(test)
-    def run(*args: Any, **options: Any) -> None:
-        with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
-            runner.run(test(*args, **options))
-
-    return run
 
 
 def now() -> float:
