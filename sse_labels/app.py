@@ -109,7 +109,7 @@ class App:
             ring_max_bytes=settings.ring_max_bytes,
             poll_seconds=settings.poll_seconds,
             gather_seconds=settings.gather_seconds,
-            watch=None if self.signature_watch is None else self.signature_watch.take,
+            watchers=[] if self.signature_watch is None else [self.signature_watch.take],
         )
         self.listener = Listener(self.store, self.metrics, self.sequencer.wake)
         self.pages = Pages(
