@@ -226,6 +226,22 @@ class Store:
         end = last if full else snapshot.until
         return Page(self.chunk(rows, start=cursor, end=end, narrowed=narrowed), full, floor)
 
+    async def expiring(
+        self, date: str, seq: int, last_date: str, limit: int
+    ) -> list[tuple[str, int, str]]:
+        """Return at most `limit` (date, seq, exp) after a date and a seq, up to a date, by both.
+
+        The date is the one that `exp` has written, whatever its offset.
+        """
+        return await self._database.fetch(
+            "expiring", date=date, seq=seq, last_date=last_date, limit=limit
+        )
+
+    async def still_in_force(self, seqs: Sequence[int], until: int) -> list[Row]:
+        """Return the rows that are the newest of their key as of `until`, unless withheld."""
+        rows = await self._database.fetch("still_in_force", seqs=list(seqs), until=until)
+        return [row for row in rows if row[8] or not self._withhold_unsigned]
+
     def chunk(
         self,
         rows: Sequence[Row],
