@@ -28,11 +28,15 @@ INDEXED_URI_CHARS = 600
 
 
 class Page(NamedTuple):
-    """One page of history; `floor` is above `chunk.start + 1` when retention came first."""
+    """One page of history; `floor` is above `chunk.start + 1` when retention came first.
+
+    It is `lasting` when it will be the same whenever it is read.
+    """
 
     chunk: Chunk
     full: bool
     floor: int
+    lasting: bool = True
 
 
 class Snapshot(NamedTuple):
@@ -224,7 +228,10 @@ class Store:
             now = time.time()
             rows = [row for row in rows if not is_expired(row[7], now)]
         end = last if full else snapshot.until
-        return Page(self.chunk(rows, start=cursor, end=end, narrowed=narrowed), full, floor)
+        chunk = self.chunk(rows, start=cursor, end=end, narrowed=narrowed)
+        # What expires is left out next time: who asks for `expired` as well is not told of it.
+        lasting = snapshot.resumed or not any(row[7] for row in rows)
+        return Page(chunk, full, floor, lasting)
 
     async def expiring(
         self, date: str, seq: int, last_date: str, limit: int
