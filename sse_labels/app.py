@@ -53,8 +53,8 @@ log = logging.getLogger(__name__)
 
 #: Connections that may wait to be accepted: with 128, 10,000 connects took 16 s, with 4096 under 3.
 BACKLOG = 4096
-#: Connections to PostgreSQL beside the backfills' reads: queries, publishing, expiries.
-REQUEST_CONNECTIONS = 6
+#: Connections to PostgreSQL beside the backfills' reads: queries, publishing, and two for expiries.
+REQUEST_CONNECTIONS = 8
 #: And those that are kept for one purpose: following, listening, retention.
 OWN_CONNECTIONS = 3
 #: The collector was a third of the cost of accepting connections with CPython's defaults.

@@ -14,8 +14,10 @@ import asyncio
 import logging
 import time
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from math import inf
 from typing import NamedTuple, Protocol
 from weakref import WeakValueDictionary
 
@@ -41,8 +43,10 @@ SCHEDULE_MAX_LABELS = 100_000
 LOAD_ROWS = 5000
 #: Labels checked and told at once.
 CHECKED_AT_ONCE = 500
-#: Labels in a page of what had expired before; each page reads about three days of the table.
+#: Labels in a page of what had expired before …
 PAGE_LABELS = 2000
+#: … of so many that are looked for at once, since that reads three days of the table at least.
+RUN_LABELS = 20_000
 #: A clock that is set shows within this time.
 LOOK_SECONDS = 5.0
 #: The clock is not looked at more often than this.
@@ -75,6 +79,20 @@ class Page(NamedTuple):
     end: Due
 
 
+class Run(NamedTuple):
+    """All that expires after `begin` and up to `end`, in force or not."""
+
+    begin: Due
+    dues: list[Due]
+    end: Due
+
+
+#: Before all times.
+NEVER = Due(-inf, 0)
+#: Nothing has been looked for.
+NOTHING = Run(NEVER, [], NEVER)
+
+
 class Expiry:
     """Keeps the schedule while somebody asks; `run` is its one task."""
 
@@ -94,19 +112,22 @@ class Expiry:
         self._readers: dict[Filter | None, dict[Reader, None]] = {}
         self._asked = asyncio.Event()
         self._wake = asyncio.Event()
-        self._schedule = Schedule(Due(0.0, 0), max_labels)
+        self._schedule = Schedule(NEVER, max_labels)
         #: Notices that somebody has not read yet, by what a newer label makes of them.
         self._alive: WeakValueDictionary[Key, Notice] = WeakValueDictionary()
         #: How many checks are under way, and what was streamed meanwhile.
         self._checks = 0
         self._newer: dict[Key, int] = {}
+        #: Where pages are cut from. What was stored since is told to readers as late.
+        self._run = NOTHING
         self._reading: dict[Due, asyncio.Task[Page]] = {}
+        self._wanted: Counter[Due] = Counter()
         self._slot = asyncio.Semaphore(1)
         self.clock = clock
         #: What the clock said last.
         self._looked_at = 0.0
         #: All that was due up to here has been told, but for what was not here yet.
-        self.told = Due(0.0, 0)
+        self.told = NEVER
         metrics.gauges["expiries_scheduled"] = lambda: len(self._schedule)
 
     def ask(self, reader: Reader, narrowed: Filter | None, now: float) -> None:
@@ -129,7 +150,8 @@ class Expiry:
         if not self._readers:
             self._asked.clear()
             # Another one, so that what is under way fills the one that nobody looks at.
-            self._schedule = Schedule(Due(0.0, 0), self._max_labels)
+            self._schedule = Schedule(NEVER, self._max_labels)
+            self._run = NOTHING
             self.wake()
 
     def wake(self) -> None:
@@ -138,7 +160,7 @@ class Expiry:
 
     def take(self, rows: Sequence[Row]) -> None:
         """Schedule what the sequencer is about to stream; let go of what it takes the place of."""
-        if not self._readers:
+        if not (self._readers or self._checks):
             return
         for row in rows:
             key = row[1:5]
@@ -167,7 +189,7 @@ class Expiry:
     async def page(self, after: Due) -> Page:
         """Return the next of what has been told already, from the table; raise DatabaseUnavailable.
 
-        One page is read at a time, and one for all who ask for the same.
+        One page is read at a time, one for all who ask for the same, and none for nobody.
         """
         task = self._reading.get(after)
         if task is None:
@@ -175,8 +197,14 @@ class Expiry:
             # Whoever asked may be gone when it fails; then nobody else would look at the error.
             task.add_done_callback(lambda done: done.cancelled() or done.exception())
             self._reading[after] = task
-        # A cancelled query would close its connection.
-        return await asyncio.shield(task)
+        self._wanted[after] += 1
+        try:
+            # A cancelled query would close its connection.
+            return await asyncio.shield(task)
+        finally:
+            self._wanted[after] -= 1
+            if not self._wanted[after]:
+                del self._wanted[after]
 
     async def close(self) -> None:
         """End the reads that are under way; called when no stream is left."""
@@ -257,8 +285,18 @@ class Expiry:
     async def _page(self, after: Due) -> Page:
         try:
             async with self._slot:
-                dues, end = await self._earliest(after, self.told, PAGE_LABELS)
-                return Page(await self._check(dues), end)
+                if after not in self._wanted:
+                    # All have left while it waited its turn.
+                    return Page([], after)
+                run, schedule = self._run, self._schedule
+                if not run.begin <= after < run.end:
+                    run = Run(after, *await self._earliest(after, self.told, RUN_LABELS))
+                    if schedule is self._schedule:
+                        self._run = run
+                first = bisect_right(run.dues, after)
+                dues = run.dues[first : first + PAGE_LABELS]
+                whole = first + len(dues) == len(run.dues)
+                return Page(await self._check(dues), run.end if whole else dues[-1])
         finally:
             del self._reading[after]
 

@@ -266,6 +266,7 @@ async def test_a_time_tells_of_all_that_expired_since_from_the_table_then_live(
     server: Server, database: TestDatabase, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     monkeypatch.setattr("sse_labels.expiry.PAGE_LABELS", 3)
+    monkeypatch.setattr("sse_labels.expiry.RUN_LABELS", 8)
     monkeypatch.setattr("sse_labels.expiry.LOAD_ROWS", 7)
     monkeypatch.setattr("sse_labels.expiry.CHECKED_AT_ONCE", 2)
     clock = Clock(server)

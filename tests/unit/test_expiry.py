@@ -308,6 +308,25 @@ class TestReaders:
             await bench.expiry.close()
 
     @virtual_time
+    async def test_nothing_is_read_for_those_who_left_while_they_waited_their_turn(self) -> None:
+        async with Bench() as bench:
+            bench.publish("a", 5)
+            first = Consumer(bench)
+            await asyncio.sleep(10)
+            bench.gate.clear()
+            loads = bench.loads
+            one, gone, last = (Consumer(bench, since=since) for since in (1, 2, 3))
+            await asyncio.sleep(1)
+            gone.reader.leave()
+            await asyncio.sleep(1)
+            bench.gate.set()
+            await asyncio.sleep(1)
+            assert (one.seqs, gone.seqs, last.seqs, first.seqs) == ([1], [], [1], [1])
+            # The last one's lies in what was looked for first.
+            assert bench.loads == loads + 1
+            assert not bench.expiry._wanted
+
+    @virtual_time
     async def test_what_a_read_does_not_expect_ends_the_stream_that_waits_for_it(self) -> None:
         async with Bench() as bench:
             bench.publish("a", 5)
@@ -383,10 +402,11 @@ def test_in_any_order_of_events_each_is_told_once_in_order_of_time(
                 wanted = {due for due in over if due[0] > consumer.since}
                 assert wanted <= set(consumer.told)
 
-    limits = module.PAGE_LABELS, module.LOAD_ROWS, module.CHECKED_AT_ONCE
-    module.PAGE_LABELS, module.LOAD_ROWS, module.CHECKED_AT_ONCE = 2, 3, 2
-    try:
-        with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
-            runner.run(play())
-    finally:
-        module.PAGE_LABELS, module.LOAD_ROWS, module.CHECKED_AT_ONCE = limits
+    few = {"PAGE_LABELS": 2, "RUN_LABELS": 3, "LOAD_ROWS": 3, "CHECKED_AT_ONCE": 2}
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        asyncio.Runner(loop_factory=VirtualTimeLoop) as runner,
+    ):
+        for name, value in few.items():
+            patch.setattr(module, name, value)
+        runner.run(play())
