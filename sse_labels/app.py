@@ -23,6 +23,7 @@ from aiohttp import web
 from sse_labels.config import Settings, option_name
 from sse_labels.database import Database
 from sse_labels.errors import ConfigError
+from sse_labels.expiry import Expiry
 from sse_labels.listener import Listener
 from sse_labels.metrics import Metrics
 from sse_labels.migrations import migrate
@@ -52,8 +53,8 @@ log = logging.getLogger(__name__)
 
 #: Connections that may wait to be accepted: with 128, 10,000 connects took 16 s, with 4096 under 3.
 BACKLOG = 4096
-#: Connections to PostgreSQL beside the backfills' reads: queries, publishing.
-REQUEST_CONNECTIONS = 6
+#: Connections to PostgreSQL beside the backfills' reads: queries, publishing, and two for expiries.
+REQUEST_CONNECTIONS = 8
 #: And those that are kept for one purpose: following, listening, retention.
 OWN_CONNECTIONS = 3
 #: The collector was a third of the cost of accepting connections with CPython's defaults.
@@ -102,6 +103,10 @@ class App:
         self.signature_watch = (
             None if self.source_keys is None else SignatureWatch(self.source_keys, self.metrics)
         )
+        self.expiry = Expiry(self.store, lambda: self.sequencer.head, self.metrics)
+        watchers = [self.expiry.take]
+        if self.signature_watch is not None:
+            watchers.append(self.signature_watch.take)
         self.sequencer = Sequencer(
             self.store,
             self.metrics,
@@ -109,7 +114,7 @@ class App:
             ring_max_bytes=settings.ring_max_bytes,
             poll_seconds=settings.poll_seconds,
             gather_seconds=settings.gather_seconds,
-            watch=None if self.signature_watch is None else self.signature_watch.take,
+            watchers=watchers,
         )
         self.listener = Listener(self.store, self.metrics, self.sequencer.wake)
         self.pages = Pages(
@@ -129,8 +134,8 @@ class App:
             jwt_audience=settings.jwt_audience,
         )
         self.streams = StreamHandler(
-            self.sequencer, self.pages, self.store, self.metrics, self.proxies, self.auth, settings,
-            share,
+            self.sequencer, self.pages, self.expiry, self.store, self.metrics, self.proxies,
+            self.auth, settings, share,
         )  # fmt: skip
         self.retention = Retention(
             self.store,
@@ -206,6 +211,7 @@ class App:
                     tasks.create_task(self.sequencer.run(), name="sequencer"),
                     tasks.create_task(self.listener.run(), name="listener"),
                     tasks.create_task(self.retention.run(), name="retention"),
+                    tasks.create_task(self.expiry.run(), name="expiry"),
                 ]
                 if self.signature_watch is not None:
                     watching = tasks.create_task(self.signature_watch.run(), name="signatures")
@@ -220,6 +226,7 @@ class App:
             for listener in sockets:
                 listener.close()
             await self.pages.close()
+            await self.expiry.close()
             await self.query.close()
             self.database.close()
 

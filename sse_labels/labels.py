@@ -178,16 +178,22 @@ def is_datetime(text: str) -> bool:
 
 
 def is_expired(exp: str | None, now: float) -> bool:
-    """Tell whether the time `exp` has passed at `now`, in seconds since 1970.
+    """Tell whether the time `exp` has passed at `now`, in seconds since 1970."""
+    at = expires_at(exp)
+    return at is not None and at <= now
 
-    What cannot be read as a time, in another program's table, never passes.
+
+def expires_at(exp: str | None) -> float | None:
+    """Return the time `exp` in seconds since 1970; None when it never comes.
+
+    What cannot be read as a time, in another program's table, never does.
     """
     if not exp:
-        return False
+        return None
     try:
-        return datetime.fromisoformat(exp).timestamp() <= now
+        return datetime.fromisoformat(exp).timestamp()
     except (ValueError, OverflowError):
-        return False
+        return None
 
 
 def is_val(text: str) -> bool:

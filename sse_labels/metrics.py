@@ -46,6 +46,7 @@ COUNTERS = {
     "backfill_pages": "Pages read from the database for backfills.",
     "backfill_page_hits": "Pages that a backfill found in the page cache.",
     "ring_hits": "Streams that caught up from the ring alone.",
+    "expiries_told": "Expired labels told to consumers, each counted once per consumer.",
     "queue_overflows": "Consumers that were too slow for their outbox.",
     "publish_requests": "POST /labels that were answered with seqs, repeated ones included.",
     "labels_published": "Labels that POST /labels answered with seqs, repeated requests included.",
@@ -68,6 +69,7 @@ GAUGES = {
     "hole_age_seconds": "How long it has been waiting.",
     "ring_bytes": "Memory held by the ring.",
     "ring_chunks": "Chunks in the ring.",
+    "expiries_scheduled": "Labels that expire within the hour, while streams ask for that.",
     "following": "Whether the sequencer follows the table: 1 or 0.",
     "sweep_age_seconds": "Seconds since retention had deleted all that is beyond its limits, or "
     "since the start; 0 without limits.",
@@ -76,6 +78,7 @@ GAUGES = {
 PER_WORKER = frozenset({
     *(f"sse_labels_{name}" for name in (
         "head_seq", "floor_seq", "holes_open", "hole_age_seconds", "following", "sweep_age_seconds",
+        "expiries_scheduled",
     )),
     *(f"process_{name}" for name in (
         "open_fds", "max_fds", "resident_memory_bytes", "virtual_memory_bytes",

@@ -20,8 +20,10 @@ from typing import NamedTuple
 from sse_labels.backoff import Backoff
 from sse_labels.chunk import Chunk
 from sse_labels.errors import BrokenPromise, ConsumerTooSlow, DatabaseUnavailable, StreamClosed
+from sse_labels.expiry_reader import ExpiryReader
 from sse_labels.filters import Filter
 from sse_labels.metrics import Metrics
+from sse_labels.notice import Notice
 from sse_labels.pages import Pages
 from sse_labels.sequencer import Sequencer
 from sse_labels.store import Page, Snapshot
@@ -52,11 +54,17 @@ class SnapshotComplete(NamedTuple):
     seq: int
 
 
+class Expired(NamedTuple):
+    """Labels that have expired, in order; each of them came before, or will not come."""
+
+    notices: list[Notice]
+
+
 class Silence(NamedTuple):
     """Nothing to write for `heartbeat_seconds`."""
 
 
-Step = Events | Outdated | CaughtUp | SnapshotComplete | Silence
+Step = Events | Outdated | CaughtUp | SnapshotComplete | Expired | Silence
 
 
 class Outbox:
@@ -67,10 +75,10 @@ class Outbox:
     """
 
     __slots__ = (
-        "_from_ring", "_heartbeat_seconds", "_loop", "_max_events", "_metrics", "_narrowed",
-        "_next", "_page_max_events", "_pages", "_parked", "_queue", "_quiet_since", "_reading",
-        "_sequencer", "_snapshot", "_timer", "caught_up", "closed", "express", "on_close",
-        "position",
+        "_expiries", "_from_ring", "_heartbeat_seconds", "_loop", "_max_events", "_metrics",
+        "_narrowed", "_next", "_page_max_events", "_pages", "_parked", "_queue", "_quiet_since",
+        "_reading", "_sequencer", "_snapshot", "_timer", "caught_up", "closed", "express",
+        "on_close", "position",
     )  # fmt: skip
 
     def __init__(
@@ -84,10 +92,15 @@ class Outbox:
         max_events: int,
         heartbeat_seconds: float,
         snapshot: Snapshot | None = None,
+        expiries: ExpiryReader | None = None,
     ) -> None:
-        """With `snapshot` history is that state, and then the events after it."""
+        """With `snapshot` history is that state, and then the events after it.
+
+        With `expiries` what they tell is told once the stream is live.
+        """
         self._sequencer = sequencer
         self._snapshot = snapshot
+        self._expiries = expiries
         self._pages = pages
         self._metrics = metrics
         self._narrowed = narrowed
@@ -120,12 +133,15 @@ class Outbox:
         Raises StreamClosed when it has to end.
         """
         self.position = cursor
+        if self._expiries is not None:
+            self._expiries.begin(self._hear)
         return self
 
     @property
     def queued(self) -> int:
-        """How many live events wait for the consumer."""
-        return 0 if self._queue is None else self._queue.qsize()
+        """How many live events, and expiries, wait for the consumer."""
+        queued = 0 if self._queue is None else self._queue.qsize()
+        return queued if self._expiries is None else queued + len(self._expiries)
 
     def __aiter__(self) -> Outbox:
         return self
@@ -144,11 +160,17 @@ class Outbox:
                         return Events(self._advance(self._take(self._queue)))
                     self._queue = None
                 if self.caught_up:
-                    # Live, until the sequencer says that it cannot continue what it pushed.
+                    # Live, until the sequencer says that it cannot continue what it pushed. What
+                    # expires is told when nothing waits: the label itself has come before.
+                    if self._expiries is not None and (
+                        told := self._expiries.take(self._page_max_events)
+                    ):
+                        return Expired(told)
                     if await self._silence():
                         return Silence()
                     if self._queue is None and self.caught_up and self.closed is None:
                         # What went express did not go whole: the stream is to wait for the rest.
+                        # Or there are expiries, which are looked for then.
                         return Events([])
                 elif (found := await self._backfill()) is not None:
                     return found
@@ -161,13 +183,19 @@ class Outbox:
         self._leave()
 
     def _leave(self) -> None:
-        self._sequencer.unsubscribe(self, self._narrowed)
-        self._queue = None
+        self._unsubscribe()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         if self._reading is not None:
             self._reading.cancel()
+
+    def _unsubscribe(self) -> None:
+        """Receive nothing more, and free what waits."""
+        self._sequencer.unsubscribe(self, self._narrowed)
+        self._queue = None
+        if self._expiries is not None:
+            self._expiries.leave()
 
     def push(self, chunk: Chunk) -> None:
         """Take a live chunk from the sequencer; when the queue is full, close."""
@@ -193,9 +221,19 @@ class Outbox:
         try:
             self._queue.put_nowait(chunk)
         except asyncio.QueueFull:
+            self._overflow()
+        self._hear()
+
+    def _hear(self) -> None:
+        """See that there is something to do; when events and expiries are too many, close."""
+        if self._expiries is not None and len(self._expiries) and self.queued > self._max_events:
+            self._overflow()
+        self._wake()
+
+    def _overflow(self) -> None:
+        if self.closed is None:
             self._metrics.count["queue_overflows"] += 1
             self.close(ConsumerTooSlow(f"more than {self._max_events} events waited to be read"))
-        self._wake()
 
     def fall_back(self) -> None:
         """Read on from the table after what waits; called by the sequencer."""
@@ -208,8 +246,7 @@ class Outbox:
         if self.closed is not None:
             return
         self.closed = reason
-        self._sequencer.unsubscribe(self, self._narrowed)
-        self._queue = None
+        self._unsubscribe()
         self._wake()
         if self._reading is not None:
             self._reading.cancel()

@@ -86,7 +86,7 @@ class Pages:
         finally:
             del self._reading[key]
         self._metrics.count["backfill_pages"] += 1
-        if page.full:
+        if page.full and page.lasting:
             self._keep(key, page)
         return page
 

@@ -59,9 +59,12 @@ class Sequencer:
         poll_seconds: float,
         gather_seconds: float,
         clock: Callable[[], float] = time.monotonic,
-        watch: Callable[[Sequence[Row]], None] | None = None,
+        watchers: Sequence[Callable[[Sequence[Row]], None]] = (),
     ) -> None:
-        """`watch` is handed all rows that were published, withheld ones too."""
+        """Each watcher is handed all rows that are settled, withheld ones too.
+
+        In the step in which their chunk is handed out, and before that.
+        """
         self._store = store
         self._metrics = metrics
         self._limit = page_max_events
@@ -69,7 +72,7 @@ class Sequencer:
         self._poll_seconds = poll_seconds
         self._gather_seconds = gather_seconds
         self._clock = clock
-        self._watch = watch
+        self._watchers = watchers
         self._wake = asyncio.Event()
         self._subscribers: dict[Filter | None, dict[Subscriber, None]] = {}
         self._rule: SettledRule | None = None
@@ -234,8 +237,8 @@ class Sequencer:
         chunk = self._store.chunk(rows[:taken], start=rule.head, end=head, with_keys=True)
         self._metrics.count["unsigned_withheld"] += taken - len(chunk)
         rule.publish(head)
-        if self._watch is not None:
-            self._watch(rows[:taken])
+        for watch in self._watchers:
+            watch(rows[:taken])
         return chunk, more
 
     async def _was_overtaken(self, rule: SettledRule) -> bool:

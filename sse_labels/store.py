@@ -28,11 +28,15 @@ INDEXED_URI_CHARS = 600
 
 
 class Page(NamedTuple):
-    """One page of history; `floor` is above `chunk.start + 1` when retention came first."""
+    """One page of history; `floor` is above `chunk.start + 1` when retention came first.
+
+    It is `lasting` when it will be the same whenever it is read.
+    """
 
     chunk: Chunk
     full: bool
     floor: int
+    lasting: bool = True
 
 
 class Snapshot(NamedTuple):
@@ -224,7 +228,28 @@ class Store:
             now = time.time()
             rows = [row for row in rows if not is_expired(row[7], now)]
         end = last if full else snapshot.until
-        return Page(self.chunk(rows, start=cursor, end=end, narrowed=narrowed), full, floor)
+        chunk = self.chunk(rows, start=cursor, end=end, narrowed=narrowed)
+        # What expires is left out next time: who asks for `expired` as well is not told of it.
+        lasting = snapshot.resumed or not any(row[7] for row in rows)
+        return Page(chunk, full, floor, lasting)
+
+    async def expiring(
+        self, date: str, seq: int, last_date: str, limit: int
+    ) -> list[tuple[str, int, str]]:
+        """Return at most `limit` (date, seq, exp) after a date and a seq, up to a date, by both.
+
+        The date is the one that `exp` has written, whatever its offset.
+        """
+        return await self._database.fetch(
+            "expiring", date=date, seq=seq, last_date=last_date, limit=limit
+        )
+
+    async def still_in_force(self, seqs: Sequence[int], until: int) -> list[Row]:
+        """Return the rows that are the newest of their key as of `until`, unless withheld."""
+        rows = self._as_meant(
+            await self._database.fetch("still_in_force", seqs=list(seqs), until=until)
+        )
+        return [row for row in rows if row[8] or not self._withhold_unsigned]
 
     def chunk(
         self,

@@ -62,7 +62,7 @@ class Mirror:
         self._backoff = Backoff(RETRY_FIRST_SECONDS, RETRY_LONGEST_SECONDS)
         self._denied = 0
         #: What happened since the start.
-        self.count: Counter[str] = Counter()
+        self.tally: Counter[str] = Counter()
         #: The last seq of the upstream's that is taken.
         self.cursor = first_cursor
 
@@ -81,7 +81,7 @@ class Mirror:
             except DatabaseUnavailable as error:
                 self._log_lost("the database is lost", error)
                 wait = 0.0
-            self.count["reconnects"] += 1
+            self.tally["reconnects"] += 1
             if self._clock() - begun > RETRY_LONGEST_SECONDS:
                 # It went well for long, however quiet it was.
                 self._backoff.reset()
@@ -110,9 +110,9 @@ class Mirror:
         log.info(
             sentence + ": upstream=%s cursor=%s stored=%s known=%s set_aside=%s left_out=%s"
             " repeated=%s reconnects=%s",
-            self._upstream.url, self.cursor, self.count["stored"], self.count["known"],
-            self.count["set_aside"], self._upstream.left_out, self.count["repeated"],
-            self.count["reconnects"],
+            self._upstream.url, self.cursor, self.tally["stored"], self.tally["known"],
+            self.tally["set_aside"], self._upstream.left_out, self.tally["repeated"],
+            self.tally["reconnects"],
         )  # fmt: skip
 
     async def _follow(self) -> None:
@@ -149,7 +149,7 @@ class Mirror:
             return
         self._denied = 0
         await upstreams.rewind(self._upstream.url)
-        self.count["rewinds"] += 1
+        self.tally["rewinds"] += 1
         log.warning(
             "the upstream began anew, and is read from its beginning: upstream=%s cursor=%s",
             self._upstream.url, self.cursor,
@@ -186,7 +186,7 @@ class Mirror:
 
     def _tell(self, news: News) -> None:
         if news.name == "OutdatedCursor":
-            self.count["outdated"] += 1
+            self.tally["outdated"] += 1
             log.warning(
                 "labels after the cursor are gone at the upstream, what it has left follows:"
                 " upstream=%s cursor=%s message=%s", self._upstream.url, self.cursor, news.message,
@@ -202,7 +202,7 @@ class Mirror:
             if message.seq > (new[-1].seq if new else self.cursor):
                 new.append(message)
             else:
-                self.count["repeated"] += 1
+                self.tally["repeated"] += 1
         if not new:
             return
         labels = [label for message in new for label in message.labels]
@@ -212,9 +212,9 @@ class Mirror:
         if stored is None:
             raise CursorMoved(f"it stands no longer at {self.cursor}")
         self.cursor = until
-        self.count["stored"] += stored
-        self.count["known"] += len(labels) - stored
-        self.count["set_aside"] += len(aside)
+        self.tally["stored"] += stored
+        self.tally["known"] += len(labels) - stored
+        self.tally["set_aside"] += len(aside)
         self._denied = 0
         self._backoff.reset()
         for each in aside:

@@ -21,9 +21,11 @@ from sse_labels.chunk import Chunk
 from sse_labels.config import Settings
 from sse_labels.errors import BrokenPromise, ServerStopping, StreamClosed
 from sse_labels.metrics import Metrics
+from sse_labels.notice import Notice
 from sse_labels.outbox import (
     CaughtUp,
     Events,
+    Expired,
     Outbox,
     Outdated,
     Silence,
@@ -49,6 +51,9 @@ class Wire(Protocol):
 
     def info(self, name: str, message: str, **more: object) -> bytes:
         """Return news about the stream, which goes on."""
+
+    def notice(self, notice: Notice) -> bytes:
+        """Return that a label has expired; encoded once for all who are told."""
 
 
 class Answer(Protocol):
@@ -156,6 +161,10 @@ class Delivery:
                 self._tell_position(otherwise=b"")
                 message = f"this was in force as of seq {seq}; all that comes after it follows"
                 self.send(self._wire.info("SnapshotComplete", message, seq=seq))
+            case Expired(notices):
+                # The position stays: a client that comes back with it has missed no label.
+                self.send(b"".join(map(self._wire.notice, notices)))
+                self._metrics.count["expiries_told"] += len(notices)
             case Outdated(cursor, floor):
                 message = f"cursor {cursor} is below the floor: going on from seq {floor}"
                 self.send(self._wire.info("OutdatedCursor", message, floor=floor))

@@ -17,6 +17,7 @@ from aiohttp.abc import AbstractStreamWriter
 from sse_labels.chunk import Chunk
 from sse_labels.config import Settings
 from sse_labels.metrics import Metrics
+from sse_labels.notice import Notice
 from sse_labels.outbox import Outbox
 from sse_labels.sse import HEARTBEAT, encode_error, encode_id, encode_info, encode_opening
 from sse_labels.web.connection import LongAnswer
@@ -49,6 +50,10 @@ class Plain:
         """Return an `info` event."""
         return self.block(encode_info(name, message, **more))
 
+    def notice(self, notice: Notice) -> bytes:
+        """Return its `info` event."""
+        return notice.block
+
     def block(self, block: bytes) -> bytes:
         """Return what stands for `block` in the body."""
         return block
@@ -60,6 +65,10 @@ class Chunked(Plain):
     def events(self, chunk: Chunk) -> bytes:
         """Return the frames, whose coding was made with the chunk."""
         return chunk.wire
+
+    def notice(self, notice: Notice) -> bytes:
+        """Return its `info` event, whose coding was made with it."""
+        return notice.wire
 
     def block(self, block: bytes) -> bytes:
         """Return one chunk of the coding."""

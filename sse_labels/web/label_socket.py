@@ -25,6 +25,7 @@ from sse_labels.chunk import Chunk
 from sse_labels.config import Settings
 from sse_labels.errors import InvalidRequest, RequestError, ServerStopping
 from sse_labels.metrics import Metrics
+from sse_labels.notice import Notice
 from sse_labels.outbox import Outbox
 from sse_labels.web.connection import Connection, LongAnswer
 from sse_labels.web.delivery import Delivery
@@ -54,6 +55,10 @@ class Messages:
     def info(self, name: str, message: str, **more: object) -> bytes:
         """Return an `#info` message."""
         return encode_info(name, message, **more)
+
+    def notice(self, notice: Notice) -> bytes:
+        """Return its `#info` message."""
+        return notice.message
 
 
 MESSAGES = Messages()

@@ -1,4 +1,4 @@
-"""What a request asks for: its cursor and its filter.
+"""What a request asks for: its cursor, its filter, and more than events.
 
 Promises: either a value that can be used as it is, or an `InvalidRequest` that
 names the parameter, what stood there and what was expected. Nothing is guessed.
@@ -8,14 +8,19 @@ Does not belong here: whether the cursor exists (that needs the database).
 
 from __future__ import annotations
 
+from math import inf
+
 from aiohttp import web
 
 from sse_labels.errors import InvalidRequest
 from sse_labels.filters import Filter, parse_filter
+from sse_labels.labels import expires_at, is_datetime, shown
 
 #: The largest seq: PostgreSQL's bigint.
 SEQ_MAX = 2**63 - 1
 LAST_EVENT_ID = "Last-Event-ID"
+#: How far a client's clock may be ahead: it asks for what expires after its own now.
+AHEAD_SECONDS = 10.0
 
 
 def parse_cursor(text: str, name: str) -> int:
@@ -50,6 +55,27 @@ def wants_state(request: web.Request) -> bool:
     if text not in (None, "active"):
         raise InvalidRequest(f"snapshot: got {text[:60]!r}, expected 'active'")
     return text is not None
+
+
+def expired_since(request: web.Request, now: float) -> float | None:
+    """Return after what time to tell of expiries, in seconds since 1970; None: not asked for.
+
+    Infinity for `expired=live`: what expires from whenever the stream begins.
+    """
+    text = _single(request.query.getall("expired", []), "expired")
+    if text is None:
+        return None
+    if text == "live":
+        return inf
+    since = expires_at(text) if is_datetime(text) else None
+    if since is None:
+        raise InvalidRequest(
+            f"expired: got {shown(text)}, expected 'live' or a datetime such as "
+            "'2024-05-01T12:00:00.000Z' (in a URL a + is written %2B)"
+        )
+    if since > now + AHEAD_SECONDS:
+        raise InvalidRequest(f"expired: got {shown(text)}, expected a time that is not to come")
+    return since
 
 
 def whole_number(request: web.Request, name: str, default: int, low: int, high: int) -> int:

@@ -34,6 +34,8 @@ from sse_labels.errors import (
     TooManyConnections,
     TooManyFromAddress,
 )
+from sse_labels.expiry import Expiry
+from sse_labels.expiry_reader import ExpiryReader
 from sse_labels.filters import Filter
 from sse_labels.metrics import Metrics
 from sse_labels.outbox import Outbox
@@ -48,7 +50,7 @@ from sse_labels.web.auth import Grant, StreamAuth, narrow
 from sse_labels.web.delivery import retry_ms
 from sse_labels.web.event_stream import HEADERS, EventStream
 from sse_labels.web.label_socket import LabelSocket, page_elsewhere, refuse, wants_socket
-from sse_labels.web.parameters import request_filter, stream_cursor, wants_state
+from sse_labels.web.parameters import expired_since, request_filter, stream_cursor, wants_state
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +86,7 @@ class StreamHandler:
         self,
         sequencer: Sequencer,
         pages: Pages,
+        expiry: Expiry,
         store: Store,
         metrics: Metrics,
         proxies: TrustedProxies,
@@ -94,6 +97,7 @@ class StreamHandler:
         """`share` is what the server's other processes hold, if it has any."""
         self._sequencer = sequencer
         self._pages = pages
+        self._expiry = expiry
         self._store = store
         self._metrics = metrics
         self._settings = settings
@@ -133,6 +137,7 @@ class StreamHandler:
         # A grant before all else: 401 and 403 are final for a browser too.
         cursor = stream_cursor(request)
         state = wants_state(request)
+        since = expired_since(request, self._expiry.clock())
         narrowed = narrow(request_filter(request), grant)
         client = self._proxies.client(request)
         try:
@@ -140,7 +145,7 @@ class StreamHandler:
                 0 if state and cursor is None else cursor, request.query.get("epoch")
             )
             snapshot = Snapshot(self._sequencer.head, resumed=start > 0) if state else None
-            visit = self._let_in(client, narrowed, grant.subject, snapshot)
+            visit = self._let_in(client, narrowed, grant.subject, snapshot, since)
         except (TooManyConnections, TooManyFromAddress, NotReady, EpochChanged) as error:
             if socket:
                 return await self._refuse(request, error, final=isinstance(error, EpochChanged))
@@ -167,7 +172,12 @@ class StreamHandler:
         return stream
 
     def _let_in(
-        self, client: str, narrowed: Filter | None, subject: str | None, snapshot: Snapshot | None
+        self,
+        client: str,
+        narrowed: Filter | None,
+        subject: str | None,
+        snapshot: Snapshot | None,
+        since: float | None,
     ) -> Visit:
         """Take a place for one more stream; raise what keeps it from opening."""
         self._admit()
@@ -187,6 +197,7 @@ class StreamHandler:
             max_events=self._settings.outbox_max_events,
             heartbeat_seconds=self._settings.heartbeat_seconds,
             snapshot=snapshot,
+            expiries=None if since is None else ExpiryReader(self._expiry, narrowed, since),
         )
         visit = Visit(
             secrets.token_hex(8), outbox, client, narrowed, subject, share, time.monotonic()

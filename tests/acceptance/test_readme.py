@@ -18,6 +18,7 @@ import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +206,26 @@ async def test_filters(lines: list[str], shell: Shell, database: TestDatabase) -
         text = await process.stdout.readuntil(b"id: %d\ndata: " % seq)
         text += await process.stdout.readuntil(b"\n\n")
     assert events_in(text.decode()) == database.stored(after=seq - 1)
+
+
+@block("curl -N 'http://127.0.0.1:8080/stream?snapshot=active&expired=live'")
+async def test_state(lines: list[str], shell: Shell, database: TestDatabase) -> None:
+    stream, since, query = lines
+    in_force = [each for each in database.stored() if "neg" not in each["labels"][0]]
+    assert len(in_force) == 55
+    soon = datetime.now(UTC) + timedelta(seconds=1)
+    async with shell.started(stream) as process:
+        assert process.stdout is not None
+        text = (await process.stdout.readuntil(b"SnapshotComplete")).decode()
+        assert events_in(text) == in_force
+        [seq] = database.insert(1, uri="at://a/b", exp=soon.isoformat())
+        await process.stdout.readuntil(b"id: %d\n" % seq)
+        told = await process.stdout.readuntil(b"LabelExpired")
+        assert b"event: info" in told
+        assert datetime.now(UTC) >= soon
+    assert f'"seq":{seq},"label":' in await shell.run_until(since, "LabelExpired.*\n\n")
+    answer = json.loads(await shell.run(query))
+    assert answer["labels"] == [each["labels"][0] for each in in_force[:50]]
 
 
 @block("curl http://127.0.0.1:8080/labels \\")

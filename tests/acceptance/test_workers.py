@@ -461,7 +461,7 @@ async def test_embedded_database_is_the_supervisors_alone(data_dir: Path) -> Non
     assert not postgres_runs_in(data_dir)
 
 
-@pytest.mark.parametrize(("workers", "least"), [(1, 0), (64, 64 * (9 + 1))])
+@pytest.mark.parametrize(("workers", "least"), [(1, 0), (64, 64 * (11 + 1))])
 def test_embedded_database_has_room_for_all_workers(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, workers: int, least: int
 ) -> None:

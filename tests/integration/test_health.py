@@ -154,6 +154,8 @@ PROMISED = {
     "following": "gauge",
     "ring_bytes": "gauge",
     "sweep_age_seconds": "gauge",
+    "expiries_told": "counter",
+    "expiries_scheduled": "gauge",
 }
 #: Of the process itself, under the names that Prometheus' libraries share.
 PROCESS = {

@@ -109,7 +109,7 @@ async def test_an_upstream_that_was_never_followed_begins_where_it_is_told(
     for number in range(3):
         upstream.add(wire_label(number))
     async with mirroring(database, upstream.url, first_cursor=2) as mirror:
-        await until(lambda: mirror.count["stored"] == 1)
+        await until(lambda: mirror.tally["stored"] == 1)
     assert stored(database) == sent(upstream)[2:]
 
 
@@ -163,7 +163,7 @@ async def test_backends_that_are_terminated_lose_and_double_nothing(
             if number % 2:
                 database.terminate(database.backends("label_upstream|store_mirrored|moved"))
             await until(lambda number=number: mirror.cursor == number + 1)
-        assert mirror.count["reconnects"] >= 1
+        assert mirror.tally["reconnects"] >= 1
     assert stored(database) == sent(upstream)
 
 
@@ -258,7 +258,7 @@ async def test_a_server_that_is_a_moment_behind_is_not_taken_for_one_that_began_
     async with mirroring(database, upstream.url) as mirror:
         upstream.add(wire_label(3))
         await until(lambda: mirror.cursor == 4)
-        assert mirror.count["rewinds"] == 0
+        assert mirror.tally["rewinds"] == 0
     assert upstream.cursors == [0, 3, 3, 3]
     assert stored(database) == sent(upstream)
 
@@ -282,8 +282,8 @@ async def test_a_server_of_ours_as_upstream_is_followed_through_a_new_epoch(
         database.insert(2, val="rude", sig=SIG)
         async with run_server(port=port):
             await until(lambda: mirror.cursor == 5)
-        assert mirror.count["rewinds"] == 1
-        assert (mirror.count["stored"], mirror.count["known"]) == (5, 3)
+        assert mirror.tally["rewinds"] == 1
+        assert (mirror.tally["stored"], mirror.tally["known"]) == (5, 3)
     assert stored(empty_database) == stored(database)
 
 
@@ -300,7 +300,7 @@ async def test_an_outdated_cursor_is_told_and_the_rest_is_stored(
     caplog.set_level("INFO")
     async with mirroring(database, upstream.url) as mirror:
         await until(lambda: mirror.cursor == 1)
-        assert mirror.count["outdated"] == 1
+        assert mirror.tally["outdated"] == 1
     assert stored(database) == sent(upstream)
     assert any("are gone at the upstream" in line for line in caplog.messages)
     assert any("name=WeatherReport" in line for line in caplog.messages)
@@ -344,7 +344,7 @@ async def test_what_is_no_message_ends_the_connection_and_moves_nothing(
     upstream.add(wire_label(1))
     async with mirroring(database, upstream.url) as mirror:
         await until(lambda: mirror.cursor == 1)
-        assert mirror.count["reconnects"] == 1
+        assert mirror.tally["reconnects"] == 1
     assert upstream.cursors == [0, 0]
     assert stored(database) == sent(upstream)
     [line] = [line for line in caplog.messages if "the upstream is lost" in line]
@@ -365,7 +365,7 @@ async def test_unknown_messages_and_seqs_that_come_again_change_nothing(
     upstream.add(wire_label(2))
     async with mirroring(database, upstream.url) as mirror:
         await until(lambda: mirror.cursor == 2)
-        assert mirror.count["repeated"] >= 1
+        assert mirror.tally["repeated"] >= 1
     assert stored(database) == sent(upstream)
 
 
@@ -382,7 +382,7 @@ async def test_labels_that_break_the_lexicon_are_set_aside_whole(
     upstream.add(wire_label(4))
     async with mirroring(database, upstream.url) as mirror:
         await until(lambda: mirror.cursor == 2)
-        assert mirror.count["set_aside"] == 4
+        assert mirror.tally["set_aside"] == 4
     assert stored(database) == [wire_label(0), wire_label(4)]
     aside = set_aside(database)
     assert [(seq, place, label) for seq, place, _, label in aside] == [
@@ -429,7 +429,7 @@ async def test_an_upstream_that_is_not_there_yet_is_tried_again(
     database: TestDatabase, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with mirroring(database, "ws://127.0.0.1:9/xrpc/x") as mirror:
-        await until(lambda: mirror.count["reconnects"] >= 3)
+        await until(lambda: mirror.tally["reconnects"] >= 3)
     assert any("the upstream is lost" in line for line in caplog.messages)
 
 

@@ -190,6 +190,21 @@ async def test_ozones_table_has_snapshots_too(
     assert folded(stream.events) == folded(database.stored())
 
 
+async def test_what_expires_between_two_snapshots_of_the_same_seq_is_not_in_the_second(
+    run_server: RunServer, database: TestDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    over: set[str | None] = set()
+    monkeypatch.setattr("sse_labels.store.is_expired", lambda exp, _: exp in over)
+    database.insert(1, exp=FUTURE)
+    database.insert(25, val="rude")
+    async with run_server(page_max_events=1) as server:
+        for left in (26, 25):
+            async with reading(server.stream_url, snapshot="active") as stream:
+                assert (await until_complete(stream))["seq"] == 26
+                assert stream.events == database.stored()[-left:]
+            over.add(FUTURE)
+
+
 async def test_an_unknown_snapshot_is_refused_by_name(server: Server) -> None:
     async with (
         aiohttp.ClientSession() as session,

@@ -17,9 +17,11 @@ from sse_labels import labels
 from sse_labels.errors import InvalidLabel
 from sse_labels.labels import (
     Label,
+    expires_at,
     is_cid,
     is_datetime,
     is_did,
+    is_expired,
     is_uri,
     is_val,
     label_json,
@@ -742,3 +744,27 @@ class TestWords:
         everything = "".join(map(chr, range(0x110000)))
         unsafe = set(re.findall(labels._UNSAFE, everything))
         assert unsafe == set(UNSAFE) | set(map(chr, range(0xD800, 0xE000)))
+
+
+class TestExpiry:
+    @pytest.mark.parametrize(
+        ("exp", "at"),
+        [
+            ("1970-01-01T00:00:00Z", 0.0),
+            ("1970-01-01T00:00:01.5Z", 1.5),
+            ("1970-01-01T00:00:01.123456789Z", 1.123456),
+            ("1970-01-01T14:00:01+14:00", 1.0),
+            ("1969-12-31T12:30:01.25-11:30", 1.25),
+            ("0001-01-01T00:00:00+23:59", -62_135_683_140.0),
+            ("9999-12-31T23:59:59.999999-00:01", 253_402_300_859.999999),
+        ],
+    )
+    def test_every_form_of_a_datetime_is_a_time(self, exp: str, at: float) -> None:
+        assert expires_at(exp) == at
+        assert is_expired(exp, at)
+        assert not is_expired(exp, at - 0.001)
+
+    @pytest.mark.parametrize("exp", [None, "", "never", "2024-02-30T00:00:00Z", "2024", "\0"])
+    def test_what_is_no_time_never_comes(self, exp: str | None) -> None:
+        assert expires_at(exp) is None
+        assert not is_expired(exp, 1e12)

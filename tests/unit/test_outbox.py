@@ -7,10 +7,8 @@ list behind a gate. Time is virtual: it jumps when nobody has anything to do.
 from __future__ import annotations
 
 import asyncio
-import functools
 import random
-import selectors
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,52 +26,28 @@ from sse_labels.errors import (
 )
 from sse_labels.filters import Filter
 from sse_labels.metrics import Metrics
-from sse_labels.outbox import CaughtUp, ChunkQueue, Events, Outbox, Outdated, Silence, Step
+from sse_labels.notice import Notice
+from sse_labels.outbox import (
+    CaughtUp,
+    ChunkQueue,
+    Events,
+    Expired,
+    Outbox,
+    Outdated,
+    Silence,
+    Step,
+)
 from sse_labels.ring import Ring
 from sse_labels.sequencer import Sequencer
 from sse_labels.store import Page
+
+from support.virtual_time import virtual_time
 
 PLENTY = 2**30
 HEARTBEAT_SECONDS = 15.0
 ONLY_SPAM = Filter(values=frozenset({"spam"}))
 
 Steps = AsyncGenerator[Step, None]
-
-
-class VirtualTimeLoop(asyncio.SelectorEventLoop):
-    """An event loop whose clock jumps to the next timer when nobody has anything to do."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-        super().__init__(_JumpingSelector(self))
-
-    def time(self) -> float:
-        return self.now
-
-
-class _JumpingSelector(selectors.SelectSelector):
-    def __init__(self, loop: VirtualTimeLoop) -> None:
-        super().__init__()
-        self._loop = loop
-
-    def select(self, timeout: float | None = None) -> Any:
-        ready = super().select(0)
-        if not ready and timeout is None:
-            raise AssertionError("everybody waits, and nothing will ever happen")
-        if not ready:
-            self._loop.now += timeout or 0.0
-        return ready
-
-
-def virtual_time(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
-    """Run an async test on virtual time."""
-
-    @functools.wraps(test)
-    def run(*args: Any, **options: Any) -> None:
-        with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
-            runner.run(test(*args, **options))
-
-    return run
 
 
 def now() -> float:
@@ -720,6 +694,156 @@ class TestExpress:
         assert seqs_of(await waiting) == [1]
         assert express.seqs == []
         assert await until_caught_up(steps) == []
+        await steps.aclose()
+
+
+class Told:
+    """What an outbox hears of expiries: the test says when there are some."""
+
+    def __init__(self) -> None:
+        self.waiting: list[Notice] = []
+        self.begun = self.left = 0
+
+    def begin(self, on_news: Callable[[], None]) -> None:
+        self.begun += 1
+        self.on_news = on_news
+
+    def leave(self) -> None:
+        self.left += 1
+        self.waiting = []
+
+    def take(self, most: int) -> list[Notice]:
+        told, self.waiting = self.waiting[:most], self.waiting[most:]
+        return told
+
+    def expire(self, *seqs: int) -> None:
+        self.waiting += [Notice(float(seq), make_row(seq)) for seq in seqs]
+        self.on_news()
+
+    def __len__(self) -> int:
+        return len(self.waiting)
+
+
+def expired_in(step: Step) -> list[int]:
+    assert isinstance(step, Expired), step
+    return [notice.seq for notice in step.notices]
+
+
+class TestExpiries:
+    @virtual_time
+    async def test_a_waiting_consumer_is_told_at_once_and_the_position_stays(self) -> None:
+        bench, told = Bench(history=3), Told()
+        outbox = bench.outbox(expiries=told)
+        steps = outbox.events(3)
+        await until_caught_up(steps)
+        asyncio.get_running_loop().call_later(7, told.expire, 1, 2)
+        assert seqs_of(await anext(steps)) == []
+        assert expired_in(await anext(steps)) == [1, 2]
+        assert now() == pytest.approx(7)
+        assert outbox.position == 3
+        await steps.aclose()
+
+    @virtual_time
+    async def test_labels_that_wait_come_first(self) -> None:
+        bench, told = Bench(), Told()
+        steps = bench.outbox(expiries=told).events(0)
+        await until_caught_up(steps)
+        bench.publish(1)
+        told.expire(1)
+        bench.publish(2)
+        assert seqs_of(await anext(steps)) == [1, 2]
+        assert expired_in(await anext(steps)) == [1]
+        await steps.aclose()
+
+    @virtual_time
+    async def test_history_comes_first(self) -> None:
+        bench, told = Bench(history=10, page_max_events=4), Told()
+        steps = bench.outbox(expiries=told).events(0)
+        assert told.begun == 1
+        told.expire(2)
+        assert await until_caught_up(steps) == list(range(1, 11))
+        assert expired_in(await anext(steps)) == [2]
+        await steps.aclose()
+
+    @virtual_time
+    async def test_they_come_about_a_page_at_a_time(self) -> None:
+        bench, told = Bench(page_max_events=4), Told()
+        steps = bench.outbox(expiries=told).events(0)
+        await until_caught_up(steps)
+        told.expire(*range(1, 11))
+        assert [len(expired_in(await anext(steps))) for _ in range(3)] == [4, 4, 2]
+        await steps.aclose()
+
+    @virtual_time
+    async def test_after_them_labels_go_express_again(self) -> None:
+        bench, told = Bench(), Told()
+        outbox = bench.outbox(expiries=told)
+        express = Express(outbox)
+        steps = outbox.events(0)
+        await until_caught_up(steps)
+        waiting = asyncio.ensure_future(anext(steps))
+        await asyncio.sleep(0)
+        bench.publish(1)
+        assert express.seqs == [1]
+        told.expire(1)
+        # From now on what comes is not written before the expiry that waits is read.
+        bench.publish(2)
+        assert express.seqs == [1]
+        assert seqs_of(await waiting) == [2]
+        assert expired_in(await anext(steps)) == [1]
+        waiting = asyncio.ensure_future(anext(steps))
+        await asyncio.sleep(0)
+        bench.publish(3)
+        assert express.seqs == [1, 3]
+        waiting.cancel()
+
+    @virtual_time
+    async def test_events_and_expiries_that_wait_are_counted_together(self) -> None:
+        bench, told = Bench(), Told()
+        outbox = bench.outbox(max_events=5, expiries=told)
+        steps = outbox.events(0)
+        await until_caught_up(steps)
+        bench.publish(1, 2)
+        told.expire(1, 2, 3)
+        assert (outbox.queued, outbox.closed) == (5, None)
+        told.expire(4)
+        assert isinstance(outbox.closed, ConsumerTooSlow)
+        assert outbox.queued == 0
+        assert told.left
+        assert bench.metrics.count["queue_overflows"] == 1
+        with pytest.raises(ConsumerTooSlow, match="more than 5 events"):
+            await anext(steps)
+
+    @virtual_time
+    async def test_a_label_is_one_too_many_beside_expiries_that_wait(self) -> None:
+        bench, told = Bench(), Told()
+        outbox = bench.outbox(max_events=5, expiries=told)
+        steps = outbox.events(0)
+        await until_caught_up(steps)
+        told.expire(1, 2, 3, 4, 5)
+        bench.publish(1)
+        assert isinstance(outbox.closed, ConsumerTooSlow)
+        assert bench.metrics.count["queue_overflows"] == 1
+
+    @virtual_time
+    async def test_who_hangs_up_or_is_closed_asks_no_more(self) -> None:
+        bench, gone, closed = Bench(), Told(), Told()
+        steps = bench.outbox(expiries=gone).events(0)
+        await until_caught_up(steps)
+        await steps.aclose()
+        outbox = bench.outbox(expiries=closed)
+        outbox.events(0)
+        outbox.close(ServerStopping("stop"))
+        assert gone.left
+        assert closed.left
+
+    @virtual_time
+    async def test_silence_is_silence_although_it_asks(self) -> None:
+        bench, told = Bench(), Told()
+        steps = bench.outbox(expiries=told).events(0)
+        await until_caught_up(steps)
+        assert isinstance(await anext(steps), Silence)
+        assert now() == pytest.approx(HEARTBEAT_SECONDS)
         await steps.aclose()
 
 

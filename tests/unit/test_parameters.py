@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from math import inf
 from typing import Any
 from urllib.parse import quote, urlencode
 
@@ -17,6 +18,7 @@ from sse_labels.errors import InvalidRequest
 from sse_labels.web.parameters import (
     LAST_EVENT_ID,
     SEQ_MAX,
+    expired_since,
     parse_cursor,
     request_filter,
     stream_cursor,
@@ -258,3 +260,37 @@ class TestFilter:
             request_filter(request(f"{name}={quote(raw)}"))
         except InvalidRequest as error:
             assert complaint(error).startswith(f"{name}: got ")
+
+
+class TestExpired:
+    NOW = 1_780_315_200.0
+
+    @pytest.mark.parametrize(
+        ("query", "since"),
+        [
+            ("", None),
+            ("expired=live", inf),
+            ("expired=2026-06-01T12:00:00Z", NOW),
+            ("expired=2026-06-01T14:00:00%2B02:00", NOW),
+            ("expired=2026-06-01T12:00:09.999Z", NOW + 9.999),
+            ("expired=1970-01-01T00:00:00Z", 0.0),
+            ("expired=0001-01-01T00:00:00%2B23:59", -62_135_596_800 - 86_340.0),
+        ],
+    )
+    def test_it_is_a_time_that_has_come_or_live(self, query: str, since: float | None) -> None:
+        assert expired_since(request(query), self.NOW) == since
+
+    @pytest.mark.parametrize("text", ["2026-06-01T12:00:11Z", "9999-12-31T00:00:00Z"])
+    def test_a_time_to_come_is_refused(self, text: str) -> None:
+        with pytest.raises(InvalidRequest, match=f"expired: got '{text}', expected a time that"):
+            expired_since(request(f"expired={text}"), self.NOW)
+
+    def test_given_twice_is_refused(self) -> None:
+        with pytest.raises(InvalidRequest, match="expired: given 2 times, expected once"):
+            expired_since(request("expired=live&expired=live"), self.NOW)
+
+    @given(st.text(st.characters(exclude_categories=())) | texts)
+    def test_anything_else_is_refused_by_name(self, text: str) -> None:
+        with pytest.raises(InvalidRequest) as refused:
+            expired_since(request(urlencode({"expired": text}, errors="replace")), self.NOW)
+        assert complaint(refused.value).startswith("expired: got ")
