@@ -6,9 +6,11 @@ Stands at both ends of the corridor: the publisher parses, the store writes the 
 Does not belong here: seqs, frames (`sse`), narrowing (`filters`), who may publish.
 
 Sources: lexicon `com.atproto.label.defs#label`; https://atproto.com/specs/did for `did`;
+https://atproto.com/specs/at-uri-scheme, /handle, /nsid and /record-key for AT-URIs;
 https://atproto.com/specs/lexicon#string-formats for `uri`, `cid`, `datetime`;
 https://atproto.com/specs/data-model for `$bytes`; and for the corner cases the test vectors that
-implementations share, `interop-test-files/syntax` of bluesky-social/atproto.
+implementations share, `interop-test-files/syntax` of bluesky-social/atproto, and for CIDs and URIs
+`atproto/syntax/testdata` of bluesky-social/indigo.
 """
 
 from __future__ import annotations
@@ -65,7 +67,7 @@ def parse_label(obj: object) -> Label:
     if "$type" in obj and obj["$type"] != LABEL_TYPE:
         raise _refusal(obj, "$type", f"{LABEL_TYPE!r}")
     src = _string(obj, "src", is_did)
-    uri = _string(obj, "uri", is_uri)
+    uri = _subject(obj)
     cid = _string(obj, "cid", is_cid) if "cid" in obj else ""
     val = _string(obj, "val", is_val)
     neg = obj.get("neg", False)
@@ -113,6 +115,19 @@ def label_json(
 
 _DID = re.compile(r"did:[a-z]+:[a-zA-Z0-9._:%-]*[a-zA-Z0-9._-]")
 _URI = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*:/*[!-.0-~][!-~]*")
+_AT_URI = re.compile(
+    r"at://"
+    # A DID of at most 2048 bytes, or a handle of at most 253: labels of 1 to 63, the last of which
+    # begins with a letter.
+    r"(?:(?=[^/]{1,2048}(?:/|\Z))did:[a-z]+:[a-zA-Z0-9._:%-]*[a-zA-Z0-9._-]"
+    r"|(?=[^/]{1,253}(?:/|\Z))(?:[a-zA-Z0-9](?:[a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?\.)+"
+    r"[a-zA-Z](?:[a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?)"
+    # An NSID of at most 317: the first segment begins with a letter, the last has no hyphen.
+    r"(?:/(?=[^/]{1,317}(?:/|\Z))[a-zA-Z](?:[a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?"
+    r"(?:\.[a-zA-Z0-9](?:[a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?)+\.[a-zA-Z][a-zA-Z0-9]{0,62}"
+    # A record key.
+    r"(?:/(?!\.{1,2}\Z)[a-zA-Z0-9._:~-]{1,512})?)?"
+)
 _CID = re.compile(r"(?!Qm)[a-zA-Z0-9+=]{8,}")
 _DATETIME = re.compile(
     # The days of every month that has them; whether 29 February exists is left to the year.
@@ -143,6 +158,16 @@ def is_uri(text: str) -> bool:
     Printable ASCII without spaces: other characters must be percent-encoded (RFC 3986, 2).
     """
     return len(text) <= URI_MAX_BYTES and _URI.fullmatch(text) is not None
+
+
+def is_at_uri(text: str) -> bool:
+    """Tell whether `text` is an AT-URI: `at://`, a DID or handle, then `/` NSID, then `/` key.
+
+    Neither a query nor a fragment, nor a slash at the end: the form that lexicons allow. Every
+    AT-URI is a URI, but `at://handle.example.com/nsid/rkey`, which the vectors list as a URI, is
+    no AT-URI: `nsid` is no NSID.
+    """
+    return _AT_URI.fullmatch(text) is not None
 
 
 def is_cid(text: str) -> bool:
@@ -248,6 +273,10 @@ _EXPECTED_DATETIME = (
     "a datetime such as '2024-05-01T12:00:00.000Z' (capital T and Z, seconds and a time zone, "
     "an existing day, not -00:00)"
 )
+_EXPECTED_AT_URI = (
+    "an AT-URI, as 'at://' begins: a DID or handle, then perhaps '/' and an NSID, '/' and a record "
+    "key, such as 'at://did:plc:ewvi7nxzyoun6zhxrhs64oiz/app.bsky.feed.post/3jzfcijpj2z2a'"
+)
 _EXPECTED = {
     "src": f"a DID of at most {DID_MAX_BYTES} bytes, such as 'did:plc:ewvi7nxzyoun6zhxrhs64oiz'",
     "uri": f"a URI of at most {URI_MAX_BYTES} bytes: a scheme, ':', then printable ASCII "
@@ -264,6 +293,16 @@ def _string(obj: dict[Any, Any], field: str, is_valid: Callable[[str], bool]) ->
     if isinstance(value, str) and is_valid(value):
         return value
     raise _refusal(obj, field, _EXPECTED[field])
+
+
+def _subject(obj: dict[Any, Any]) -> str:
+    """Return `uri`; one that begins as an AT-URI must be one, for else it can name nothing."""
+    uri = obj.get("uri")
+    if not isinstance(uri, str) or not uri.startswith("at://"):
+        return _string(obj, "uri", is_uri)
+    if is_at_uri(uri):
+        return uri
+    raise _refusal(obj, "uri", _EXPECTED_AT_URI)
 
 
 def _signature(obj: dict[Any, Any]) -> bytes:
