@@ -6,9 +6,11 @@ Stands at both ends of the corridor: the publisher parses, the store writes the 
 Does not belong here: seqs, frames (`sse`), narrowing (`filters`), who may publish.
 
 Sources: lexicon `com.atproto.label.defs#label`; https://atproto.com/specs/did for `did`;
+https://atproto.com/specs/at-uri-scheme, /handle, /nsid and /record-key for AT-URIs;
 https://atproto.com/specs/lexicon#string-formats for `uri`, `cid`, `datetime`;
 https://atproto.com/specs/data-model for `$bytes`; and for the corner cases the test vectors that
-implementations share, `interop-test-files/syntax` of bluesky-social/atproto.
+implementations share, `interop-test-files/syntax` of bluesky-social/atproto, and for CIDs and URIs
+`atproto/syntax/testdata` of bluesky-social/indigo.
 """
 
 from __future__ import annotations
@@ -78,6 +80,15 @@ def parse_label(obj: object) -> Label:
     return Label(src, uri, cid, val, neg, cts, exp, sig)
 
 
+def check_subject(label: Label) -> None:
+    """Raise `InvalidLabel` for a `uri` that begins as an AT-URI and is none: it names nothing.
+
+    The lexicon asks for a URI alone, so this is for labels that are made here, and not for others'.
+    """
+    if label.uri.startswith("at://") and not is_at_uri(label.uri):
+        raise _refusal(label._asdict(), "uri", _EXPECTED_AT_URI)
+
+
 def label_json(
     src: str,
     uri: str,
@@ -116,6 +127,19 @@ def label_json(
 
 _DID = re.compile(r"did:[a-z]+:[a-zA-Z0-9._:%-]*[a-zA-Z0-9._-]")
 _URI = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*:/*[!-.0-~][!-~]*")
+_AT_URI = re.compile(
+    r"at://"
+    # A DID of at most 2048 bytes, or a handle of at most 253: labels of 1 to 63, the last of which
+    # begins with a letter.
+    r"(?:(?=[^/]{1,2048}(?:/|\Z))did:[a-z]+:[a-zA-Z0-9._:%-]*[a-zA-Z0-9._-]"
+    r"|(?=[^/]{1,253}(?:/|\Z))(?:[a-zA-Z0-9](?:[a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?\.)+"
+    r"[a-zA-Z](?:[a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?)"
+    # An NSID of at most 317: the first segment begins with a letter, the last has no hyphen.
+    r"(?:/(?=[^/]{1,317}(?:/|\Z))[a-zA-Z](?:[a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?"
+    r"(?:\.[a-zA-Z0-9](?:[a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?)+\.[a-zA-Z][a-zA-Z0-9]{0,62}"
+    # A record key.
+    r"(?:/(?!\.{1,2}\Z)[a-zA-Z0-9._:~-]{1,512})?)?"
+)
 _CID = re.compile(r"(?!Qm)[a-zA-Z0-9+=]{8,}")
 _DATETIME = re.compile(
     # The days of every month that has them; whether 29 February exists is left to the year.
@@ -146,6 +170,16 @@ def is_uri(text: str) -> bool:
     Printable ASCII without spaces: other characters must be percent-encoded (RFC 3986, 2).
     """
     return len(text) <= URI_MAX_BYTES and _URI.fullmatch(text) is not None
+
+
+def is_at_uri(text: str) -> bool:
+    """Tell whether `text` is an AT-URI: `at://`, a DID or handle, then `/` NSID, then `/` key.
+
+    Neither a query nor a fragment, nor a slash at the end: the form that lexicons allow. Every
+    AT-URI is a URI, but `at://handle.example.com/nsid/rkey`, which the vectors list as a URI, is
+    no AT-URI: `nsid` is no NSID.
+    """
+    return _AT_URI.fullmatch(text) is not None
 
 
 def is_cid(text: str) -> bool:
@@ -256,6 +290,10 @@ _REQUIRED = frozenset(("src", "uri", "val", "cts"))
 _EXPECTED_DATETIME = (
     "a datetime such as '2024-05-01T12:00:00.000Z' (capital T and Z, seconds and a time zone, "
     "an existing day, not -00:00)"
+)
+_EXPECTED_AT_URI = (
+    "an AT-URI, as 'at://' begins: a DID or handle, then perhaps '/' and an NSID, '/' and a record "
+    "key, such as 'at://did:plc:ewvi7nxzyoun6zhxrhs64oiz/app.bsky.feed.post/3jzfcijpj2z2a'"
 )
 _EXPECTED = {
     "src": f"a DID of at most {DID_MAX_BYTES} bytes, such as 'did:plc:ewvi7nxzyoun6zhxrhs64oiz'",

@@ -13,7 +13,7 @@ import hashlib
 from collections.abc import Sequence
 
 from sse_labels.errors import Forbidden, IdempotencyKeyReused, InvalidLabel
-from sse_labels.labels import Label, label_json, parse_label
+from sse_labels.labels import Label, check_subject, label_json, parse_label
 from sse_labels.metrics import Metrics
 from sse_labels.signatures import SigningKey, SourceKeys, Verdict
 from sse_labels.sse import dumps
@@ -68,6 +68,7 @@ class Publisher:
                 await asyncio.sleep(0)
             try:
                 labels.append(parse_label(item))
+                check_subject(labels[-1])
             except InvalidLabel as error:
                 self._metrics.count["labels_refused"] += len(given)
                 raise error.at(index) from None

@@ -70,6 +70,8 @@ class Store:
         self.attached = False
         self.has_state = False
         self.has_commit_time = False
+        #: Whether each (src, uri, cid, val) has one row, as in Ozone's table: it is the newest.
+        self.keys_are_unique = False
         self.may_publish = False
         self.may_delete = False
         self.may_claim = False
@@ -100,7 +102,7 @@ class Store:
     async def check(self) -> None:
         """Raise SchemaError when nothing can be streamed from this database without loss."""
         [row] = await self._database.fetch("describe")
-        has_label, has_state, sequence, cache, has_commit_time, version, *rights = row
+        has_label, has_state, sequence, cache, has_commit_time, version, unique, *rights = row
         if not has_label:
             raise SchemaError(
                 "--dsn", "a database without a label table", "one that has it; --migrate makes it"
@@ -120,6 +122,7 @@ class Store:
             )
         self.has_state = has_state
         self.has_commit_time = has_commit_time
+        self.keys_are_unique = unique
         self.may_publish, self.may_delete, self.may_claim = rights
 
     async def dedicated(self) -> Connection:
@@ -216,6 +219,7 @@ class Store:
             window=window,
             until=snapshot.until,
             in_force=not snapshot.resumed,
+            keys_are_unique=self.keys_are_unique,
         )
         last, looked_at = found[0][:2]
         rows = self._as_meant([row[2:] for row in found if row[2] is not None])
@@ -280,6 +284,7 @@ class Store:
         """
         common: dict[str, Any] = {"cursor": cursor, "limit": limit}
         common |= {"in_force": in_force, "until": head}
+        common["keys_are_unique"] = self.keys_are_unique
         common["unsigned"] = not self._withhold_unsigned
         common["sources"] = list(narrowed.sources) if narrowed else []
         common["values"] = list(narrowed.values) if narrowed else []

@@ -13,7 +13,7 @@ SELECT to_regclass('label') IS NOT NULL
 -- One row: have we a label table; and our own state beside it to read; name and cache of the id
 -- sequence; are commit timestamps kept; the server's version as a number; may this role publish
 -- (label_publish is there, and it may do all that it does); may it delete old labels; may it begin
--- a new epoch.
+-- a new epoch; and, before the rights, has each key (src, uri, cid, val) one row, by a unique index.
 SELECT to_regclass('label') IS NOT NULL AS has_label,
        (SELECT has_table_privilege(attrelid, 'SELECT') FROM pg_attribute
          WHERE attrelid = to_regclass('label_stream') AND attname = 'epoch') IS TRUE AS has_state,
@@ -21,6 +21,12 @@ SELECT to_regclass('label') IS NOT NULL AS has_label,
        (SELECT seqcache FROM pg_sequence WHERE seqrelid = sequence.name::regclass) AS cache,
        current_setting('track_commit_timestamp') = 'on' AS has_commit_time,
        current_setting('server_version_num')::integer AS version,
+       EXISTS (SELECT FROM pg_index
+                WHERE indrelid = to_regclass('label') AND indisunique AND indisvalid
+                  AND indpred IS NULL AND indexprs IS NULL AND indnatts = 4
+                  AND (SELECT array_agg(attname::text ORDER BY attname) FROM pg_attribute
+                        WHERE attrelid = indrelid AND attnum = ANY (indkey::smallint[]))
+                      = ARRAY['cid', 'src', 'uri', 'val']) AS keys_are_unique,
        to_regproc('label_publish') IS NOT NULL
            AND has_table_privilege(to_regclass('label'), 'INSERT')
            AND has_sequence_privilege(sequence.name, 'USAGE')

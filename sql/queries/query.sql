@@ -2,8 +2,9 @@
 -- pattern itself and chooses between the index on uri and the order of ids. That
 -- index holds the first 600 characters of a URI: hence each condition stands twice.
 -- Empty arrays of sources and values mean any; without `unsigned`, signed labels alone;
--- with `in_force`, the newest of each key up to a seq, unless it is a negation. What lies
--- beyond the head is cut off by the caller, for the reason that rows_after gives.
+-- with `in_force`, the newest of each key up to a seq, unless it is a negation (state.sql
+-- tells how it is found). What lies beyond the head is cut off by the caller, for the
+-- reason that rows_after gives.
 
 -- name: query_any
 -- Rows (id, src, uri, cid, val, neg, cts, exp, sig) of any URI after a cursor, by id.
@@ -15,17 +16,23 @@ SELECT id, src, uri, cid, val, neg, cts, exp, sig
    AND (%(unsigned)s OR sig IS NOT NULL)
    AND (NOT %(in_force)s
         OR neg IS NOT TRUE
-       AND id = (SELECT newer.id
-                   FROM label AS newer
-                  WHERE hashtextextended(
-                            newer.src || ' ' || newer.uri || ' ' || newer.cid || ' ' || newer.val, 0)
-                        = hashtextextended(
-                            label.src || ' ' || label.uri || ' ' || label.cid || ' ' || label.val, 0)
-                    AND newer.src = label.src AND newer.uri = label.uri
-                    AND newer.cid = label.cid AND newer.val = label.val
-                    AND newer.id <= %(until)s
-                  ORDER BY newer.id DESC
-                  LIMIT 1))
+       AND (%(keys_are_unique)s
+            OR id = (SELECT newer.id
+                       FROM label AS newer
+                      WHERE hashtextextended(
+                                newer.src || ' ' || newer.uri || ' ' || newer.cid || ' ' || newer.val, 0)
+                            BETWEEN hashtextextended(
+                                label.src || ' ' || label.uri || ' ' || label.cid || ' ' || label.val, 0)
+                            AND hashtextextended(
+                                label.src || ' ' || label.uri || ' ' || label.cid || ' ' || label.val, 0)
+                        AND newer.id <= %(until)s
+                        AND CASE WHEN newer.src = label.src AND newer.uri = label.uri
+                                  AND newer.cid = label.cid AND newer.val = label.val
+                                 THEN true END
+                      ORDER BY hashtextextended(
+                                newer.src || ' ' || newer.uri || ' ' || newer.cid || ' ' || newer.val, 0)
+                               DESC, newer.id DESC
+                      LIMIT 1)))
  ORDER BY id
  LIMIT %(limit)s;
 
@@ -41,17 +48,23 @@ SELECT id, src, uri, cid, val, neg, cts, exp, sig
    AND (%(unsigned)s OR sig IS NOT NULL)
    AND (NOT %(in_force)s
         OR neg IS NOT TRUE
-       AND id = (SELECT newer.id
-                   FROM label AS newer
-                  WHERE hashtextextended(
-                            newer.src || ' ' || newer.uri || ' ' || newer.cid || ' ' || newer.val, 0)
-                        = hashtextextended(
-                            label.src || ' ' || label.uri || ' ' || label.cid || ' ' || label.val, 0)
-                    AND newer.src = label.src AND newer.uri = label.uri
-                    AND newer.cid = label.cid AND newer.val = label.val
-                    AND newer.id <= %(until)s
-                  ORDER BY newer.id DESC
-                  LIMIT 1))
+       AND (%(keys_are_unique)s
+            OR id = (SELECT newer.id
+                       FROM label AS newer
+                      WHERE hashtextextended(
+                                newer.src || ' ' || newer.uri || ' ' || newer.cid || ' ' || newer.val, 0)
+                            BETWEEN hashtextextended(
+                                label.src || ' ' || label.uri || ' ' || label.cid || ' ' || label.val, 0)
+                            AND hashtextextended(
+                                label.src || ' ' || label.uri || ' ' || label.cid || ' ' || label.val, 0)
+                        AND newer.id <= %(until)s
+                        AND CASE WHEN newer.src = label.src AND newer.uri = label.uri
+                                  AND newer.cid = label.cid AND newer.val = label.val
+                                 THEN true END
+                      ORDER BY hashtextextended(
+                                newer.src || ' ' || newer.uri || ' ' || newer.cid || ' ' || newer.val, 0)
+                               DESC, newer.id DESC
+                      LIMIT 1)))
  ORDER BY id
  LIMIT %(limit)s;
 
@@ -67,16 +80,22 @@ SELECT id, src, uri, cid, val, neg, cts, exp, sig
    AND (%(unsigned)s OR sig IS NOT NULL)
    AND (NOT %(in_force)s
         OR neg IS NOT TRUE
-       AND id = (SELECT newer.id
-                   FROM label AS newer
-                  WHERE hashtextextended(
-                            newer.src || ' ' || newer.uri || ' ' || newer.cid || ' ' || newer.val, 0)
-                        = hashtextextended(
-                            label.src || ' ' || label.uri || ' ' || label.cid || ' ' || label.val, 0)
-                    AND newer.src = label.src AND newer.uri = label.uri
-                    AND newer.cid = label.cid AND newer.val = label.val
-                    AND newer.id <= %(until)s
-                  ORDER BY newer.id DESC
-                  LIMIT 1))
+       AND (%(keys_are_unique)s
+            OR id = (SELECT newer.id
+                       FROM label AS newer
+                      WHERE hashtextextended(
+                                newer.src || ' ' || newer.uri || ' ' || newer.cid || ' ' || newer.val, 0)
+                            BETWEEN hashtextextended(
+                                label.src || ' ' || label.uri || ' ' || label.cid || ' ' || label.val, 0)
+                            AND hashtextextended(
+                                label.src || ' ' || label.uri || ' ' || label.cid || ' ' || label.val, 0)
+                        AND newer.id <= %(until)s
+                        AND CASE WHEN newer.src = label.src AND newer.uri = label.uri
+                                  AND newer.cid = label.cid AND newer.val = label.val
+                                 THEN true END
+                      ORDER BY hashtextextended(
+                                newer.src || ' ' || newer.uri || ' ' || newer.cid || ' ' || newer.val, 0)
+                               DESC, newer.id DESC
+                      LIMIT 1)))
  ORDER BY id
  LIMIT %(limit)s;

@@ -204,7 +204,7 @@ def test_many_lines_and_large_ones_keep_to_the_servers_body_limit(
 ) -> None:
     small = [label(number) for number in range(20_000)]
     # 500 of these are 4 MB; the limit is 1 MiB.
-    large = [label(number, uri=f"at://did:web:{'a' * 8000}.com/{number}") for number in range(600)]
+    large = [label(number, uri=f"https://{'a' * 8000}.com/{number}") for number in range(600)]
     run = publish(url, lines(*small, *large))
     assert run.errors == ""
     assert run.output == "20600 labels stored, the last as seq 20600\n"

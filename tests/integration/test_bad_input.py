@@ -257,6 +257,8 @@ BAD_LABELS: list[tuple[str, Any]] = [
     ("val", broken("val", "x" * 129)),
     ("val", broken("val", "é" * 64 + "x")),
     ("uri", broken("uri", "at://" + "x" * 8192)),
+    ("uri", broken("uri", "at://handle.example.com/nsid/rkey")),
+    ("uri", broken("uri", GOOD["uri"] + "?query")),
     ("uri", broken("uri", "no uri")),
     ("src", broken("src", "did:plc:" + "x" * 2048)),
     ("src", broken("src", "at://did:plc:x")),

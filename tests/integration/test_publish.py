@@ -97,7 +97,7 @@ FULL = {
     "$type": "com.atproto.label.defs#label",
     "ver": 1,
     "src": "did:web:Example.com%3A8080:a",
-    "uri": "at://did:plc:x/App.Bsky.feed.post/3k~_%25?q=''\"\\{}$1%s",
+    "uri": "https://did.plc.x/App.Bsky.feed.post/3k~_%25?q=''\"\\{}$1%s",
     "cid": "bafyreihdwdcefgh4dqkjv67uzcmw7ojee6xedzdetojuzjevtenxquvyku",
     "val": "!näh 😀 \\ '\" %s {} </script>",
     "neg": True,

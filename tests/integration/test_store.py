@@ -15,8 +15,9 @@ from sse_labels.database import Database
 from sse_labels.errors import DatabaseUnavailable
 from sse_labels.filters import Filter, parse_filter
 from sse_labels.labels import Label, label_json
+from sse_labels.queries import block
 from sse_labels.sse import encode_frame
-from sse_labels.store import Page, Store
+from sse_labels.store import Page, Snapshot, Store
 
 from support.database import TestDatabase, expected_event
 
@@ -196,6 +197,78 @@ class TestFloor:
             database.execute(f"DROP OWNED BY {reader}")
             database.execute(f"DROP ROLE {reader}")
         assert (list(page.chunk.seqs), page.floor) == ([6], 1)
+
+
+#: What the planner may know of the table: nothing after a bulk load or an upgrade, what it was
+#: when it was small, what it is.
+STATISTICS: dict[str, list[str]] = {
+    "missing": ["INSERT"],
+    "stale": ["ANALYZE label", "INSERT"],
+    "present": ["INSERT", "ANALYZE label"],
+}
+#: Every other event is of one key, the others are of a key of their own.
+HOT = f"""
+    INSERT INTO label (src, uri, cid, val, neg, cts)
+    SELECT '{ALICE}', 'at://{BOB}/app.bsky.feed.post/' || n * (n % 2), '', 'spam', n % 5 = 0, 'now'
+      FROM generate_series(1, 6000) AS n
+"""
+SMALL = HOT.replace("6000", "10")
+
+
+class TestState:
+    @pytest.mark.parametrize("statistics", STATISTICS)
+    # A query may look at the whole table where that is this small.
+    @pytest.mark.parametrize(("name", "looked_at"), [("folded_after", 1000), ("query_any", 6010)])
+    def test_what_a_page_reads_does_not_grow_with_the_events_of_a_key(
+        self, database: TestDatabase, name: str, looked_at: int, statistics: str
+    ) -> None:
+        database.execute("ALTER TABLE label SET (autovacuum_enabled = off)")
+        database.execute(SMALL)
+        for step in STATISTICS[statistics]:
+            database.execute(HOT if step == "INSERT" else step)
+        given = {"cursor": 0, "until": 6010, "in_force": True, "keys_are_unique": False}
+        given |= {"window": 1000, "limit": 250}
+        given |= {"sources": [], "values": [], "unsigned": True}
+        [(found,)] = database.execute(
+            f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {block(name)}", given
+        )
+        plan = found[0]["Plan"]
+        # For each row: the levels of an index, and the table, at most twice.
+        assert plan["Shared Hit Blocks"] + plan["Shared Read Blocks"] < 8 * looked_at
+
+    async def test_keys_of_the_same_hash_are_told_apart(
+        self, store: Store, database: TestDatabase
+    ) -> None:
+        # What is hashed is the fields with a space between.
+        for cid, val in (("a", "b c"), ("a b", "c"), ("a", "b c"), ("a b", "c")):
+            database.insert(1, cid=cid, val=val)
+        database.insert(1, cid="a", val="b c", neg=True)
+        page = await store.snapshot_page(0, Snapshot(5, resumed=False), 10, None)
+        assert list(page.chunk.seqs) == [4]
+        page = await store.snapshot_page(0, Snapshot(4, resumed=False), 10, None)
+        assert list(page.chunk.seqs) == [3, 4]
+        assert [row[0] for row in await store.query(None, 0, 4, 10, in_force=True)] == [3, 4]
+
+    async def test_where_each_key_has_one_row_nothing_newer_is_looked_for(
+        self, store: Store, database: TestDatabase
+    ) -> None:
+        assert not store.keys_are_unique
+        database.execute("DROP INDEX label_key_idx")
+        for wrong in ("(val, src, uri)", "(src, uri, cid, left(val, 9))", "(src, uri, cid, neg)"):
+            database.execute(f"CREATE UNIQUE INDEX wrong ON label {wrong}")
+            await store.check()
+            assert not store.keys_are_unique, wrong
+            database.execute("DROP INDEX wrong")
+        database.execute("CREATE UNIQUE INDEX ON label (val, src, uri, cid)")
+        await store.check()
+        assert store.keys_are_unique
+        for number in range(6):
+            database.insert(1, val=f"value-{number}", neg=number % 3 == 0)
+        page = await store.snapshot_page(0, Snapshot(5, resumed=False), 10, None)
+        assert (list(page.chunk.seqs), page.chunk.end) == ([2, 3, 5], 5)
+        page = await store.snapshot_page(2, Snapshot(5, resumed=True), 10, None)
+        assert list(page.chunk.seqs) == [3, 4, 5]
+        assert [row[0] for row in await store.query(None, 0, 5, 10, in_force=True)] == [2, 3, 5]
 
 
 #: What LIKE and arrays give a meaning to, and what indexes and string limits end at.

@@ -41,7 +41,7 @@ WHOLE: dict[str, Any] = {
 LONGEST: dict[str, Any] = {
     **WHOLE,
     "src": "did:plc:".ljust(2048, "x"),
-    "uri": "at://".ljust(8192, '"'),
+    "uri": "https://".ljust(8192, '"'),
     "cid": "b" * 256,
     "val": "\U0001f600" * 32,
     "cts": f"2024-05-01T12:00:00.{'9' * 43}Z",
@@ -89,7 +89,7 @@ def labels(draw: st.DrawFn) -> dict[str, Any]:
 
     label = {
         "src": "did:" + draw(st.from_regex(r"\A[a-z]{1,8}:[a-zA-Z0-9._:-]{0,20}[a-zA-Z0-9]\Z")),
-        "uri": draw(st.from_regex(r"\A[a-z]{1,5}:(//)?[!-.0-~][!-~]{0,40}\Z")),
+        "uri": draw(st.from_regex(r"\A(?!at:)[a-z]{1,5}:(//)?[!-.0-~][!-~]{0,40}\Z")),
         "val": draw(safe_text),
         "cts": datetime(),
     }

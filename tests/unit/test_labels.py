@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import time
 from datetime import UTC, datetime
 from typing import Any
 
@@ -17,7 +18,9 @@ from sse_labels import labels
 from sse_labels.errors import InvalidLabel
 from sse_labels.labels import (
     Label,
+    check_subject,
     expires_at,
+    is_at_uri,
     is_cid,
     is_datetime,
     is_did,
@@ -50,7 +53,8 @@ WHOLE: dict[str, Any] = {
 
 # Strings that every implementation of the AT Protocol must accept, or must refuse. The values are
 # those of `interop-test-files/syntax/*_syntax_{valid,invalid}.txt` and `datetime_parse_invalid.txt`
-# (bluesky-social/atproto, and the `testdata` of bluesky-social/indigo, which has a few more).
+# (bluesky-social/atproto, as of 2026-08-20), and of `atproto/syntax/testdata` (bluesky-social/
+# indigo), which has a few more datetimes, and the files of CIDs and URIs, which the first has not.
 
 DIDS = (
     "did:m:v",
@@ -63,7 +67,7 @@ DIDS = (
     "did:method:val.two",
     "did:method:val:two",
     "did:method:val%BB",
-    "did:method:" + "v" * 200,
+    "did:method:" + "v" * 241,
     "did:method::::val",
     "did:method:-",
     "did:method:-:_:.:%ab",
@@ -99,6 +103,7 @@ NO_DIDS = (
     "did:method:val?two",
     "did:method:val#two",
     "did:method:" + "v" * (2049 - 11),
+    "did:method:" + "v" * 2492,
     # Not in those files: what Python's `$`, `\d` and `\w` would let through.
     "did:method:val\n",
     "did:method:välue",
@@ -112,6 +117,7 @@ DATETIMES = (
     "2000-01-01T00:00:00.000Z",
     "1985-04-12T23:20:50.123456Z",
     "1985-04-12T23:20:50.120Z",
+    "1985-04-12T23:20:50.100Z",
     "1985-04-12T23:20:50.120000Z",
     # Supported.
     "1985-04-12T23:20:50.1235678912345Z",
@@ -285,6 +291,327 @@ NO_URIS = (
     "https://example.com/\u2028",
 )
 
+AT_URIS = (
+    "at://did:plc:asdf123",
+    "at://user.bsky.social",
+    "at://did:plc:asdf123/com.atproto.feed.post",
+    "at://did:plc:asdf123/com.atproto.feed.post/record",
+    "at://did:plc:asdf123/com.atproto.feed.post/" + "o" * 512,
+    "at://did:plc:asdf123/com.atproto.feed.post/asdf123",
+    "at://did:plc:asdf123/com.atproto.feed.post/a",
+    "at://did:plc:asdf123/com.atproto.feed.post/asdf-123",
+    "at://did:abc:123",
+    "at://did:abc:123/io.nsid.someFunc/record-key",
+    "at://did:abc:123/io.nsid.someFunc/self.",
+    "at://did:abc:123/io.nsid.someFunc/lang:",
+    "at://did:abc:123/io.nsid.someFunc/:",
+    "at://did:abc:123/io.nsid.someFunc/-",
+    "at://did:abc:123/io.nsid.someFunc/_",
+    "at://did:abc:123/io.nsid.someFunc/~",
+    "at://did:abc:123/io.nsid.someFunc/...",
+    "at://did:plc:asdf123/com.atproto.feed.postV2",
+    # Not in those files: the longest that there can be.
+    "at://did:plc:"
+    + "x" * (2048 - 8)
+    + "/"
+    + ".".join(["a" * 63] * 4 + ["b" * 61])
+    + "/"
+    + "o" * 512,
+)
+
+NO_AT_URIS = (
+    "a://did:plc:asdf123",
+    "at//did:plc:asdf123",
+    "at:/a/did:plc:asdf123",
+    "at:/did:plc:asdf123",
+    "AT://did:plc:asdf123",
+    "http://did:plc:asdf123",
+    "://did:plc:asdf123",
+    "at:did:plc:asdf123",
+    "at:///did:plc:asdf123",
+    "at://:/did:plc:asdf123",
+    "at:/ /did:plc:asdf123",
+    "at://did:plc:asdf123 ",
+    "at://did:plc:asdf123/ ",
+    " at://did:plc:asdf123",
+    "at://did:plc:asdf123/com.atproto.feed.post ",
+    "at://did:plc:asdf123/com.atproto.feed.post# ",
+    "at://did:plc:asdf123/com.atproto.feed.post#/ ",
+    "at://did:plc:asdf123/com.atproto.feed.post#/frag ",
+    "at://did:plc:asdf123/com.atproto.feed.post#fr ag",
+    "//did:plc:asdf123",
+    "at://name",
+    "at://name.0",
+    "at://diD:plc:asdf123",
+    "at://did:plc:asdf123/com.atproto.feed.p@st",
+    "at://did:plc:asdf123/com.atproto.feed.p$st",
+    "at://did:plc:asdf123/com.atproto.feed.p%st",
+    "at://did:plc:asdf123/com.atproto.feed.p&st",
+    "at://did:plc:asdf123/com.atproto.feed.p()t",
+    "at://did:plc:asdf123/com.atproto.feed_post",
+    "at://did:plc:asdf123/-com.atproto.feed.post",
+    "at://did:plc:asdf@123/com.atproto.feed.post",
+    "at://DID:plc:asdf123",
+    "at://user.bsky.123",
+    "at://bsky",
+    "at://did:plc:",
+    "at://frag",
+    "at://did:plc:asdf123/com.atproto.feed.post/" + "o" * 8200,
+    "at://user.bsky.social//",
+    "at://user.bsky.social//com.atproto.feed.post",
+    "at://user.bsky.social/com.atproto.feed.post//",
+    "at://did:plc:asdf123/com.atproto.feed.post/asdf123/more/more',",
+    "at://did:plc:asdf123/short/stuff",
+    "at://did:plc:asdf123/12345",
+    "at://did:plc:asdf123/",
+    "at://user.bsky.social/",
+    "at://did:plc:asdf123/com.atproto.feed.post/",
+    "at://did:plc:asdf123/com.atproto.feed.post/record/",
+    "at://did:plc:asdf123/com.atproto.feed.post/record/#/frag",
+    "at://did:plc:asdf123/com.atproto.feed.post/asdf123/asdf",
+    "at://did:plc:asdf123#",
+    "at://did:plc:asdf123##",
+    "#at://did:plc:asdf123",
+    "at://did:plc:asdf123#/asdf#/asdf",
+    "at://did:plc:asdf123/com.atproto.feed.post/%23",
+    "at://did:plc:asdf123/com.atproto.feed.post/$@!*)(:,;~.sdf123",
+    "at://did:plc:asdf123/com.atproto.feed.post/~'sdf123\")",
+    "at://did:plc:asdf123/com.atproto.feed.post/$",
+    "at://did:plc:asdf123/com.atproto.feed.post/@",
+    "at://did:plc:asdf123/com.atproto.feed.post/!",
+    "at://did:plc:asdf123/com.atproto.feed.post/*",
+    "at://did:plc:asdf123/com.atproto.feed.post/(",
+    "at://did:plc:asdf123/com.atproto.feed.post/,",
+    "at://did:plc:asdf123/com.atproto.feed.post/;",
+    "at://did:plc:asdf123/com.atproto.feed.post/abc%30123",
+    "at://did:plc:asdf123/com.atproto.feed.post/%30",
+    "at://did:plc:asdf123/com.atproto.feed.post/%3",
+    "at://did:plc:asdf123/com.atproto.feed.post/%",
+    "at://did:plc:asdf123/com.atproto.feed.post/%zz",
+    "at://did:plc:asdf123/com.atproto.feed.post/%%%",
+    "at://did:plc:asdf123/com.atproto.feed.post/.",
+    "at://did:plc:asdf123/com.atproto.feed.post/..",
+    # Not in those files: names no collection, cannot be cut from a URL, and the limits.
+    "at://handle.example.com/nsid/rkey",
+    "at://did:plc:asdf123/com.atproto.feed.post?query",
+    "at://did:plc:asdf123?query",
+    "at://did:plc:asdf123\n",
+    "at://did:plc:asdf123/com.atproto.feed.post\n",
+    "at://did:plc:asdf123/com.atproto.feed.post/a\n",
+    "at://did:plc:" + "x" * (2049 - 8),
+    "at://did:plc:asdf123/" + ".".join(["a" * 63] * 4 + ["b" * 62]),
+)
+
+# The parts of an AT-URI: `handle_`, `nsid_` and `recordkey_syntax_{valid,invalid}.txt`.
+
+HANDLES = (
+    "A.ISI.EDU",
+    "XX.LCS.MIT.EDU",
+    "SRI-NIC.ARPA",
+    "john.test",
+    "jan.test",
+    "a234567890123456789.test",
+    "john2.test",
+    "john-john.test",
+    "john.bsky.app",
+    "jo.hn",
+    "a.co",
+    "a.org",
+    "joh.n",
+    "j0.h0",
+    "jaymome-johnber123456.test",
+    "jay.mome-johnber123456.test",
+    "john.test.bsky.app",
+    "shoooort" + ".loooooooooooooooooooooooooong" * 8 + ".test",
+    "short." + "o" * 63 + ".test",
+    "john.t",
+    "laptop.local",
+    "laptop.arpa",
+    "xn--ls8h.test",
+    "xn--bcher-kva.tld",
+    "xn--3jk.com",
+    "xn--w3d.com",
+    "xn--vqb.com",
+    "xn--ppd.com",
+    "xn--cs9a.com",
+    "xn--8r9a.com",
+    "xn--cfd.com",
+    "xn--5jk.com",
+    "xn--2lb.com",
+    "expyuzz4wqqyqhjn.onion",
+    "friend.expyuzz4wqqyqhjn.onion",
+    "g2zyxa5ihm7nsggfxnu52rck2vv4rvmdlkiu3zzui5du4xyclen53wid.onion",
+    "friend.g2zyxa5ihm7nsggfxnu52rck2vv4rvmdlkiu3zzui5du4xyclen53wid.onion",
+    "2gzyxa5ihm7nsggfxnu52rck2vv4rvmdlkiu3zzui5du4xyclen53wid.onion",
+    "friend.2gzyxa5ihm7nsggfxnu52rck2vv4rvmdlkiu3zzui5du4xyclen53wid.onion",
+    "12345.test",
+    "8.cn",
+    "4chan.org",
+    "4chan.o-g",
+    "blah.4chan.org",
+    "thing.a01",
+    "120.0.0.1.com",
+    "0john.test",
+    "9sta--ck.com",
+    "99stack.com",
+    "0ohn.test",
+    "john.t--t",
+    "thing.0aa.thing",
+    "stack.com",
+    "sta-ck.com",
+    "sta---ck.com",
+    "sta--ck9.com",
+    "stack99.com",
+    "sta99ck.com",
+    "google.com.uk",
+    "google.co.in",
+    "google.com",
+    "maselkowski.pl",
+    "m.maselkowski.pl",
+    "xn--masekowski-d0b.pl",
+    "xn--fiqa61au8b7zsevnm8ak20mc4a87e.xn--fiqs8s",
+    "xn--stackoverflow.com",
+    "stackoverflow.xn--com",
+    "stackoverflow.co.uk",
+)
+
+NO_HANDLES = (
+    "did:thing.test",
+    "did:thing",
+    "john-.test",
+    "john.0",
+    "john.-",
+    "xn--bcher-.tld",
+    "john..test",
+    "jo_hn.test",
+    "-john.test",
+    ".john.test",
+    "jo!hn.test",
+    "jo%hn.test",
+    "jo&hn.test",
+    "jo@hn.test",
+    "jo*hn.test",
+    "jo|hn.test",
+    "jo:hn.test",
+    "jo/hn.test",
+    "john💩.test",
+    "bücher.test",
+    "john .test",
+    "john.test.",
+    "john",
+    "john.",
+    ".john",
+    " john.test",
+    "john.test ",
+    "joh-.test",
+    "john.-est",
+    "john.tes-",
+    "shoooort" + ".loooooooooooooooooooooooooong" * 9 + ".test",
+    "short." + "o" * 64 + ".test",
+    "org",
+    "ai",
+    "gg",
+    "io",
+    "cn.8",
+    "thing.0aa",
+    "127.0.0.1",
+    "192.168.0.142",
+    "fe80::7325:8a97:c100:94b",
+    "2600:3c03::f03c:9100:feb0:af1f",
+    "-notvalid.at-all",
+    "-thing.com",
+    "www.masełkowski.pl.com",
+)
+
+NSIDS = (
+    "com." + "o" * 63 + ".foo",
+    "com.example." + "o" * 63,
+    "com" + ".middle" * 40 + ".foo",
+    "com.example.fooBar",
+    "com.example.fooBarV2",
+    "net.users.bob.ping",
+    "a.b.c",
+    "m.xn--masekowski-d0b.pl",
+    "one.two.three",
+    "one.two.three.four-and.FiVe",
+    "one.2.three",
+    "a-0.b-1.c",
+    "a0.b1.cc",
+    "cn.8.lex.stuff",
+    "test.12345.record",
+    "a01.thing.record",
+    "a.0.c",
+    "xn--fiqs8s.xn--fiqa61au8b7zsevnm8ak20mc4a87e.record.two",
+    "a0.b1.c3",
+    "com.example.f00",
+    "onion.expyuzz4wqqyqhjn.spec.getThing",
+    "onion.g2zyxa5ihm7nsggfxnu52rck2vv4rvmdlkiu3zzui5du4xyclen53wid.lex.deleteThing",
+    "org.4chan.lex.getThing",
+    "onion.2gzyxa5ihm7nsggfxnu52rck2vv4rvmdlkiu3zzui5du4xyclen53wid.lex.deleteThing",
+)
+
+NO_NSIDS = (
+    "com." + "o" * 64 + ".foo",
+    "com.example." + "o" * 64,
+    "com" + ".middle" * 50 + ".foo",
+    "com.example.foo.*",
+    "com.example.foo.blah*",
+    "com.example.foo.*blah",
+    "com.exa💩ple.thing",
+    "a-0.b-1.c-3",
+    "a-0.b-1.c-o",
+    "1.0.0.127.record",
+    "0two.example.foo",
+    "example.com",
+    "com.example",
+    "a.",
+    ".one.two.three",
+    "one.two.three ",
+    "one.two..three",
+    "one .two.three",
+    " one.two.three",
+    "com.atproto.feed.p@st",
+    "com.atproto.feed.p_st",
+    "com.atproto.feed.p*st",
+    "com.atproto.feed.po#t",
+    "com.atproto.feed.p!ot",
+    "com.example-.foo",
+    "com.example.fooBar.2",
+)
+
+RECORD_KEYS = (
+    "self",
+    "example.com",
+    "~1.2-3_",
+    "dHJ1ZQ",
+    "_",
+    "literal:self",
+    "pre:fix",
+    ":",
+    "-",
+    "~",
+    "...",
+    "self.",
+    "lang:",
+    ":lang",
+    "o" * 512,
+)
+
+NO_RECORD_KEYS = (
+    "alpha/beta",
+    ".",
+    "..",
+    "#extra",
+    "@handle",
+    "any space",
+    "any+space",
+    "number[3]",
+    "number(3)",
+    '"quote"',
+    "dHJ1ZQ==",
+    "o" * 513,
+)
+
 NO_STRINGS = (None, True, 1, 1.5, [], ["a"], {}, {"a": "b"})
 
 UNSAFE = (
@@ -348,6 +675,79 @@ class TestFormats:
     def test_what_is_no_uri_is_refused(self, text: str) -> None:
         assert not is_uri(text)
 
+    @pytest.mark.parametrize("text", AT_URIS, ids=brief)
+    def test_an_at_uri_is_accepted(self, text: str) -> None:
+        assert is_at_uri(text)
+
+    @pytest.mark.parametrize("text", NO_AT_URIS, ids=brief)
+    def test_what_is_no_at_uri_is_refused(self, text: str) -> None:
+        assert not is_at_uri(text)
+
+    @pytest.mark.parametrize("handle", HANDLES, ids=brief)
+    def test_a_handle_is_an_authority(self, handle: str) -> None:
+        assert is_at_uri(f"at://{handle}")
+        assert is_at_uri(f"at://{handle}/com.example.post/self")
+
+    @pytest.mark.parametrize("handle", NO_HANDLES, ids=brief)
+    def test_what_is_no_handle_is_no_authority(self, handle: str) -> None:
+        assert not is_at_uri(f"at://{handle}")
+        assert not is_at_uri(f"at://{handle}/com.example.post/self")
+
+    @pytest.mark.parametrize("did", DIDS, ids=brief)
+    def test_a_did_is_an_authority(self, did: str) -> None:
+        assert is_at_uri(f"at://{did}/com.example.post/self")
+
+    # One of them is a handle.
+    @pytest.mark.parametrize(
+        "did", [text for text in NO_DIDS if text != "did.method.val"], ids=brief
+    )
+    def test_what_is_no_did_is_no_authority(self, did: str) -> None:
+        assert not is_at_uri(f"at://{did}/com.example.post/self")
+
+    @pytest.mark.parametrize("nsid", NSIDS, ids=brief)
+    def test_an_nsid_is_a_collection(self, nsid: str) -> None:
+        assert is_at_uri(f"at://did:plc:asdf123/{nsid}")
+        assert is_at_uri(f"at://did:plc:asdf123/{nsid}/self")
+
+    @pytest.mark.parametrize("nsid", NO_NSIDS, ids=brief)
+    def test_what_is_no_nsid_is_no_collection(self, nsid: str) -> None:
+        assert not is_at_uri(f"at://did:plc:asdf123/{nsid}")
+        assert not is_at_uri(f"at://did:plc:asdf123/{nsid}/self")
+
+    @pytest.mark.parametrize("key", RECORD_KEYS, ids=brief)
+    def test_a_record_key_names_a_record(self, key: str) -> None:
+        assert is_at_uri(f"at://did:plc:asdf123/com.example.post/{key}")
+
+    @pytest.mark.parametrize("key", NO_RECORD_KEYS, ids=brief)
+    def test_what_is_no_record_key_names_no_record(self, key: str) -> None:
+        assert not is_at_uri(f"at://did:plc:asdf123/com.example.post/{key}")
+
+    @settings(deadline=None)
+    @given(
+        st.from_regex(labels._AT_URI, fullmatch=True)
+        | st.sampled_from(AT_URIS + NO_AT_URIS).flatmap(
+            lambda text: st.tuples(
+                st.integers(0, len(text)), st.sampled_from("/.:#?%-_aZ0 \n") | st.just("")
+            ).map(lambda cut: text[: cut[0]] + cut[1] + text[cut[0] + 1 :])
+        )
+    )
+    def test_every_at_uri_is_a_uri(self, text: str) -> None:
+        assert not is_at_uri(text) or is_uri(text)
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            *("at://did:" + "a" * 8000, "at://" + "a." * 4000, "at://" + "a-" * 4000),
+            *("at://did:plc:a/" + "a." * 4000, "at://did:plc:a/" + "a-" * 4000 + "/"),
+            "at://did:plc:a/a.b.c/" + "." * 8000,
+        ],
+        ids=brief,
+    )
+    def test_what_is_no_at_uri_is_refused_quickly_however_long_it_is(self, text: str) -> None:
+        began = time.thread_time()
+        assert not is_at_uri(text)
+        assert time.thread_time() - began < 0.05
+
     @pytest.mark.parametrize(
         "text", ["a", "!hide", "with space", "ünïcode", "v" * 128, "ä" * 64, "😀" * 32], ids=brief
     )
@@ -363,6 +763,8 @@ class TestFormats:
         assert not is_val(f"a{character}b")
         assert not is_did(f"did:plc:a{character}b")
         assert not is_uri(f"https://a{character}b")
+        assert not is_at_uri(f"at://did:plc:a{character}b")
+        assert not is_at_uri(f"at://did:plc:ab{character}")
         assert not is_cid(f"{CID}{character}")
         assert not is_datetime(f"2024-05-01T12:00:00Z{character}")
 
@@ -474,6 +876,27 @@ class TestParsing:
         assert error.field == field
         assert str(error).startswith(f"{field}: got ")
         assert ", expected " in str(error)
+
+    @pytest.mark.parametrize("text", [text for text in AT_URIS if len(text) < 100], ids=brief)
+    def test_a_label_on_an_at_uri_is_accepted(self, text: str) -> None:
+        check_subject(parse_label({**LEAST, "uri": text}))
+
+    @pytest.mark.parametrize(
+        "text", [text for text in NO_AT_URIS if text.startswith("at://")], ids=brief
+    )
+    def test_a_uri_that_begins_as_an_at_uri_and_is_none_is_no_subject(self, text: str) -> None:
+        label = parse_label(LEAST)._replace(uri=text)
+        with pytest.raises(InvalidLabel) as refused:
+            check_subject(label)
+        assert refused.value.field == "uri"
+        assert str(refused.value).startswith("uri: got ")
+        assert "expected an AT-URI" in str(refused.value)
+
+    @pytest.mark.parametrize(
+        "text", [text for text in URIS if not text.startswith("at://")], ids=brief
+    )
+    def test_any_other_uri_may_be_labelled(self, text: str) -> None:
+        check_subject(parse_label({**LEAST, "uri": text}))
 
     @pytest.mark.parametrize("character", UNSAFE, ids=ascii)
     @pytest.mark.parametrize("field", ["src", "uri", "cid", "val", "cts", "exp"])
@@ -637,7 +1060,7 @@ class TestWireForm:
     @settings(deadline=None)
     @given(
         src=st.sampled_from([text for text in DIDS if len(text) < 300]),
-        uri=st.from_regex(labels._URI, fullmatch=True).filter(is_uri),
+        uri=st.sampled_from(AT_URIS) | st.from_regex(labels._URI, fullmatch=True).filter(is_uri),
         cid=st.just("") | st.sampled_from(CIDS),
         val=st.text(min_size=1, max_size=128).filter(is_val),
         neg=st.sampled_from([None, False, True]),
