@@ -141,7 +141,8 @@ def wire_form(given: dict[str, Any]) -> dict[str, Any]:
     """What the lexicon makes of an input: its defaults, and `$bytes` without padding."""
     label = {"ver": 1, **given}
     label.pop("$type", None)
-    if label.get("neg") is False:
+    if label.get("neg") is False and "sig" not in label:
+        # It says nothing, unless a signature covers it.
         del label["neg"]
     if "sig" in label:
         label["sig"] = {"$bytes": label["sig"]["$bytes"].rstrip("=")}
