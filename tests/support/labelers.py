@@ -187,8 +187,9 @@ def mirror_program(database: TestDatabase, *arguments: Any) -> Iterator[MirrorPr
 def verdict(labeler: RealLabeler, received: list[Said]) -> str:
     """Compare what was mirrored with the labeler's own database; return the figures."""
     truth = labeler.truth()
-    lost = [said for said in truth if said not in set(received)]
-    doubled = len(received) - len(set(received))
+    there = set(received)
+    lost = [said for said in truth if said not in there]
+    doubled = len(received) - len(there)
     assert received == truth, (lost, doubled)
     assert set(labeler.published) <= set(truth)
     return (
