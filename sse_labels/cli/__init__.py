@@ -22,7 +22,8 @@ from sse_labels.errors import ConfigError, SseLabelsError
 NAME = "sse-labels"
 #: The commands in the order one meets them, and the module that each is in.
 COMMANDS = {"demo": "demo", "serve": "serve", "migrate": "serve", "publish": "publish",
-            "token": "token", "tail": "tail", "doctor": "doctor", "reseed": "reseed"}  # fmt: skip
+            "token": "token", "tail": "tail", "verify": "verify", "doctor": "doctor",
+            "reseed": "reseed"}  # fmt: skip
 
 
 class Program(click.Group):
