@@ -280,6 +280,15 @@ async def test_the_doctor(lines: list[str], shell: Shell) -> None:
     assert "0 failure" in await shell.run(lines[0])
 
 
+@block("sse-labels verify https://labels.example --source-keys-file keys")
+async def test_verifying(lines: list[str], shell: Shell) -> None:
+    (shell.home / "keys").touch()
+    text = await shell.run(lines[0])
+    assert "60 labels are the same in queryLabels" in text
+    assert "0 valid, 0 invalid, 60 unsigned, 0 unknown" in text
+    assert text.endswith("\nsound\n")
+
+
 @block("ADMIN=$(sse-labels token olga --rights admin --publish-tokens-file tokens)")
 async def test_who_is_connected(lines: list[str], shell: Shell) -> None:
     make, laggards, of_peer, cut = lines

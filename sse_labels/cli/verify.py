@@ -1,0 +1,174 @@
+"""`sse-labels verify URL`: is a stream whole, in order, and signed by its sources.
+
+Promises: a report on standard output, a few lines or one JSON object; exit status 0 when the
+stream is sound, 1 when something is wrong, which is named, 2 when it was asked wrongly.
+Does not belong here: what is checked, and how it is read (`verification`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from pathlib import Path
+from types import FrameType
+
+import click
+import httpx
+import ujson
+
+from sse_labels.cli.layout import Command
+from sse_labels.cli.options import named_as_given, option, server_url, switch, token_text
+from sse_labels.config import Expected, integer, path, read, seconds
+from sse_labels.errors import ConfigError
+from sse_labels.signatures import SourceKeys
+from sse_labels.verification import Report, SocketRun, StreamRun, Wanted
+
+SEQ_MAX = 2**63 - 1
+#: Longer than that nobody waits for a report.
+WAIT_MAX_SECONDS = 86_400
+SUBSCRIBE_PATH = "/xrpc/com.atproto.label.subscribeLabels"
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def stream_address(given: str) -> httpx.URL:
+    """Return the address of a stream or of a subscription: a server's alone gets its path."""
+    is_socket = given.partition(":")[0].lower() in ("ws", "wss")
+    try:
+        # To judge it, ws is http and wss is https.
+        parts = httpx.URL(server_url("http" + given[2:] if is_socket else given))
+        cursors = parts.params.get_list("cursor")
+        if cursors:
+            integer(0, SEQ_MAX)(cursors[0])
+    except (Expected, httpx.InvalidURL):
+        raise Expected(
+            "an address such as http://127.0.0.1:8080 or wss://labeler.example, with a seq as its "
+            "cursor if it has one"
+        ) from None
+    if parts.path in ("", "/"):
+        parts = parts.copy_with(path=SUBSCRIBE_PATH if is_socket else "/stream")
+    if is_socket:
+        return parts.copy_with(scheme="wss" if parts.scheme == "https" else "ws")
+    return parts
+
+
+def url_of(context: click.Context, parameter: click.Parameter, given: str | None) -> httpx.URL:
+    """Read the argument, or its environment variable."""
+    try:
+        found = read("url", stream_address, {"url": given})
+    except ConfigError as error:
+        raise ConfigError(error.key.replace("--url", "URL"), error.value, error.expected) from None
+    url = found.get("url", httpx.URL("http://127.0.0.1:8080/stream"))
+    assert isinstance(url, httpx.URL)  # noqa: S101 - `stream_address` made it
+    return url
+
+
+@click.command(cls=Command, short_help="Check that a stream is whole, in order, and signed.")
+@click.argument("url", required=False, callback=url_of)
+@option("cursor", integer(0, SEQ_MAX), "Start after this seq.", metavar="SEQ",
+        shown_default="that of URL, else 0: everything")  # fmt: skip
+@option(
+    "token", token_text, "Token that may read, where streams need one.", metavar="TOKEN",
+    secret=True,
+)  # fmt: skip
+@option(
+    "source_keys_file", path, "Public keys of sources, lines DID did:key:…; none: signatures are "
+    "counted, not checked.", metavar="FILE",
+)  # fmt: skip
+@switch("follow", "Go on after the head, until Ctrl-C.")
+@option(
+    "quiet_seconds", seconds(0.1, WAIT_MAX_SECONDS),
+    "Over WebSocket, where no head is told: silence that counts as the end.",
+    metavar="SECONDS", default="5",
+)  # fmt: skip
+@option(
+    "retry_seconds", seconds(0, WAIT_MAX_SECONDS),
+    "How long one waits in all for a server that went away; 0: not at all.",
+    metavar="SECONDS", default="60",
+)  # fmt: skip
+@switch("no_cross_check", "Read once: no queryLabels, and holes are not read again.")
+@switch("insecure", "Accept any TLS certificate.")
+@switch("json", "Write one JSON object instead of lines.")
+def verify(
+    url: httpx.URL, cursor: int | None, token: str | None, source_keys_file: Path | None,
+    follow: bool, quiet_seconds: float, retry_seconds: float, no_cross_check: bool,
+    insecure: bool, json: bool,
+) -> int:  # fmt: skip
+    """Read the stream at URL from end to end and check continuity and signatures.
+
+    URL is a server's address, or its stream's with filters; or, with ws: or wss:,
+    any labeler's subscribeLabels. Also SSE_LABELS_URL. Without, it is
+    http://127.0.0.1:8080/stream.
+
+    Seqs must increase, also across reconnects; labels must be well formed. Holes
+    are legal: the first 50 and the last 50 are read again. All of it is compared
+    with queryLabels of the same server. It ends at the head of the moment it began.
+
+    \b
+      sse-labels verify https://labels.example --source-keys-file keys
+
+    The exit status is 1 when something is wrong.
+    """
+    with named_as_given():
+        keys = None if source_keys_file is None else SourceKeys(source_keys_file)
+    wanted = Wanted(
+        url=url.copy_remove_param("cursor"),
+        cursor=int(url.params.get("cursor", "0")) if cursor is None else cursor,
+        token=token,
+        keys=keys,
+        follow=follow,
+        cross_check=not no_cross_check,
+        quiet_seconds=quiet_seconds,
+        retry_seconds=retry_seconds,
+        insecure=insecure,
+        say=say,
+    )
+    if url.scheme in ("ws", "wss"):
+        report = asyncio.run(read_socket(SocketRun(wanted)))
+    else:
+        report = read_stream(StreamRun(wanted))
+    write(report, as_json=json)
+    if not report.sound:
+        return 1
+    # With --follow Ctrl-C is how it ends.
+    return 130 if report.cut_short else 0
+
+
+def read_stream(run: StreamRun) -> Report:
+    """Run it; a first signal ends the first reading, a second one all."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        for each in SIGNALS:
+            signal.signal(each, interrupt)
+        run.stop()
+
+    for each in SIGNALS:
+        signal.signal(each, stop)
+    return run.run()
+
+
+async def read_socket(run: SocketRun) -> Report:
+    """Run it; a signal ends the reading."""
+    loop = asyncio.get_running_loop()
+    for each in SIGNALS:
+        loop.add_signal_handler(each, run.stop)
+    return await run.run()
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """End at once."""
+    raise KeyboardInterrupt
+
+
+def write(report: Report, *, as_json: bool) -> None:
+    """Write the report."""
+    if as_json:
+        click.echo(ujson.dumps(report.as_json(), escape_forward_slashes=False))
+        return
+    for line in report.lines():
+        click.echo(line)
+    click.secho(report.verdict(), fg="green" if report.sound else "red")
+
+
+def say(text: str) -> None:
+    """Tell the person at the terminal; standard output is for the report alone."""
+    click.echo(f"sse-labels verify: {text}", err=True)

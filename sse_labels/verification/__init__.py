@@ -1,0 +1,12 @@
+"""Verification: a stream is read from end to end, and what it promises is checked.
+
+Promises: whatever a server sends, the outcome is a report; a stream is called sound when nothing
+was found wrong, and what was not looked at is said.
+Stands outside the corridor: a reader like any other.
+Does not belong here: options, signals, exit statuses (`cli.verify`).
+"""
+
+from sse_labels.verification.report import Report
+from sse_labels.verification.run import SocketRun, StreamRun, Wanted
+
+__all__ = ["Report", "SocketRun", "StreamRun", "Wanted"]
