@@ -76,7 +76,8 @@ def test_help_names_every_option_with_its_variable_and_default() -> None:
     context = click.Context(cli)
     names = cli.list_commands(context)
     assert sorted(names) == [
-        "demo", "doctor", "migrate", "publish", "reseed", "serve", "tail", "token", "verify",
+        "demo", "doctor", "migrate", "mirror", "publish", "reseed", "serve", "tail", "token",
+        "verify",
     ]  # fmt: skip
     helps = ran_all([((name, "--help"), {}) for name in names])
     for name, shown in zip(names, helps, strict=True):

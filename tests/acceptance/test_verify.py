@@ -315,7 +315,7 @@ def test_a_full_server_is_waited_for_and_then_given_up(database: TestDatabase) -
 def signed(database: TestDatabase, tmp_path: Path) -> Path:
     """Store labels, right, wrong, without a signature and of a stranger; return the keys."""
     label = Label(SRC, "did:web:a", "", "spam", None, "2026-01-01T00:00:00Z", None, None)
-    right = KEY.sign(label)
+    right = KEY.sign(label).sig
     for columns in (
         {"sig": right},
         {"sig": right, "val": "rude"},

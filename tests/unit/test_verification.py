@@ -414,7 +414,7 @@ def test_signatures_are_counted_by_source_and_the_wrong_one_is_named(tmp_path: P
     findings = Findings()
     continuity = Continuity(0, SourceKeys(file), findings)
     plain = Label(SRC, "did:web:a", "", "spam", None, "2026-01-01T00:00:00Z", None, None)
-    signed = plain._replace(sig=KEY.sign(plain))
+    signed = KEY.sign(plain)
     other = signed._replace(src="did:web:other")
     for seq, each in enumerate((plain, signed, signed._replace(val="rude"), other), start=1):
         continuity.event(*sent(Event(seq, label_json(*each))))
