@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
@@ -20,7 +21,7 @@ from sse_labels.cli.layout import Command
 from sse_labels.cli.options import key_of, named_as_given, option, settings_options
 from sse_labels.cli.serve import Ready, database_at, database_of, interruptible, until_told
 from sse_labels.config import Expected, Settings, did, integer, load, seconds, size
-from sse_labels.database import Database
+from sse_labels.database import Connection, Database
 from sse_labels.errors import ConfigError, SchemaError
 from sse_labels.logs import configure_logging
 from sse_labels.mirror.following import Mirror
@@ -94,6 +95,10 @@ def upstreams(
     "report_seconds", seconds(0.05, 86_400), "Time between two lines that say what was stored.",
     metavar="SECONDS", default="60",
 )  # fmt: skip
+@option(
+    "retry_longest_seconds", seconds(0.05, 86_400), "Longest wait before an upstream, or the "
+    "database, is tried again.", metavar="SECONDS", default="60",
+)  # fmt: skip
 @settings_options(
     "dsn", "data_dir", "migrate", "connect_timeout_seconds", "query_timeout_seconds",
     "source_keys_file", "log_level", "log_format",
@@ -103,6 +108,7 @@ def mirror(
     cursor: int,
     message_max_bytes: int,
     report_seconds: float,
+    retry_longest_seconds: float,
     **options: str | None,
 ) -> None:
     """Follow the subscribeLabels of other labelers, and store their labels here.
@@ -125,11 +131,16 @@ def mirror(
             for each in wanted
         ]
         with database_of(settings, key_of("dsn")) as place:
-            until_told(following(settings, place.dsn, found, cursor, report_seconds))
+            make = partial(Mirror, first_cursor=cursor, retry_longest_seconds=retry_longest_seconds)
+            until_told(following(settings, place.dsn, found, make, report_seconds))
 
 
 def following(
-    settings: Settings, dsn: str, found: list[Upstream], cursor: int, report_seconds: float
+    settings: Settings,
+    dsn: str,
+    found: list[Upstream],
+    make: Callable[[Upstream, Callable[[], Awaitable[Connection]]], Mirror],
+    report_seconds: float,
 ) -> Callable[[asyncio.Event, Ready], Any]:
     """Return what follows all upstreams until it is told to stop."""
 
@@ -137,7 +148,7 @@ def following(
         database = database_at(settings, dsn)
         try:
             await prepare(database, settings)
-            mirrors = [Mirror(each, database.connect, first_cursor=cursor) for each in found]
+            mirrors = [make(each, database.connect) for each in found]
             async with asyncio.TaskGroup() as tasks:
                 running = [
                     tasks.create_task(work)

@@ -32,7 +32,7 @@ BATCH_MAX_LABELS = 1000
 #: How often an upstream has to say that a cursor lies in its future before it is believed: one of
 #: several servers may be a moment behind.
 FUTURE_TRIES = 3
-RETRY_FIRST_SECONDS, RETRY_LONGEST_SECONDS = 0.5, 60.0
+RETRY_FIRST_SECONDS = 0.5
 #: How often somebody looks whether the process that follows an upstream is still there.
 LOCKED_SECONDS = 5.0
 #: Errors of an upstream that say that its seqs are not those that the cursor belongs to.
@@ -52,14 +52,21 @@ class Mirror:
         connect: Callable[[], Awaitable[Connection]],
         *,
         first_cursor: int = 0,
+        retry_longest_seconds: float = 60.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`connect` gives a session of the database; `first_cursor` is for a new upstream."""
+        """`connect` gives a session of the database; `first_cursor` is for a new upstream.
+
+        Between two tries it waits longer each time, `retry_longest_seconds` at most.
+        """
         self._upstream = upstream
         self._connect = connect
         self._first_cursor = first_cursor
         self._clock = clock
-        self._backoff = Backoff(RETRY_FIRST_SECONDS, RETRY_LONGEST_SECONDS)
+        self._retry_longest_seconds = retry_longest_seconds
+        self._backoff = Backoff(
+            min(RETRY_FIRST_SECONDS, retry_longest_seconds), retry_longest_seconds
+        )
         self._denied = 0
         #: What happened since the start.
         self.tally: Counter[str] = Counter()
@@ -82,7 +89,7 @@ class Mirror:
                 self._log_lost("the database is lost", error)
                 wait = 0.0
             self.tally["reconnects"] += 1
-            if self._clock() - begun > RETRY_LONGEST_SECONDS:
+            if self._clock() - begun > self._retry_longest_seconds:
                 # It went well for long, however quiet it was.
                 self._backoff.reset()
             wait += self._backoff.next()
@@ -189,11 +196,11 @@ class Mirror:
             self.tally["outdated"] += 1
             log.warning(
                 "labels after the cursor are gone at the upstream, what it has left follows:"
-                " upstream=%s cursor=%s message=%s", self._upstream.url, self.cursor, news.message,
+                " upstream=%s cursor=%s said=%s", self._upstream.url, self.cursor, news.message,
             )  # fmt: skip
         else:
             log.info(
-                "news: upstream=%s name=%s message=%s", self._upstream.url, news.name, news.message
+                "news: upstream=%s name=%s said=%s", self._upstream.url, news.name, news.message
             )
 
     async def _store(self, upstreams: Upstreams, messages: list[Labels]) -> None:

@@ -29,7 +29,8 @@ from support.reading import reading
 
 
 def mirror_of(database: TestDatabase, *arguments: str) -> Any:
-    return running("mirror", *arguments, "--dsn", database.dsn, "--report-seconds=0.2")
+    quick = ("--report-seconds=0.2", "--retry-longest-seconds=0.5")
+    return running("mirror", *arguments, "--dsn", database.dsn, *quick)
 
 
 @pytest.fixture
