@@ -176,7 +176,7 @@ $(DONE)/node: $(DONE)/dev FORCE
 
 # Programs of Debian's, PROGRAM:PACKAGE, that tests drive. Who may not install them has those
 # tests skipped. Packages with a service of their own start it, unless a policy forbids that.
-SYSTEM := nginx:nginx chromium:chromium promtool:prometheus pgbouncer:pgbouncer systemd-analyze:systemd
+SYSTEM := nginx:nginx chromium:chromium promtool:prometheus pgbouncer:pgbouncer systemd-analyze:systemd openssl:openssl
 POLICY := /usr/sbin/policy-rc.d
 
 $(DONE)/system: $(DONE)/python FORCE

@@ -97,6 +97,11 @@ class App:
             raise ConfigError(
                 option_name("signing_did"), settings.signing_did, "--signing-key-file as well"
             )
+        self.signing_key = (
+            None
+            if settings.signing_key_file is None
+            else SigningKey.load(settings.signing_key_file)
+        )
         self.source_keys = (
             None if settings.source_keys_file is None else SourceKeys(settings.source_keys_file)
         )
@@ -154,9 +159,7 @@ class App:
             Publisher(
                 self.store,
                 self.metrics,
-                signing_key=None
-                if settings.signing_key_file is None
-                else SigningKey.load(settings.signing_key_file),
+                signing_key=self.signing_key,
                 signing_did=settings.signing_did,
                 source_keys=self.source_keys,
             ),
@@ -238,6 +241,11 @@ class App:
         await self.store.check()
         await self.store.claim_epoch()
         self._check_retention()
+        if self.signing_key is not None:
+            log.info(
+                "published labels are signed: did=%s key=%s",
+                self.settings.signing_did, self.signing_key.did_key,
+            )  # fmt: skip
 
     def _answering(self) -> contextlib.AbstractAsyncContextManager[None]:
         if self.share is None:

@@ -28,6 +28,7 @@ from support.database import TestDatabase, reachable_directory, until
 from support.labeler import labeler, wire_label
 from support.program import PATIENCE_SECONDS, REPOSITORY, command, environment, free_port
 from support.server import PUBLISH_TOKEN, RunServer
+from support.system import program
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 #: The file of an operator's tokens, in the folder where commands run.
@@ -308,6 +309,14 @@ async def test_reseeding(lines: list[str], home: Path, database: TestDatabase) -
     shell = Shell(home, "", database.dsn, {"PATH": f"{home}/bin:{os.environ['PATH']}"})
     assert "the next seq is 123457" in await shell.run(lines[0])
     assert database.insert() == [123457]
+
+
+@block("openssl ecparam -name secp256k1 -genkey -noout -out signing-key.pem")
+async def test_signing(lines: list[str], shell: Shell, to_serve: dict[str, str]) -> None:
+    program("openssl")
+    await shell.run(lines[0])
+    said = await shell.run_until(lines[1], r"key=did:key:zQ3\w+", **to_serve)
+    assert "did=did:web:labeler.example" in said
 
 
 @block(
