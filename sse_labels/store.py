@@ -250,7 +250,12 @@ class Store:
     async def still_in_force(self, seqs: Sequence[int], until: int) -> list[Row]:
         """Return the rows that are the newest of their key as of `until`, unless withheld."""
         rows = self._as_meant(
-            await self._database.fetch("still_in_force", seqs=list(seqs), until=until)
+            await self._database.fetch(
+                "still_in_force",
+                seqs=list(seqs),
+                until=until,
+                keys_are_unique=self.keys_are_unique,
+            )
         )
         return [row for row in rows if row[8] or not self._withhold_unsigned]
 
