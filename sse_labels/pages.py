@@ -10,6 +10,7 @@ Does not belong here: deciding what is settled, or how far a reader may go.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -22,7 +23,7 @@ PageKey = tuple[int, Filter | None, Snapshot | None]
 
 
 class Pages:
-    """Reads pages for backfills; keeps full ones, which never change, up to a bound in bytes."""
+    """Reads pages for backfills; keeps full ones while they last, up to a bound in bytes."""
 
     def __init__(
         self,
@@ -53,7 +54,7 @@ class Pages:
         """
         key = (cursor, narrowed, snapshot)
         page = self._cache.get(key)
-        if page is not None:
+        if page is not None and time.time() < page.lasts_until:
             self._cache.move_to_end(key)
             self._metrics.count["backfill_page_hits"] += 1
         else:
@@ -86,11 +87,14 @@ class Pages:
         finally:
             del self._reading[key]
         self._metrics.count["backfill_pages"] += 1
-        if page.full and page.lasting:
+        if page.full:
             self._keep(key, page)
         return page
 
     def _keep(self, key: PageKey, page: Page) -> None:
+        before = self._cache.pop(key, None)
+        if before is not None:
+            self._cache_bytes -= kept_nbytes(before.chunk, key[1])
         self._cache[key] = page
         self._cache_bytes += kept_nbytes(page.chunk, key[1])
         while self._cache_bytes > self._cache_max_bytes:

@@ -9,6 +9,7 @@ Does not belong here: when to ask, how often to try again, what is settled.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from sse_labels.chunk import Chunk, Row, encode_rows
 from sse_labels.database import Connection, Database
 from sse_labels.errors import SchemaError
 from sse_labels.filters import Filter
-from sse_labels.labels import Label, is_expired
+from sse_labels.labels import Label, expires_at
 
 log = logging.getLogger(__name__)
 
@@ -30,13 +31,13 @@ INDEXED_URI_CHARS = 600
 class Page(NamedTuple):
     """One page of history; `floor` is above `chunk.start + 1` when retention came first.
 
-    It is `lasting` when it will be the same whenever it is read.
+    Read again, it would be the same until the time `lasts_until`, in seconds since 1970.
     """
 
     chunk: Chunk
     full: bool
     floor: int
-    lasting: bool = True
+    lasts_until: float = math.inf
 
 
 class Snapshot(NamedTuple):
@@ -224,18 +225,16 @@ class Store:
         last, looked_at = found[0][:2]
         rows = self._as_meant([row[2:] for row in found if row[2] is not None])
         full = looked_at == window and last < snapshot.until
-        floor = 1
+        floor, lasts_until = 1, math.inf
         if snapshot.resumed:
             # A negation may have been deleted; what a new consumer does not get is not missing.
             floor = (await self.state()).floor
         else:
-            now = time.time()
-            rows = [row for row in rows if not is_expired(row[7], now)]
+            # What expires is left out next time: who asks for `expired` as well is not told of it.
+            rows, lasts_until = _not_expired(rows, time.time())
         end = last if full else snapshot.until
         chunk = self.chunk(rows, start=cursor, end=end, narrowed=narrowed)
-        # What expires is left out next time: who asks for `expired` as well is not told of it.
-        lasting = snapshot.resumed or not any(row[7] for row in rows)
-        return Page(chunk, full, floor, lasting)
+        return Page(chunk, full, floor, lasts_until)
 
     async def expiring(
         self, date: str, seq: int, last_date: str, limit: int
@@ -251,7 +250,12 @@ class Store:
     async def still_in_force(self, seqs: Sequence[int], until: int) -> list[Row]:
         """Return the rows that are the newest of their key as of `until`, unless withheld."""
         rows = self._as_meant(
-            await self._database.fetch("still_in_force", seqs=list(seqs), until=until)
+            await self._database.fetch(
+                "still_in_force",
+                seqs=list(seqs),
+                until=until,
+                keys_are_unique=self.keys_are_unique,
+            )
         )
         return [row for row in rows if row[8] or not self._withhold_unsigned]
 
@@ -366,6 +370,19 @@ class Store:
     async def forget_requests(self, connection: Connection, seconds: float) -> None:
         """Delete the keys of requests that are older than `seconds`."""
         await connection.fetch("forget_requests", seconds=seconds)
+
+
+def _not_expired(rows: Sequence[Row], now: float) -> tuple[list[Row], float]:
+    """Return the rows that have not expired, and when the first of them does."""
+    left, first = [], math.inf
+    for row in rows:
+        at = expires_at(row[7])
+        if at is None:
+            left.append(row)
+        elif at > now:
+            left.append(row)
+            first = min(first, at)
+    return left, first
 
 
 def _like(prefix: str) -> str:

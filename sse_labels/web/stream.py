@@ -58,6 +58,10 @@ log = logging.getLogger(__name__)
 START_WAIT_SECONDS = 5.0
 #: What a client that came to a full server waits, as a multiple of the usual retry.
 BUSY_RETRY_FACTOR = 10
+#: New consumers begin with the same state for so many seconds, while no more events than that
+#: have come since: its pages are read once for all of them.
+SNAPSHOT_SHARED_SECONDS = 30.0
+SNAPSHOT_SHARED_EVENTS = 10_000
 #: What operators may have streams sorted by; the first unless they say.
 SORTS = ("lag", "since")
 
@@ -108,6 +112,8 @@ class StreamHandler:
         )
         self._places = share.streams if share else Tally.alone()
         self._open: dict[str, Visit] = {}
+        #: The state that new consumers begin with, and when it was the newest, since 1970.
+        self._shared: tuple[Snapshot, float] | None = None
         self._stopping = False
         self._worker = share.index + 1 if share else 1
         metrics.gauges["streams"] = lambda: len(self._open)
@@ -144,7 +150,9 @@ class StreamHandler:
             start = await self._start(
                 0 if state and cursor is None else cursor, request.query.get("epoch")
             )
-            snapshot = Snapshot(self._sequencer.head, resumed=start > 0) if state else None
+            snapshot = None
+            if state:
+                snapshot, since = self._snapshot(start, since)
             visit = self._let_in(client, narrowed, grant.subject, snapshot, since)
         except (TooManyConnections, TooManyFromAddress, NotReady, EpochChanged) as error:
             if socket:
@@ -170,6 +178,29 @@ class StreamHandler:
             raise
         # Nothing awaits from here until aiohttp asks it for its body; then it ends itself.
         return stream
+
+    def _snapshot(self, start: int, since: float | None) -> tuple[Snapshot, float | None]:
+        """Return the state to begin with, and from when on to tell of what expires.
+
+        While labels are published every consumer would have a state of its own, for which the
+        whole table is read: those who come together share one, and what came since follows it.
+        """
+        head = self._sequencer.head
+        if start > 0:
+            return Snapshot(head, resumed=True), since
+        now = self._expiry.clock()
+        if self._shared is None or not self._may_share(*self._shared, head, now):
+            self._shared = Snapshot(head, resumed=False), now
+        snapshot, begun = self._shared
+        return snapshot, None if since is None else min(since, begun)
+
+    def _may_share(self, snapshot: Snapshot, begun: float, head: int, now: float) -> bool:
+        """Say whether a state that was the newest then is new enough."""
+        # Either may be less than nothing: another database, a clock that was set.
+        return (
+            0 <= head - snapshot.until <= SNAPSHOT_SHARED_EVENTS
+            and 0 <= now - begun <= SNAPSHOT_SHARED_SECONDS
+        )
 
     def _let_in(
         self,

@@ -31,6 +31,7 @@ def limited(numbers: Numbers, history: int) -> Numbers:
         numbers,
         d_rows=tuple(dict.fromkeys(min(rows, history) for rows in numbers.d_rows)),
         h_rows=tuple(dict.fromkeys(min(rows, history) for rows in numbers.h_rows)),
+        s_rows=max(200, min(numbers.s_rows, history) // 200 * 200),
     )
 
 
@@ -38,7 +39,7 @@ def limited(numbers: Numbers, history: int) -> Numbers:
 @click.option("--only", default="", help="Scenarios; none: all.")
 @click.option("--peers", default="", help="Peers beside the service; none: all; -: nobody.")
 @click.option("--size", type=click.Choice(["full", "small"]), default="full")
-@click.option("--history", type=int, help="Most labels stored, in D and H.")
+@click.option("--history", type=int, help="Most labels stored, in D, H and S.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for what was found.")
 @click.option("--command", default="", help="What to say that this was run by.")
 def main(

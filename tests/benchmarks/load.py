@@ -8,6 +8,7 @@ Raw sockets and epoll; one buffer; the bytes of the others are looked at once, b
 from __future__ import annotations
 
 import array
+import re
 import select
 import socket
 import struct
@@ -25,6 +26,8 @@ BUFFER_BYTES = 1 << 18
 CLIENTS_PER_ADDRESS = 4_000
 #: After the last event that is due: would more come than were published?
 LINGER_SECONDS = 0.2
+#: The end of a snapshot, with its seq.
+COMPLETE = re.compile(rb'"name":"SnapshotComplete"[^\n]*"seq":(\d+)[^\d\n]')
 #: An event may be cut by the end of a read; longer than any frame.
 TAIL_BYTES = 4096
 
@@ -58,6 +61,41 @@ class Sample:
         self._tail = data[end:][-TAIL_BYTES:]
 
 
+class Snapshot:
+    """One reader of a snapshot: when it was complete, as of which seq, and of what it consisted."""
+
+    def __init__(self, whole: bool) -> None:
+        """`whole`: the seqs of all its events are kept; that costs more than receiving them."""
+        self._tail = b""
+        self._seqs = array.array("q") if whole else None
+        self.completed_ns = 0
+        self.until = 0
+
+    def read(self, data: bytes) -> None:
+        """Look at what arrived just now, until the snapshot is complete."""
+        if self.completed_ns:
+            return
+        now = time.monotonic_ns()
+        data = self._tail + data
+        end = 0
+        if self._seqs is not None:
+            for match in EVENT.finditer(data):
+                end = match.end()
+                self._seqs.append(int(match[1]))
+        complete = COMPLETE.search(data)
+        if complete is not None:
+            self.completed_ns, self.until = now, int(complete[1])
+        self._tail = data[end:][-TAIL_BYTES:]
+
+    def found(self, began_ns: int) -> dict[str, Any]:
+        """What there was, for the one who asks."""
+        return {
+            "seconds": (self.completed_ns - began_ns) / 1e9 if self.completed_ns else None,
+            "until": self.until,
+            "seqs": None if self._seqs is None else measure.digest(self._seqs),
+        }
+
+
 class Crowd:
     """All subscribers of one scenario."""
 
@@ -81,6 +119,7 @@ class Crowd:
         self._heads: dict[int, bytes] = {}
         self._requests: dict[int, bytes] = {}
         self._samples: list[Sample] = []
+        self._snapshots: list[Snapshot] = []
         self._counts: dict[int, int] = {}
         self._expected: dict[int, int] = {}
         self._latencies = array.array("q")
@@ -102,7 +141,8 @@ class Crowd:
         """Open all connections at once; return when every one has its response head.
 
         Each group is a `count` of clients with one `request`, each of which is to get `events`
-        (`gaps`: its filter hides some). `samples` clients, spread over all, are read in full.
+        (`gaps`: its filter hides some; `snapshot`: they are a snapshot, to be complete).
+        `samples` clients, spread over all, are read in full, and so is the first snapshot.
         No address has more than `per_address` clients.
         """
         began = self._began = time.monotonic_ns()
@@ -127,7 +167,10 @@ class Crowd:
             self._counts[fd] = 0
             self._expected[fd] = group["events"]
             self._heads[fd] = b""
-            if number % every == 0 and len(self._samples) < samples:
+            if group.get("snapshot"):
+                self._snapshots.append(Snapshot(whole=not self._snapshots))
+                self._closely[fd] = self._head_of(fd, self._snapshots[-1])
+            elif number % every == 0 and len(self._samples) < samples:
                 self._samples.append(Sample(self._latencies, group.get("gaps", False)))
                 self._closely[fd] = self._head_of(fd, self._samples[-1])
             else:
@@ -147,7 +190,10 @@ class Crowd:
         if not since_connect:
             self._began, self._used = began, time.process_time()
         expected = sum(self._expected.values())
-        self._loop(lambda: self._total >= expected, began + int(seconds * 1e9))
+        self._loop(
+            lambda: self._total >= expected and all(each.completed_ns for each in self._snapshots),
+            began + int(seconds * 1e9),
+        )
         ended = time.monotonic_ns()
         load_cpu = (time.process_time() - self._used) / max(1, ended - self._began) * 1e9
         self._loop(lambda: False, ended + int(LINGER_SECONDS * 1e9))
@@ -162,6 +208,7 @@ class Crowd:
             "clients_over": over,
             "clients_gone": self._gone,
             "samples": len(self._samples),
+            "snapshots": [each.found(self._began) for each in self._snapshots],
             "samples_wrong": sum(sample.wrong for sample in self._samples),
             "began_ns": self._began,
             "last_ns": self._last,
@@ -174,7 +221,7 @@ class Crowd:
             "load_cpu": load_cpu,
         }
 
-    def _head_of(self, fd: int, sample: Sample | None) -> Callable[[bytes], None]:
+    def _head_of(self, fd: int, sample: Sample | Snapshot | None) -> Callable[[bytes], None]:
         """What reads a response head, and after it hands the connection over."""
 
         def read(data: bytes) -> None:

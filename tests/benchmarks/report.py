@@ -24,7 +24,8 @@ per s: deliveries, in G labels accepted. server µs: CPU of the server's process
 PostgreSQL µs: that of all its processes beside it. ratio: server µs over the service's in the same
 row of scenarios. p50…p99: from right before publishing to reading, in G from a POST to its answer.
 KiB/conn: resident memory of the server for each idle connection; kernel buffers are not in it.
-connect µs: server CPU for each connection; in D and E with all that it then received.
+connect µs: server CPU for each connection; in D, E and S with all that it then received.
+S: until the last of the readers was told that its snapshot is complete.
 load CPU: share of the load's core; near 100 % the load was the limit."""
 
 
@@ -94,7 +95,7 @@ def _said(result: Result) -> str:
     if result.verdict == "left out":
         said.insert(0, "left out")
     said += [f"{key} {value}" for key, value in result.more.items() if value and key not in HIDDEN]
-    if result.scenario == "D" and result.database_cpu_seconds is not None:
+    if result.scenario in ("D", "S") and result.database_cpu_seconds is not None:
         said.append(f"PostgreSQL {result.database_cpu_seconds:.2f} s in all")
     return "; ".join(said)
 

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from benchmarks import labels, nchan, servers
+from benchmarks import labels, measure, nchan, servers
 from benchmarks.servers import SERVICE, Place, Server, Service
 from benchmarks.worker import Worker, WorkerError
 
@@ -51,6 +51,8 @@ class Numbers:
     h_rows: tuple[int, ...] = (10_000, 100_000, 1_000_000, 10_000_000)
     h_read: int = 100_000
     idle: tuple[int, float, float] = (1, 20, 15)
+    s_rows: int = 1_000_000  # a multiple of 200; a tenth is in force
+    s_readers: tuple[int, ...] = (1, 20)
     #: How long after its due time a scenario is waited for.
     patience_seconds: float = 60
 
@@ -72,6 +74,8 @@ SMALL = Numbers(
     h_rows=(1000, 10_000, 100_000),
     h_read=2000,
     idle=(1, 20, 2),
+    s_rows=20_000,
+    s_readers=(1, 5),
     patience_seconds=15,
 )
 
@@ -141,10 +145,12 @@ class Run:
         """The peers, without the one that is there for paced publishing alone."""
         return [name for name in self.peers if name != servers.NCHAN_SERIAL]
 
-    def opened(self, name: str, history: int = 0) -> AbstractContextManager[Server]:
+    def opened(
+        self, name: str, history: int = 0, kind: str = servers.EVENTS
+    ) -> AbstractContextManager[Server]:
         """Start a server by its name."""
         if name == SERVICE:
-            return servers.service(self.place, history)
+            return servers.service(self.place, history, kind)
         if name == servers.BEHIND_NGINX:
             return servers.behind_nginx(self.place)
         return servers.PEERS[name](self.place)
@@ -161,13 +167,14 @@ class Run:
         work: Callable[[Server, Load, Result], None],
         *,
         history: int = 0,
+        kind: str = servers.EVENTS,
     ) -> Result:
         """Run one scenario on one server, both ended afterwards, and keep the result."""
         result = Result(scenario, variant, name)
         self.results.append(result)
         self.tell(f"{scenario} {variant} {name}")
         try:
-            with self.opened(name, history) as server:
+            with self.opened(name, history, kind) as server:
                 result.version, result.published_by = server.version, server.how
                 with load(self.load_core) as two:
                     result.verdict = "complete"
@@ -411,8 +418,11 @@ def read_from(
     *,
     samples: int,
     patience: float,
-) -> None:
-    """Connect clients that have a cursor; from the first connect until all have caught up."""
+) -> dict[str, Any]:
+    """Connect clients that have a cursor; from the first connect until all have caught up.
+
+    Returns what the crowd says.
+    """
     result.connections = sum(group["count"] for group in groups)
     server.forget_peak()
     before = server.metrics() if isinstance(server, Service) else {}
@@ -441,6 +451,7 @@ def read_from(
             result.more[name.replace("_", " ")] = int(
                 after[f"{name}_total"] - before[f"{name}_total"]
             )
+    return got
 
 
 def e(run: Run) -> None:
@@ -646,7 +657,51 @@ def p(run: Run) -> None:
         _paced(run, "P", size, [SERVICE, servers.BEHIND_NGINX])
 
 
+def s(run: Run) -> None:
+    """The state instead of events: snapshots of a large table of which a tenth is in force."""
+    rows = run.numbers.s_rows
+    for kind, told in ((servers.STATE, "stored"), (servers.OZONE, "in Ozone's table")):
+        for readers in run.numbers.s_readers:
+            variant = f"{rows // 10} in force of {rows} {told}, {readers} at once"
+            run.measured(
+                "S", variant, SERVICE, _snapshot(run, rows, readers), history=rows, kind=kind
+            )
+    for name in run.others:
+        run.left_out("S", name, "has no snapshots")
+
+
+def _snapshot(run: Run, rows: int, readers: int) -> Callable[[Server, Load, Result], None]:
+    def work(server: Server, two: Load, result: Result) -> None:
+        assert isinstance(server, Service)
+        _until_head(server, rows)
+        started = server.memory_kib() / 1024
+        group = {
+            "count": readers,
+            "request": server.request("?snapshot=active"),
+            "events": rows // 10,
+            "snapshot": True,
+        }
+        patience = run.numbers.patience_seconds + rows * readers / 500_000
+        got = read_from(server, two, result, [group], samples=0, patience=patience)
+        result.more["MiB at start"] = round(started, 1)
+        result.more["server s"] = round(result.server_cpu_seconds or 0.0, 2)
+        snapshots = got["snapshots"]
+        if any(each["seconds"] is None for each in snapshots):
+            result.problem("falls behind", "a snapshot was not complete")
+            return
+        # Until the last was told that it has all, not until its last event.
+        result.seconds = max(each["seconds"] for each in snapshots)
+        result.rate = result.deliveries / result.seconds
+        if {each["until"] for each in snapshots} != {rows}:
+            result.problem("wrong", "not all snapshots are as of the newest seq")
+        wanted = server.in_force()
+        if len(wanted) != rows // 10 or snapshots[0]["seqs"] != measure.digest(wanted):
+            result.problem("wrong", "a snapshot is not what is in force by the table")
+
+    return work
+
+
 SCENARIOS: dict[str, Callable[[Run], None]] = {
     "A": a, "A2": a2, "B": b, "C": c, "D": d, "E": e, "F": f, "G": g, "H": h, "L": idle,
-    "P": p,
+    "P": p, "S": s,
 }  # fmt: skip

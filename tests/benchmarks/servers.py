@@ -41,6 +41,9 @@ SERVICE = "service"
 NCHAN_SERIAL = "nchan-serial"
 #: The service behind nginx, with the site that operators are given.
 BEHIND_NGINX = "service, nginx"
+#: What a table is filled with: events each of another key; events that replace one another;
+#: the rows of Ozone's table, in which each key has one.
+EVENTS, STATE, OZONE = "events", "state", "ozone"
 START_SECONDS = 30.0
 FILL_ROWS = 100_000
 
@@ -134,6 +137,13 @@ class Service(Server):
             found: int = cursor.fetchone()[0]
             return found
 
+    def in_force(self) -> list[int]:
+        """The seqs of the labels in force, by SQL of the benchmark's own."""
+        with contextlib.closing(psycopg2.connect(self.dsn)) as connection:
+            cursor = connection.cursor()
+            cursor.execute(labels.IN_FORCE)
+            return [seq for (seq,) in cursor.fetchall()]
+
     def publish_head(self, body: str) -> str:
         """A POST /labels with this body."""
         return (
@@ -221,8 +231,8 @@ def place(server_core: int) -> Iterator[Place]:
 
 
 @contextmanager
-def service(place: Place, history: int = 0) -> Iterator[Service]:
-    """The service on a fresh database, with so many labels in it."""
+def service(place: Place, history: int = 0, kind: str = EVENTS) -> Iterator[Service]:
+    """The service on a fresh database, with so many labels of one kind in it."""
     name = f"bench_{next(_names)}"
     dsn = make_dsn(place.postgres.dsn, dbname=name)
     with _sql(place.postgres.dsn) as run, tempfile.TemporaryDirectory() as folder:
@@ -243,7 +253,7 @@ def service(place: Place, history: int = 0) -> Iterator[Service]:
         )
         try:
             if history:
-                _fill(place, dsn, history)
+                _fill(place, dsn, history, kind)
             server.start()
             try:
                 yield server
@@ -274,15 +284,22 @@ def behind_nginx(place: Place) -> Iterator[Proxied]:
         yield server
 
 
-def _fill(place: Place, dsn: str, history: int) -> None:
-    with cores.on(place.server_core):
-        subprocess.run(
-            [*command(), "migrate", "--dsn", dsn, "--log-level", "error"],
-            env=environment(), stdout=subprocess.DEVNULL, check=True,
-        )  # fmt: skip
+def _fill(place: Place, dsn: str, history: int, kind: str) -> None:
+    if kind != OZONE:
+        with cores.on(place.server_core):
+            subprocess.run(
+                [*command(), "migrate", "--dsn", dsn, "--log-level", "error"],
+                env=environment(), stdout=subprocess.DEVNULL, check=True,
+            )  # fmt: skip
     with _sql(dsn) as run:
-        for first in range(0, history, FILL_ROWS):
-            run(labels.FILL, (first, min(history, first + FILL_ROWS) - 1))
+        if kind == OZONE:
+            run(labels.OZONE_TABLES)
+            run(labels.FILL_OZONE, (history,))
+        elif kind == STATE:
+            run(labels.FILL_STATE, (history // 5,))
+        else:
+            for first in range(0, history, FILL_ROWS):
+                run(labels.FILL, (first, min(history, first + FILL_ROWS) - 1))
         # Not later, when it would be measured.
         run("VACUUM (FREEZE, ANALYZE) label")
         run("CHECKPOINT")

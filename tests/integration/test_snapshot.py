@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Iterable
+from datetime import UTC, datetime
+from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
@@ -190,19 +193,62 @@ async def test_ozones_table_has_snapshots_too(
     assert folded(stream.events) == folded(database.stored())
 
 
-async def test_what_expires_between_two_snapshots_of_the_same_seq_is_not_in_the_second(
+async def test_pages_of_a_snapshot_are_kept_until_the_first_of_their_labels_expires(
     run_server: RunServer, database: TestDatabase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    over: set[str | None] = set()
-    monkeypatch.setattr("sse_labels.store.is_expired", lambda exp, _: exp in over)
-    database.insert(1, exp=FUTURE)
-    database.insert(25, val="rude")
+    now = time.time()
+    clock = SimpleNamespace(time=lambda: now)
+    monkeypatch.setattr("sse_labels.store.time", clock)
+    monkeypatch.setattr("sse_labels.pages.time", clock)
+    database.insert(1, exp=datetime.fromtimestamp(now + 100, UTC).isoformat())
+    database.insert(1, val="porn", exp=FUTURE)
+    database.insert(24, val="rude")
     async with run_server(page_max_events=1) as server:
-        for left in (26, 25):
+        count = server.app.metrics.count
+        for seconds, left, kept in ((0, 26, 0), (99, 26, 2), (2, 25, 1), (0, 25, 2)):
+            now += seconds
+            before = count["backfill_page_hits"]
             async with reading(server.stream_url, snapshot="active") as stream:
                 assert (await until_complete(stream))["seq"] == 26
                 assert stream.events == database.stored()[-left:]
-            over.add(FUTURE)
+            assert count["backfill_page_hits"] - before == kept
+
+
+async def test_consumers_that_come_together_begin_with_the_same_state(
+    run_server: RunServer, database: TestDatabase
+) -> None:
+    write(database, random.Random(9), 40)
+    async with run_server(page_max_events=1) as server:
+        count = server.app.metrics.count
+        await until(lambda: server.app.sequencer.head == 40)
+        for head, kept in ((40, 0), (50, 3), (60, 6)):
+            async with reading(server.stream_url, snapshot="active") as stream:
+                assert (await until_complete(stream))["seq"] == 40
+                await stream.until_seq(head)
+            # What came since follows, once and in order.
+            assert folded(stream.events) == folded(database.stored())
+            seqs = [event["seq"] for event in stream.events]
+            assert seqs == sorted(set(seqs))
+            assert count["backfill_page_hits"] == kept
+            write(database, random.Random(head), 10)
+            await until(lambda head=head: server.app.sequencer.head == head + 10)
+
+
+@pytest.mark.parametrize("bound", ["SECONDS", "EVENTS"])
+async def test_a_state_that_is_not_new_enough_is_not_begun_with(
+    server: Server, database: TestDatabase, monkeypatch: pytest.MonkeyPatch, bound: str
+) -> None:
+    monkeypatch.setattr(f"sse_labels.web.stream.SNAPSHOT_SHARED_{bound}", 9)
+    clock = server.app.expiry.clock
+    for head, at in ((10, 10), (19, 10), (20, 20)):
+        if bound == "SECONDS":
+            monkeypatch.setattr(
+                server.app.expiry, "clock", lambda head=head: clock() + (head - 10) * 0.9
+            )
+        write(database, random.Random(head), head - server.app.sequencer.head)
+        await until(lambda head=head: server.app.sequencer.head == head)
+        async with reading(server.stream_url, snapshot="active") as stream:
+            assert (await until_complete(stream))["seq"] == at
 
 
 async def test_an_unknown_snapshot_is_refused_by_name(server: Server) -> None:

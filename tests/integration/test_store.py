@@ -218,7 +218,10 @@ SMALL = HOT.replace("6000", "10")
 class TestState:
     @pytest.mark.parametrize("statistics", STATISTICS)
     # A query may look at the whole table where that is this small.
-    @pytest.mark.parametrize(("name", "looked_at"), [("folded_after", 1000), ("query_any", 6010)])
+    @pytest.mark.parametrize(
+        ("name", "looked_at"),
+        [("folded_after", 1000), ("query_any", 6010), ("still_in_force", 1000)],
+    )
     def test_what_a_page_reads_does_not_grow_with_the_events_of_a_key(
         self, database: TestDatabase, name: str, looked_at: int, statistics: str
     ) -> None:
@@ -227,7 +230,7 @@ class TestState:
         for step in STATISTICS[statistics]:
             database.execute(HOT if step == "INSERT" else step)
         given = {"cursor": 0, "until": 6010, "in_force": True, "keys_are_unique": False}
-        given |= {"window": 1000, "limit": 250}
+        given |= {"window": 1000, "limit": 250, "seqs": list(range(1, 1001))}
         given |= {"sources": [], "values": [], "unsigned": True}
         [(found,)] = database.execute(
             f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {block(name)}", given
@@ -269,6 +272,7 @@ class TestState:
         page = await store.snapshot_page(2, Snapshot(5, resumed=True), 10, None)
         assert list(page.chunk.seqs) == [3, 4, 5]
         assert [row[0] for row in await store.query(None, 0, 5, 10, in_force=True)] == [2, 3, 5]
+        assert [row[0] for row in await store.still_in_force([1, 2, 6], 5)] == [2]
 
 
 #: What LIKE and arrays give a meaning to, and what indexes and string limits end at.
