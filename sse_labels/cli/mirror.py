@@ -50,6 +50,8 @@ def upstream(text: str) -> Wanted:
         parts = urlsplit(address)
         known = parts.scheme in ("ws", "wss", "http", "https") and bool(parts.hostname)
         good = known and parts.port != 0 and not parts.fragment
+        # As the resolver will: a name that it cannot write is an error of its own there.
+        (parts.hostname or "").encode("idna")
     except ValueError:
         good = False
     if not good or not address.isprintable() or " " in address:

@@ -151,6 +151,8 @@ def server_url(text: str) -> str:
     try:
         parts = urlsplit(text)
         good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        # As the resolver will: a name that it cannot write is an error of its own there.
+        (parts.hostname or "").encode("idna")
     except ValueError:
         good = False
     if not good or not text.isprintable() or " " in text:

@@ -26,7 +26,7 @@ from sse_labels.backoff import Backoff
 from sse_labels.cli.layout import Command
 from sse_labels.cli.options import named_as_given, option, server_url, switch, token_text
 from sse_labels.cli.state import State
-from sse_labels.config import integer, path, read
+from sse_labels.config import Expected, integer, path, read
 from sse_labels.errors import ConfigError, SseLabelsError
 
 #: The server writes at least a heartbeat each 15 s; after this silence the connection is dead.
@@ -50,8 +50,8 @@ class Tail:
         self, url: str, cursor: int | None, state: State | None, until_head: bool, token: str | None
     ) -> None:
         self._url = url
-        #: As messages name it: a token may stand in the query.
-        self._place = url.partition("?")[0]
+        #: As messages name it: a token may stand in the query, a password before the host.
+        self._place = str(httpx.URL(url).copy_with(query=None, userinfo=b""))
         self._authorization = {} if token is None else {"Authorization": f"Bearer {token}"}
         self._cursor = cursor
         self._state = state
@@ -199,7 +199,10 @@ def say(text: str) -> None:
 
 def stream_url(given: str) -> str:
     """Return the stream's URL: a server's address alone gets its path."""
-    parts = httpx.URL(server_url(given))
+    try:
+        parts = httpx.URL(server_url(given))
+    except httpx.InvalidURL:
+        raise Expected("an address such as http://127.0.0.1:8080") from None
     return str(parts.copy_with(path="/stream")) if parts.path in ("", "/") else str(parts)
 
 

@@ -404,3 +404,17 @@ def test_protected_stream_is_read_with_a_token_that_no_message_shows(
         status, said = failure(run)
         assert (status, "answered 401, AuthRequired" in said) == (1, True)
         assert token not in said
+
+
+def test_a_password_in_the_address_is_shown_by_no_message(database: TestDatabase) -> None:
+    with running("serve", *QUICK_SERVER, "--dsn", database.dsn) as server:
+        address = server.url().replace("http://", "http://me:secret@")
+        run = ran("tail", f"{address}/elsewhere")
+    status, said = failure(run)
+    assert (status, "/elsewhere answered 404" in said) == (1, True)
+    assert "secret" not in run.errors
+
+
+def test_a_host_that_can_be_none_is_refused_by_name() -> None:
+    status, said = failure(ran("tail", "http://a..example/"))
+    assert (status, "expected an address such as" in said) == (2, True)
