@@ -89,7 +89,8 @@ def test_an_upstream_is_named_by_its_address(text: str, url: str, did: str | Non
     "text",
     [
         "labeler.example", "ftp://labeler.example", "wss://", "wss://a:0", "wss://a b",
-        "did:plc:abc", "did:plc:abc=", "did:=wss://a", "wss://a#b", "wss://a..b", "wss://u:p@a", "wss://[", "",
+        "did:plc:abc", "did:plc:abc=", "did:=wss://a", "wss://a#b", "wss://a..b",
+        "wss://u:p@a", "wss://[", "",
     ],
 )  # fmt: skip
 def test_what_is_no_address_is_refused(text: str) -> None:
