@@ -47,17 +47,18 @@ SELECT has_table_privilege(to_regclass('label_upstream'), 'SELECT') IS TRUE
        AND has_table_privilege(to_regclass('label_set_aside'), 'SELECT') IS TRUE;
 
 -- name: upstreams
--- Rows (url, cursor, seconds since labels came, is it followed now, labels set aside, in their
--- order) of what is mirrored. The lock's two keys are classid and objid of pg_locks.
-SELECT url, cursor, extract(epoch FROM clock_timestamp() - at)::float8,
+-- Rows (upstream as it is named, cursor, seconds since labels came, is it followed now, labels set
+-- aside) of what is mirrored. The lock's two keys are classid and objid of pg_locks.
+SELECT CASE WHEN source = '' THEN url ELSE source || '=' || url END AS name, cursor,
+       extract(epoch FROM clock_timestamp() - at)::float8,
        EXISTS (SELECT FROM pg_locks
                 WHERE locktype = 'advisory' AND granted AND objsubid = 2
                   AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
                   AND classid = (hashtext('sse-labels mirror')::bigint & 4294967295)::oid
-                  AND objid = (hashtext(url)::bigint & 4294967295)::oid),
+                  AND objid = (hashtext(source || ' ' || url)::bigint & 4294967295)::oid),
        (SELECT count(*) FROM label_set_aside AS aside WHERE aside.url = label_upstream.url)
   FROM label_upstream
- ORDER BY url;
+ ORDER BY name;
 
 -- name: label_owner
 -- One row: may this role alter the table (it owns it, or is a superuser); does a row security

@@ -10,52 +10,67 @@ SELECT bool_and(has_table_privilege(to_regclass(place), needed))
 
 -- name: lock_upstream
 -- One row: whether this session is now the one that follows this upstream.
-SELECT pg_try_advisory_lock(hashtext('sse-labels mirror'), hashtext(%(url)s));
+SELECT pg_try_advisory_lock(hashtext('sse-labels mirror'), hashtext(%(source)s || ' ' || %(url)s));
 
 -- name: register_upstream
--- Nothing; an upstream that is followed already keeps its cursor.
-INSERT INTO label_upstream (url, cursor) VALUES (%(url)s, %(cursor)s) ON CONFLICT DO NOTHING;
+-- Nothing; an upstream that is followed already keeps its cursor. Of one that was followed for
+-- another source, or for all, labels may be here.
+INSERT INTO label_upstream (url, source, cursor, rewound)
+SELECT %(url)s, %(source)s, %(cursor)s, EXISTS (SELECT FROM label_upstream WHERE url = %(url)s)
+    ON CONFLICT DO NOTHING;
 
 -- name: upstream
 -- One row: the last seq that was taken; the epoch that belongs to it, or null.
-SELECT cursor, epoch FROM label_upstream WHERE url = %(url)s;
+SELECT cursor, epoch FROM label_upstream WHERE url = %(url)s AND source = %(source)s;
 
 -- name: note_upstream_epoch
 -- Nothing; the cursor's seqs belong to this epoch.
-UPDATE label_upstream SET epoch = %(epoch)s WHERE url = %(url)s AND epoch IS NULL;
+UPDATE label_upstream SET epoch = %(epoch)s
+ WHERE url = %(url)s AND source = %(source)s AND epoch IS NULL;
 
 -- name: rewind_upstream
 -- Nothing; the upstream is read from its beginning.
-UPDATE label_upstream SET cursor = 0, epoch = NULL, rewound = true WHERE url = %(url)s;
+UPDATE label_upstream SET cursor = 0, epoch = NULL, rewound = true
+ WHERE url = %(url)s AND source = %(source)s;
 
 -- name: store_mirrored
 -- One row: did the cursor stand where it was thought to, else nothing is stored; how many labels
 -- were. One statement is one transaction: a connection that dies before the answer leaves all of
--- it or nothing.
+-- it or nothing. Since a rewind a label is known, and not stored, when it is the newest of its key:
+-- of those before it in this batch, else of the table. So what is in force here is what is in
+-- force there, whatever the upstream forgot meanwhile.
 WITH moved AS (
     UPDATE label_upstream SET cursor = %(until)s, at = clock_timestamp()
-     WHERE url = %(url)s AND cursor = %(cursor)s
+     WHERE url = %(url)s AND source = %(source)s AND cursor = %(cursor)s
     RETURNING rewound
-), stored AS (
-    INSERT INTO label (src, uri, cid, val, neg, cts, exp, sig)
-    SELECT given.src, given.uri, given.cid, given.val, given.neg, given.cts, given.exp, given.sig
+), given AS (
+    SELECT each.*,
+           CASE WHEN rewound
+                THEN coalesce(
+                         lag(ROW (each.neg, each.cts, each.exp, each.sig))
+                             OVER (PARTITION BY each.src, each.uri, each.cid, each.val
+                                       ORDER BY each.place),
+                         (SELECT ROW (label.neg, label.cts, label.exp, label.sig)
+                            FROM label
+                           WHERE hashtextextended(label.src || ' ' || label.uri || ' '
+                                                  || label.cid || ' ' || label.val, 0)
+                                 = hashtextextended(each.src || ' ' || each.uri || ' '
+                                                    || each.cid || ' ' || each.val, 0)
+                             AND label.src = each.src AND label.uri = each.uri
+                             AND label.cid = each.cid AND label.val = each.val
+                           ORDER BY label.id DESC
+                           LIMIT 1))
+           END AS newest
       FROM moved,
            unnest(%(src)s::varchar[], %(uri)s::varchar[], %(cid)s::varchar[], %(val)s::varchar[],
                   %(neg)s::boolean[], %(cts)s::varchar[], %(exp)s::varchar[], %(sig)s::bytea[])
-           WITH ORDINALITY AS given (src, uri, cid, val, neg, cts, exp, sig, place)
-     WHERE NOT moved.rewound
-        OR NOT EXISTS (
-               SELECT FROM label
-                WHERE hashtextextended(
-                          label.src || ' ' || label.uri || ' ' || label.cid || ' ' || label.val, 0)
-                      = hashtextextended(
-                          given.src || ' ' || given.uri || ' ' || given.cid || ' ' || given.val, 0)
-                  AND label.src = given.src AND label.uri = given.uri
-                  AND label.cid = given.cid AND label.val = given.val
-                  AND label.neg IS NOT DISTINCT FROM given.neg AND label.cts = given.cts
-                  AND label.exp IS NOT DISTINCT FROM given.exp
-                  AND label.sig IS NOT DISTINCT FROM given.sig)
-     ORDER BY given.place
+           WITH ORDINALITY AS each (src, uri, cid, val, neg, cts, exp, sig, place)
+), stored AS (
+    INSERT INTO label (src, uri, cid, val, neg, cts, exp, sig)
+    SELECT src, uri, cid, val, neg, cts, exp, sig
+      FROM given
+     WHERE newest IS NULL OR newest IS DISTINCT FROM ROW (neg, cts, exp, sig)
+     ORDER BY place
     RETURNING id
 ), aside AS (
     INSERT INTO label_set_aside (url, seq, place, reason, label)

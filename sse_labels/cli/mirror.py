@@ -94,6 +94,10 @@ def upstreams(
     default="4MiB",
 )  # fmt: skip
 @option(
+    "message_max_labels", integer(1, 1_000_000), "Most labels in one message of an upstream.",
+    metavar="LABELS", default="10000",
+)  # fmt: skip
+@option(
     "report_seconds", seconds(0.05, 86_400), "Time between two lines that say what was stored.",
     metavar="SECONDS", default="60",
 )  # fmt: skip
@@ -109,6 +113,7 @@ def mirror(
     wanted: list[Wanted],
     cursor: int,
     message_max_bytes: int,
+    message_max_labels: int,
     report_seconds: float,
     retry_longest_seconds: float,
     **options: str | None,
@@ -129,7 +134,13 @@ def mirror(
         configure_logging(settings.log_level, settings.log_format)
         keys = None if settings.source_keys_file is None else SourceKeys(settings.source_keys_file)
         found = [
-            Upstream(each.url, did=each.did, source_keys=keys, message_max_bytes=message_max_bytes)
+            Upstream(
+                each.url,
+                did=each.did,
+                source_keys=keys,
+                message_max_bytes=message_max_bytes,
+                message_max_labels=message_max_labels,
+            )
             for each in wanted
         ]
         with database_of(settings, key_of("dsn")) as place:

@@ -3,7 +3,7 @@
 Promises: the upstream's cursor and the labels before it are stored in one transaction, so that
 whatever dies, nothing is lost and nothing doubled; one process follows an upstream, and another
 takes over when that one ends; an upstream that began anew is read from its beginning, and what
-is stored already is not stored twice.
+is in force there is in force here after that.
 Stands before the corridor: upstream -> following -> storing -> label row -> store -> …
 Does not belong here: frames and labels on the way in (`upstream`), SQL (`storing`).
 """
@@ -19,7 +19,7 @@ from collections.abc import Awaitable, Callable
 from sse_labels.backoff import Backoff
 from sse_labels.database import Connection
 from sse_labels.errors import DatabaseUnavailable
-from sse_labels.mirror.storing import Place, Upstreams
+from sse_labels.mirror.storing import Place, UpstreamStore
 from sse_labels.mirror.upstream import Connection as UpstreamConnection
 from sse_labels.mirror.upstream import Labels, News, Upstream, UpstreamLost
 
@@ -33,6 +33,8 @@ BATCH_MAX_LABELS = 1000
 #: several servers may be a moment behind.
 FUTURE_TRIES = 3
 RETRY_FIRST_SECONDS = 0.5
+#: No upstream's wish is followed longer than this.
+HINT_MAX_SECONDS = 3600.0
 #: How often somebody looks whether the process that follows an upstream is still there.
 LOCKED_SECONDS = 5.0
 #: Errors of an upstream that say that its seqs are not those that the cursor belongs to.
@@ -81,7 +83,7 @@ class Mirror:
                 await self._follow()
             except UpstreamLost as error:
                 self._log_lost("the upstream is lost", error)
-                wait = error.after_seconds
+                wait = min(error.after_seconds, HINT_MAX_SECONDS)
             except CursorMoved as error:
                 self._log_lost("somebody else moved the cursor", error)
                 wait = 0.0
@@ -126,52 +128,52 @@ class Mirror:
         """Follow once; raise UpstreamLost or DatabaseUnavailable at the end of it."""
         session = await self._connect()
         try:
-            upstreams = Upstreams(session)
-            await self._lock(upstreams)
-            place = await upstreams.place(self._upstream.url, self._first_cursor)
+            store = UpstreamStore(session, self._upstream.url, self._upstream.did)
+            await self._lock(store)
+            place = await store.place(self._first_cursor)
             self.cursor = place.cursor
             try:
-                await self._mirror(upstreams, place)
+                await self._mirror(store, place)
             except UpstreamLost as error:
                 if error.name in BEGAN_ANEW:
-                    await self._begin_anew(upstreams, error.name)
+                    await self._begin_anew(store, error.name)
                 else:
                     self._denied = 0
                 raise
         finally:
             session.close()
 
-    async def _lock(self, upstreams: Upstreams) -> None:
+    async def _lock(self, store: UpstreamStore) -> None:
         told = False
-        while not await upstreams.try_lock(self._upstream.url):
+        while not await store.try_lock():
             if not told:
                 log.info("another process follows this upstream: upstream=%s", self._upstream.url)
             told = True
             await asyncio.sleep(LOCKED_SECONDS)
 
-    async def _begin_anew(self, upstreams: Upstreams, name: str) -> None:
+    async def _begin_anew(self, store: UpstreamStore, name: str) -> None:
         """Rewind, unless it may be one of several servers that is a moment behind."""
         self._denied += 1
         if name == "FutureCursor" and self._denied < FUTURE_TRIES:
             return
         self._denied = 0
-        await upstreams.rewind(self._upstream.url)
+        await store.rewind()
         self.tally["rewinds"] += 1
         log.warning(
             "the upstream began anew, and is read from its beginning: upstream=%s cursor=%s",
             self._upstream.url, self.cursor,
         )  # fmt: skip
 
-    async def _mirror(self, upstreams: Upstreams, place: Place) -> None:
+    async def _mirror(self, store: UpstreamStore, place: Place) -> None:
         async with self._upstream.connected(place.cursor, place.epoch) as connection:
             if connection.epoch and place.epoch is None:
-                await upstreams.note_epoch(self._upstream.url, connection.epoch)
+                await store.note_epoch(connection.epoch)
             log.info("mirroring: upstream=%s cursor=%s", self._upstream.url, place.cursor)
             waiting = Waiting(WAITING_MAX_BYTES)
             reading = asyncio.create_task(self._read(connection, waiting), name="reading upstream")
             try:
                 while True:
-                    await self._store(upstreams, await waiting.batch(BATCH_MAX_LABELS))
+                    await self._store(store, await waiting.batch(BATCH_MAX_LABELS))
             finally:
                 reading.cancel()
                 await asyncio.wait({reading})
@@ -203,7 +205,7 @@ class Mirror:
                 "news: upstream=%s name=%s said=%s", self._upstream.url, news.name, news.message
             )
 
-    async def _store(self, upstreams: Upstreams, messages: list[Labels]) -> None:
+    async def _store(self, store: UpstreamStore, messages: list[Labels]) -> None:
         new: list[Labels] = []
         for message in messages:
             if message.seq > (new[-1].seq if new else self.cursor):
@@ -215,7 +217,7 @@ class Mirror:
         labels = [label for message in new for label in message.labels]
         aside = [each for message in new for each in message.aside]
         url, until = self._upstream.url, new[-1].seq
-        stored = await upstreams.store(url, self.cursor, until, labels, aside)
+        stored = await store.store(self.cursor, until, labels, aside)
         if stored is None:
             raise CursorMoved(f"it stands no longer at {self.cursor}")
         self.cursor = until

@@ -37,33 +37,35 @@ async def may_mirror(database: Database) -> bool:
     return bool(may)
 
 
-class Upstreams:
-    """The upstreams' cursors and labels, through the one session that has an upstream's lock."""
+class UpstreamStore:
+    """One upstream's cursor and labels, through the one session that has its lock."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, url: str, source: str | None) -> None:
+        """An upstream that is followed for one `source` alone has a cursor of its own."""
         self._connection = connection
+        self._name: dict[str, Any] = {"url": url, "source": source or ""}
 
-    async def try_lock(self, url: str) -> bool:
-        """Say whether this session may follow `url` now; it keeps the right until it is closed."""
-        [(locked,)] = await self._connection.fetch("lock_upstream", url=url)
+    async def try_lock(self) -> bool:
+        """Say whether this session may follow it now; it keeps the right until it is closed."""
+        [(locked,)] = await self._connection.fetch("lock_upstream", **self._name)
         return bool(locked)
 
-    async def place(self, url: str, first: int = 0) -> Place:
-        """Return where to go on with `url`; when it was never followed, that is after `first`."""
-        await self._connection.fetch("register_upstream", url=url, cursor=first)
-        [(cursor, epoch)] = await self._connection.fetch("upstream", url=url)
+    async def place(self, first: int = 0) -> Place:
+        """Return where to go on; when it was never followed, that is after `first`."""
+        await self._connection.fetch("register_upstream", cursor=first, **self._name)
+        [(cursor, epoch)] = await self._connection.fetch("upstream", **self._name)
         return Place(cursor, epoch)
 
-    async def note_epoch(self, url: str, epoch: str) -> None:
+    async def note_epoch(self, epoch: str) -> None:
         """Remember which epoch the cursor belongs to."""
-        await self._connection.fetch("note_upstream_epoch", url=url, epoch=epoch)
+        await self._connection.fetch("note_upstream_epoch", epoch=epoch, **self._name)
 
-    async def rewind(self, url: str) -> None:
-        """Begin with `url` anew; from now on no label is stored that is stored already."""
-        await self._connection.fetch("rewind_upstream", url=url)
+    async def rewind(self) -> None:
+        """Begin anew; from now on no label is stored that is the newest of its key already."""
+        await self._connection.fetch("rewind_upstream", **self._name)
 
     async def store(
-        self, url: str, cursor: int, until: int, labels: Sequence[Label], aside: Sequence[Aside]
+        self, cursor: int, until: int, labels: Sequence[Label], aside: Sequence[Aside]
     ) -> int | None:
         """Store what came after `cursor` and move it to `until`; return how many labels were new.
 
@@ -78,6 +80,6 @@ class Upstreams:
             for name in ("seq", "place", "reason", "label")
         }
         [(moved, stored)] = await self._connection.fetch(
-            "store_mirrored", url=url, cursor=cursor, until=until, **columns, **refused
+            "store_mirrored", cursor=cursor, until=until, **self._name, **columns, **refused
         )
         return int(stored) if moved else None

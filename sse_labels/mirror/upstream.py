@@ -11,6 +11,7 @@ Sources: lexicon `com.atproto.label.subscribeLabels`; https://atproto.com/specs/
 
 from __future__ import annotations
 
+import re
 from binascii import b2a_base64
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -32,6 +33,7 @@ SILENCE_SECONDS = 30.0
 #: How long an upstream has to answer a close.
 CLOSE_SECONDS = 2.0
 SEQ_MAX = 2**63 - 1
+EPOCH = re.compile("[0-9a-f-]{36}")
 
 
 class UpstreamLost(SseLabelsError):
@@ -72,15 +74,17 @@ class Upstream:
         did: str | None = None,
         source_keys: SourceKeys | None = None,
         message_max_bytes: int,
+        message_max_labels: int = 10_000,
     ) -> None:
         """With `did`, labels of that source alone are taken; those of others are left out.
 
         With `source_keys` labels whose signature is wrong are set aside.
         """
         self.url = url
-        self._did = did
+        self.did = did
         self._source_keys = source_keys
         self._message_max_bytes = message_max_bytes
+        self.message_max_labels = message_max_labels
         #: Labels of other sources.
         self.left_out = 0
 
@@ -121,7 +125,7 @@ class Upstream:
             label = parse_label(_as_json(given))
         except InvalidLabel as error:
             return Aside(seq, place, str(error), libipld.encode_dag_cbor(given))
-        if self._did is not None and label.src != self._did:
+        if self.did is not None and label.src != self.did:
             self.left_out += 1
             return None
         if self._source_keys and self._source_keys.check(label) is Verdict.INVALID:
@@ -140,6 +144,8 @@ class Connection:
         self._socket = socket
         #: Which life of its database it streams, where it tells.
         self.epoch = epoch
+        #: The seq of its last message.
+        self._seq = 0
 
     async def next(self) -> Labels | News | None:
         """Return the next message, None for one of another kind; raise UpstreamLost at the end."""
@@ -174,6 +180,13 @@ class Connection:
         seq, given = body.get("seq"), body.get("labels")
         if type(seq) is not int or not 0 < seq <= SEQ_MAX or not isinstance(given, list):
             raise UpstreamLost("it sent #labels without a seq and labels")
+        if seq < self._seq:
+            # What a cursor above it would hide is another's: it is asked anew, and says so.
+            raise UpstreamLost(f"its seqs went back: {seq} came after {self._seq}")
+        most = self._upstream.message_max_labels
+        if len(given) > most:
+            raise UpstreamLost(f"it sent {len(given)} labels in seq {seq}, expected {most} at most")
+        self._seq = seq
         labels, aside = [], []
         for place, each in enumerate(given):
             taken = self._upstream.taken(seq, place, each)
@@ -190,7 +203,9 @@ def _noting_epochs(epochs: list[str]) -> aiohttp.TraceConfig:
     async def note(
         _session: object, _context: object, ended: aiohttp.TraceRequestEndParams
     ) -> None:
-        if epoch := ended.response.headers.get("Sse-Labels-Epoch"):
+        epoch = ended.response.headers.get("Sse-Labels-Epoch", "")
+        # A UUID; anything else, which another server may say, could not even be stored.
+        if EPOCH.fullmatch(epoch):
             epochs.append(epoch)
 
     trace = aiohttp.TraceConfig()

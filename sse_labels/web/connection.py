@@ -2,7 +2,7 @@
 
 Promises: a request that does not become whole, and an answer that nobody takes, end
 in bounded time and hold bounded memory; what is not HTTP is answered in JSON; an open
-stream is never ended here, and costs no timer.
+stream is never ended here, unless its client sends on and on, and costs no timer.
 Stands in front of the corridor's end, between the guard and the handlers.
 Does not belong here: how many connections there are, what a request means.
 
@@ -18,6 +18,7 @@ import asyncio
 import logging
 import socket
 import struct
+import time
 from collections.abc import Callable, Coroutine
 from itertools import takewhile
 from typing import Any
@@ -40,6 +41,9 @@ MAX_FIELDS = 100
 MAX_HEAD_BYTES = 64 * 1024
 #: How long what is left of an unwanted body is read, so that no reset overtakes the answer.
 LINGERING_SECONDS = 2.0
+#: What a WebSocket's client may send at once, and in the long run: a pong has 131 bytes at most.
+CHATTER_MAX_BYTES = 32 * 1024
+CHATTER_BYTES_PER_SECOND = 1024
 
 
 class LongAnswer(web.StreamResponse):
@@ -50,7 +54,7 @@ class Connection(web.RequestHandler):
     """aiohttp's protocol with manners."""
 
     __slots__ = (
-        "_body", "_handling", "_held", "_key", "_tail", "_terms", "_unread", "_upgraded", "_wire",
+        "_allowance", "_body", "_handling", "_held", "_key", "_tail", "_terms", "_unread", "_wire",
     )  # fmt: skip
 
     def __init__(
@@ -68,8 +72,8 @@ class Connection(web.RequestHandler):
         self._body: StreamReader | None = None
         #: Bytes that came since the last request was known.
         self._unread = 0
-        #: Whether what comes is a WebSocket's, which bounds it itself.
-        self._upgraded = False
+        #: What a WebSocket's client may say; None while it is no WebSocket.
+        self._allowance: Allowance | None = None
         #: The last bytes of an incomplete head, None once it is complete.
         self._tail: bytes | None = b""
 
@@ -101,8 +105,13 @@ class Connection(web.RequestHandler):
             super().data_received(data)
 
     def _admit(self, data: bytes) -> bool:
-        if self._upgraded:
-            return True
+        if self._allowance is not None:
+            if self._allowance.take(len(data)):
+                return True
+            # A million empty frames a second kept everybody else waiting for 70 ms, pings 700.
+            log.info("a connection is cut, it sends on and on: peer=%s", self.peername)
+            self.cut()
+            return False
         if self._body is not None and not self._body.is_eof():
             # aiohttp reads it at the handler's pace, or drops it after an answer came early.
             return True
@@ -135,8 +144,8 @@ class Connection(web.RequestHandler):
         self._tail = b""
 
     def upgraded(self) -> None:
-        """Take what comes from now on for a WebSocket's: aiohttp reads it at its reader's pace."""
-        self._upgraded = True
+        """Take what comes from now on for a WebSocket's, whose client has little to say."""
+        self._allowance = Allowance()
 
     def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
@@ -322,3 +331,22 @@ async def read_body(request: web.Request, seconds: float) -> bytes:
             return await request.read()
     except TimeoutError:
         raise RequestTimeout(f"expected the whole body within {seconds:g} s") from None
+
+
+class Allowance:
+    """What a consumer may send over a WebSocket: pongs, a ping now and then, a close."""
+
+    __slots__ = ("_bytes", "_now", "_since")
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        self._bytes = float(CHATTER_MAX_BYTES)
+        self._since = now()
+
+    def take(self, nbytes: int) -> bool:
+        """Say whether it may send so many bytes now."""
+        now = self._now()
+        grown = self._bytes + (now - self._since) * CHATTER_BYTES_PER_SECOND
+        self._bytes = min(CHATTER_MAX_BYTES, grown) - nbytes
+        self._since = now
+        return self._bytes >= 0

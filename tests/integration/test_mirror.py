@@ -306,6 +306,58 @@ async def test_an_outdated_cursor_is_told_and_the_rest_is_stored(
     assert any("name=WeatherReport" in line for line in caplog.messages)
 
 
+async def test_a_negation_that_the_upstream_forgot_is_taken_back_here_too(
+    upstream: Labeler, database: TestDatabase
+) -> None:
+    given, taken_back = wire_label(1), wire_label(1, neg=True, cts="2026-01-02T00:00:00.000Z")
+    upstream.add(given)
+    upstream.add(taken_back)
+    async with mirroring(database, upstream.url) as mirror:
+        await until(lambda: mirror.cursor == 2)
+    # Restored from a backup of before the negation.
+    upstream.labels = {1: [given]}
+    async with mirroring(database, upstream.url) as mirror:
+        await until(lambda: (mirror.tally["rewinds"], mirror.cursor) == (1, 1))
+        assert stored(database) == [given, taken_back, given]
+        # In one message, too, each is held against the one before it.
+        upstream.add(taken_back, given, given, taken_back)
+        await until(lambda: mirror.cursor == 2)
+    assert stored(database)[3:] == [taken_back, given, taken_back]
+
+
+async def test_another_source_of_an_upstream_begins_at_its_beginning_and_doubles_nothing(
+    upstream: Labeler, database: TestDatabase
+) -> None:
+    for number in range(3):
+        upstream.add(wire_label(number), wire_label(number, src=OTHER))
+    async with mirroring(database, upstream.url, did=SRC) as mirror:
+        await until(lambda: mirror.cursor == 3)
+    async with mirroring(database, upstream.url) as mirror:
+        await until(lambda: mirror.cursor == 3)
+    for src in (SRC, OTHER):
+        wanted = [label for label in sent(upstream) if label["src"] == src]
+        assert [label for label in stored(database) if label["src"] == src] == wanted
+
+
+async def test_an_epoch_that_is_none_is_not_kept(upstream: Labeler, database: TestDatabase) -> None:
+    upstream.headers = {"Sse-Labels-Epoch": "\u00ff\u00fe"}
+    upstream.add(wire_label(1))
+    async with mirroring(database, upstream.url) as mirror:
+        await until(lambda: mirror.cursor == 1)
+    assert database.execute("SELECT epoch FROM label_upstream") == [(None,)]
+
+
+async def test_no_wish_of_an_upstream_is_followed_for_ever(
+    upstream: Labeler, database: TestDatabase, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    upstream.refusal = web.Response(status=503, headers={"Retry-After": "9" * 400})
+    async with mirroring(database, upstream.url):
+        await until(lambda: any("trying again" in line for line in caplog.messages))
+    [line] = [line for line in caplog.messages if "trying again" in line]
+    assert 3600 <= float(line.partition("next_try_seconds=")[2]) < 3601
+
+
 GARBAGE = {
     "no message": b"garbage",
     "one object": libipld.encode_dag_cbor({"op": 1, "t": "#labels"}),
@@ -313,6 +365,7 @@ GARBAGE = {
     "no seq": message({"op": 1, "t": "#labels"}, {"labels": []}),
     "a seq below": message({"op": 1, "t": "#labels"}, {"seq": 0, "labels": []}),
     "a seq that is true": message({"op": 1, "t": "#labels"}, {"seq": True, "labels": []}),
+    "too many labels": labels_message(1, *[0] * 10_001),
     "too large": b"x" * ((1 << 20) + 1),
     "slow": error_message("ConsumerTooSlow"),
     "text": "text",
@@ -349,6 +402,25 @@ async def test_what_is_no_message_ends_the_connection_and_moves_nothing(
     assert stored(database) == sent(upstream)
     [line] = [line for line in caplog.messages if "the upstream is lost" in line]
     assert "cursor=0 error=it " in line or "Message size" in line
+
+
+async def test_seqs_that_go_back_end_the_connection(
+    upstream: Labeler, database: TestDatabase, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def jump(socket: web.WebSocketResponse, cursor: int) -> bool:
+        if cursor:
+            return False
+        await socket.send_bytes(labels_message(50, wire_label(50)))
+        await socket.send_bytes(labels_message(1, wire_label(1)))
+        return True
+
+    upstream.say = jump
+    for number in range(60):
+        upstream.add(wire_label(number + 1))
+    async with mirroring(database, upstream.url) as mirror:
+        await until(lambda: mirror.cursor == 60)
+    assert any("its seqs went back: 1 came after 50" in line for line in caplog.messages)
+    assert stored(database) == [wire_label(number) for number in range(50, 61)]
 
 
 async def test_unknown_messages_and_seqs_that_come_again_change_nothing(

@@ -15,6 +15,7 @@ from aiohttp import WSMsgType
 
 from sse_labels import xrpc
 from sse_labels.chunk import Chunk
+from sse_labels.web.connection import CHATTER_MAX_BYTES
 
 from support.database import TestDatabase, until
 from support.reading import PATIENCE_SECONDS, reading
@@ -218,11 +219,17 @@ async def test_a_silent_socket_is_pinged_and_pings_are_answered(run_server: RunS
         assert message.data == b"there?"
 
 
-async def test_a_client_that_pings_for_days_is_not_cut(server: Server) -> None:
-    async with subscribed(server, autoping=False) as subscriber:
-        for _ in range(1000):
-            await subscriber.socket.ping(b"x" * 120)
-            assert (await subscriber.socket.receive(timeout=PATIENCE_SECONDS)).data == b"x" * 120
+async def test_a_client_that_floods_is_cut_and_one_that_pings_is_not(server: Server) -> None:
+    frame = b"\x8a\x80\0\0\0\0"  # an empty pong, masked
+    async with subscribed(server, autoping=False) as polite, subscribed(server) as flooding:
+        transport = flooding.socket.get_extra_info("transport") or flooding.socket._conn.transport
+        transport.write(frame * (CHATTER_MAX_BYTES // len(frame) + 1))
+        assert await flooding.until_closed() == 1006
+        for _ in range(100):
+            await polite.socket.ping(b"x" * 120)
+            message = await polite.socket.receive(timeout=PATIENCE_SECONDS)
+            assert message.data == b"x" * 120
+    await until(lambda: server.app.metrics.gauges["streams"]() == 0)
 
 
 async def test_a_client_that_closes_leaves_nothing_behind(server: Server) -> None:

@@ -59,6 +59,9 @@ class Labeler:
         self.cursors: list[int] = []
         #: Called with the socket and the cursor first; what it returns True for is over.
         self.say: Callable[[web.WebSocketResponse, int], Awaitable[bool]] | None = None
+        #: More of the handshake's answer, or another answer instead.
+        self.headers: dict[str, str] = {}
+        self.refusal: web.StreamResponse | None = None
         self._changed = asyncio.Event()
         self.url = ""
 
@@ -73,7 +76,10 @@ class Labeler:
     async def handle(self, request: web.Request) -> web.StreamResponse:
         cursor = int(request.query["cursor"])
         self.cursors.append(cursor)
+        if self.refusal is not None:
+            return self.refusal
         socket = web.WebSocketResponse()
+        socket.headers.update(self.headers)
         await socket.prepare(request)
         if self.say is not None and await self.say(socket, cursor):
             return socket
