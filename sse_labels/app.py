@@ -105,8 +105,10 @@ class App:
         self.source_keys = (
             None if settings.source_keys_file is None else SourceKeys(settings.source_keys_file)
         )
+        #: Of several processes one is enough: each follows all labels.
+        first = share is None or share.index == 0
         self.signature_watch = (
-            None if self.source_keys is None else SignatureWatch(self.source_keys, self.metrics)
+            SignatureWatch(self.source_keys, self.metrics) if self.source_keys and first else None
         )
         self.expiry = Expiry(self.store, lambda: self.sequencer.head, self.metrics)
         watchers = [self.expiry.take]

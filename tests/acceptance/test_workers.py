@@ -20,6 +20,7 @@ from sse_labels.cli.serve import database_of
 from sse_labels.config import Settings
 from sse_labels.embedded import EmbeddedPostgres
 from sse_labels.publish_tokens import add_token
+from sse_labels.signatures import SigningKey
 
 from support.database import TestDatabase, reachable_directory, until
 from support.program import (
@@ -554,3 +555,22 @@ def questions_that_wait_for(pid: int) -> int:
     sockets = re.findall(r"(\d+) (@sse-labels-\S+)$", Path("/proc/net/unix").read_text(), re.M)
     [door] = {name for inode, name in sockets if f"socket:[{inode}]" in own}
     return sum(name == door for _, name in sockets) - 1
+
+
+async def test_a_wrong_signature_is_flagged_by_one_of_the_workers(
+    database: TestDatabase, tmp_path: Path
+) -> None:
+    source = "did:plc:aaaaaaaaaaaaaaaaaaaaaaaa"
+    keys = tmp_path / "keys"
+    keys.write_text(f"{source} {SigningKey(bytes([31]) * 32).did_key}\n")
+    with two_workers("--dsn", database.dsn, "--source-keys-file", str(keys)) as server:
+        url = await url_of(server)
+        database.insert(1, src=source, sig=bytes(64))
+        await asyncio.to_thread(server.wait_for, "signature is wrong: seq=1")
+        # Both have read it by now: each streams it.
+        async with reading(f"{url}/stream", cursor=0) as one, reading(f"{url}/stream") as two:
+            await one.until_seq(1)
+            database.insert(1)
+            await asyncio.gather(one.until_seq(2), two.until_seq(2))
+        server.end()
+    assert server.errors.count("signature is wrong") == 1
