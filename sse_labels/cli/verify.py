@@ -77,7 +77,8 @@ def url_of(context: click.Context, parameter: click.Parameter, given: str | None
 @switch("follow", "Go on after the head, until Ctrl-C.")
 @option(
     "quiet_seconds", seconds(0.1, WAIT_MAX_SECONDS),
-    "Over WebSocket, where no head is told: silence that counts as the end.",
+    "Over WebSocket, where no head is told: silence that counts as the end, "
+    "as a label does that was made since.",
     metavar="SECONDS", default="5",
 )  # fmt: skip
 @option(

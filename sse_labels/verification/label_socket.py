@@ -11,11 +11,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import aiohttp
 import httpx
 from aiohttp import WSMsgType
 
+from sse_labels.labels import expires_at
 from sse_labels.verification.continuity import Continuity, words_of
 from sse_labels.verification.event_stream import MESSAGE_MAX_BYTES, place_of
 from sse_labels.verification.findings import Findings, Kind
@@ -66,9 +68,17 @@ class SocketReading:
         self._reading: asyncio.Task[None] | None = None
         self._position = continuity.position
         self._told = time.monotonic()
+        self._begun = time.time()
+        #: The newest seq when it began; sse-labels tells it, the lexicon does not.
+        self._head: int | None = None
+        self._live = False
 
     async def run(self) -> None:
-        """Read until all is quiet, or until `stop`; raise Refused when nobody ever answered."""
+        """Read history, or until `stop`; raise Refused when nobody ever answered.
+
+        History ends at the head where one is told, else with a label that was made since it began,
+        or when all is quiet.
+        """
         self._reading = asyncio.create_task(self._read(), name="reading a subscription")
         try:
             await self._reading
@@ -85,7 +95,11 @@ class SocketReading:
     async def _read(self) -> None:
         # The time for each connection is bounded below; a subscription has no end.
         timeout = aiohttp.ClientTimeout(total=None, connect=CONNECT_SECONDS)
-        async with aiohttp.ClientSession(headers=self._headers, timeout=timeout) as session:
+        trace = aiohttp.TraceConfig()
+        trace.on_request_end.append(self._note_head)
+        async with aiohttp.ClientSession(
+            headers=self._headers, timeout=timeout, trace_configs=[trace]
+        ) as session:
             while True:
                 try:
                     try:
@@ -103,13 +117,15 @@ class SocketReading:
                 await asyncio.sleep(wait)
 
     async def _connection(self, session: aiohttp.ClientSession) -> None:
-        """Read one socket until all is quiet; raise Lost or Refused."""
+        """Read one socket until history is over; raise Lost or Refused."""
         socket = await self._open(session)
         try:
             if self._reached:
                 self._continuity.reconnects += 1
             self._reached = True
             self._patience.opened()
+            if self._at_head() and not self._follow:
+                return
             loop = asyncio.get_running_loop()
             heard = loop.time()
             while True:
@@ -123,6 +139,8 @@ class SocketReading:
                     return
                 heard = loop.time()
                 self._take(message)
+                if self._live and not self._follow:
+                    return
                 if self._findings.hopeless:
                     raise Refused("given up: too much of it is wrong")
                 self._look_at_the_clock()
@@ -183,6 +201,26 @@ class SocketReading:
             if name in FINAL_ERRORS:
                 raise Refused(f"{self._place} says {text}")
             raise Lost(f"the server ended the stream: {text}")
+        if said is not None and said.type == "#labels":
+            self._live = self._is_new(said.body) if self._head is None else self._at_head()
+
+    def _at_head(self) -> bool:
+        return self._head is not None and self._continuity.position >= self._head
+
+    def _is_new(self, body: Mapping[str, Any]) -> bool:
+        """Say whether a label was made since this began; one from the future was not."""
+        labels = body.get("labels")
+        made = [each.get("cts") for each in labels if isinstance(each, dict)] if labels else []
+        times = [expires_at(cts) for cts in made if isinstance(cts, str)]
+        now = time.time()
+        return any(at is not None and self._begun < at <= now for at in times)
+
+    async def _note_head(
+        self, _session: object, _context: object, ended: aiohttp.TraceRequestEndParams
+    ) -> None:
+        head = ended.response.headers.get("Sse-Labels-Head", "")
+        if self._head is None and head.isascii() and head.isdigit() and len(head) < 20:
+            self._head = int(head)
 
     def _look_at_the_clock(self) -> None:
         if self._continuity.position != self._position:

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -709,6 +709,36 @@ async def silence(socket: web.WebSocketResponse) -> None:
         pass
 
 
+async def test_a_labeler_that_is_never_quiet_is_read_up_to_what_is_new() -> None:
+    async def talk(socket: web.WebSocketResponse, cursor: int) -> None:
+        for seq in range(1, 6):
+            await socket.send_bytes(payload(seq))
+        while not socket.closed:
+            seq += 1
+            made = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+            frame = encode_labels(seq, {**label(seq), "cts": made})
+            await socket.send_bytes(frame[4:])
+            with suppress(TimeoutError):
+                await socket.receive(0.05)
+
+    async with labeler(talk) as url:
+        run = await asyncio.to_thread(ran, "verify", url, "--json", "--quiet-seconds=20")
+    assert (run.process.returncode, report_of(run)["sound"]) == (0, True)
+    assert report_of(run)["events"] >= 6
+
+
+def test_our_own_subscription_ends_at_the_head_though_labels_keep_coming(
+    database: TestDatabase,
+) -> None:
+    database.fill(30)
+    with serving(database) as url:
+        socket = url.replace("http", "ws", 1)
+        run = ran("verify", socket, "--json", "--quiet-seconds=20")
+        empty = ran("verify", f"{socket}?values=nobody", "--json", "--quiet-seconds=0.5")
+    assert report_of(run)["events"] == 30
+    assert report_of(empty)["events"] == 0
+
+
 async def test_a_subscription_is_read_on_after_it_broke_off() -> None:
     cursors: list[int] = []
 
@@ -775,13 +805,16 @@ def test_our_own_subscription_is_followed_through_a_restart(database: TestDataba
     arguments = ("serve", *QUICK_SERVER, f"--port={free_port()}", "--dsn", database.dsn)
     with running(*arguments) as server:
         socket = server.url().replace("http", "ws", 1)
-        with running("verify", socket, "--json", "--quiet-seconds=4") as verify:
+        with running("verify", socket, "--json", "--follow") as verify:
             asyncio.run(until(lambda: delivered(socket.replace("ws", "http", 1)) >= 20))
             server.end(signal.SIGKILL)
             verify.wait_for("reconnecting after seq 20")
-            with running(*arguments):
+            with running(*arguments) as again:
+                again.url()
                 database.fill(20)
-                assert verify.wait() == 0
+                asyncio.run(until(lambda: delivered(socket.replace("ws", "http", 1)) >= 20))
+                verify.press_ctrl_c()
+                assert verify.wait() == 130
     report = report_of(verify)
     assert report["events"] == len(database.stored()) == 40
     assert report["reconnects"] == 1
