@@ -305,7 +305,9 @@ class DatabaseChecks:
             if not followed:
                 found.append(
                     warning(
-                        "upstreams", f"{seen}; nobody follows it", f"run sse-labels mirror {url}"
+                        "upstreams",
+                        f"{seen}; nobody follows it",
+                        f"run sse-labels mirror {url}, or DELETE it FROM label_upstream",
                     )
                 )
             elif aside:
