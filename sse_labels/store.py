@@ -211,19 +211,25 @@ class Store:
     ) -> Page:
         """Return what is in force as of `snapshot.until` among the next rows after `cursor`.
 
-        About `limit` events where one row in ten is in force.
+        At most `limit` events, out of ten times as many rows.
         """
         window = limit * SNAPSHOT_WINDOW
         found = await self._database.fetch(
             "folded_after",
             cursor=cursor,
             window=window,
+            limit=limit,
+            sources=list(narrowed.sources) if narrowed else [],
+            values=list(narrowed.values) if narrowed else [],
             until=snapshot.until,
             in_force=not snapshot.resumed,
             keys_are_unique=self.keys_are_unique,
         )
         last, looked_at = found[0][:2]
         rows = self._as_meant([row[2:] for row in found if row[2] is not None])
+        if len(rows) == limit:
+            # The window may hold more: the next page begins there.
+            last, looked_at = rows[-1][0], window
         full = looked_at == window and last < snapshot.until
         floor, lasts_until = 1, math.inf
         if snapshot.resumed:

@@ -12,27 +12,25 @@
 -- name: folded_after
 -- Rows (end, looked at, id, src, uri, cid, val, neg, cts, exp, sig), by id: of the first so many
 -- rows after a cursor those that are the newest of their key up to a seq, and with `in_force` not
--- negated. `end` is the last row that was looked at, and `looked at` how many were: a query is as
--- long as its window, however few rows are kept; when none are, one row has nulls in their place.
--- The probe is a subquery of its own, so that no planner reads the whole table for each page.
-WITH looked AS MATERIALIZED (
-    SELECT id, src, uri, cid, val, neg, cts, exp, sig,
-           hashtextextended(src || ' ' || uri || ' ' || cid || ' ' || val, 0) AS hash
-      FROM label
-     WHERE id > %(cursor)s
-     ORDER BY id
-     LIMIT %(window)s
-), edge AS (
-    SELECT coalesce(max(id), 0) AS last, count(*) AS looked_at FROM looked
-)
-SELECT edge.last, edge.looked_at,
-       kept.id, kept.src, kept.uri, kept.cid, kept.val, kept.neg, kept.cts, kept.exp, kept.sig
-  FROM edge
-  LEFT JOIN (
-    SELECT looked.*
-      FROM looked
+-- negated; `limit` of them at most. `end` is the last row of the window, and `looked at` how many
+-- it has: a query is as long as its window, however few rows are kept; when none are, one row has
+-- nulls in their place. The window is a subquery, sorted already: what is behind the limit is
+-- not probed, and no planner reads the whole table for each page.
+WITH edge AS (
+    SELECT coalesce(max(id), 0) AS last, count(*) AS looked_at
+      FROM (SELECT id FROM label WHERE id > %(cursor)s ORDER BY id LIMIT %(window)s) AS ids
+), kept AS (
+    SELECT id, src, uri, cid, val, neg, cts, exp, sig
+      FROM (SELECT id, src, uri, cid, val, neg, cts, exp, sig,
+                   hashtextextended(src || ' ' || uri || ' ' || cid || ' ' || val, 0) AS hash
+              FROM label
+             WHERE id > %(cursor)s
+             ORDER BY id
+             LIMIT %(window)s) AS looked
      WHERE (NOT %(in_force)s OR neg IS NOT TRUE)
        AND id <= %(until)s
+       AND (cardinality(%(sources)s::varchar[]) = 0 OR src = ANY (%(sources)s::varchar[]))
+       AND (cardinality(%(values)s::varchar[]) = 0 OR val = ANY (%(values)s::varchar[]))
        AND (%(keys_are_unique)s
             OR id = (SELECT newer.id
                        FROM label AS newer
@@ -47,5 +45,9 @@ SELECT edge.last, edge.looked_at,
                                 newer.src || ' ' || newer.uri || ' ' || newer.cid || ' ' || newer.val, 0)
                                DESC, newer.id DESC
                       LIMIT 1))
-  ) AS kept ON true
+     ORDER BY id
+     LIMIT %(limit)s
+)
+SELECT edge.last, edge.looked_at, kept.*
+  FROM edge LEFT JOIN kept ON true
  ORDER BY kept.id;
