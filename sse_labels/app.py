@@ -24,6 +24,7 @@ from sse_labels.config import Settings, option_name
 from sse_labels.database import Database
 from sse_labels.errors import ConfigError
 from sse_labels.expiry import Expiry
+from sse_labels.labels import Label
 from sse_labels.listener import Listener
 from sse_labels.metrics import Metrics
 from sse_labels.migrations import migrate
@@ -34,7 +35,7 @@ from sse_labels.retention import Retention
 from sse_labels.sequencer import Sequencer
 from sse_labels.shared import Share
 from sse_labels.signature_watch import SignatureWatch
-from sse_labels.signatures import SigningKey, SourceKeys
+from sse_labels.signatures import SigningKey, SourceKeys, Verdict
 from sse_labels.store import Store
 from sse_labels.web.addresses import PerAddress, TrustedProxies
 from sse_labels.web.answers import add_security_headers, allow_origins, errors_as_json
@@ -105,6 +106,7 @@ class App:
         self.source_keys = (
             None if settings.source_keys_file is None else SourceKeys(settings.source_keys_file)
         )
+        self._check_signing_key()
         #: Of several processes one is enough: each follows all labels.
         first = share is None or share.index == 0
         self.signature_watch = (
@@ -289,6 +291,19 @@ class App:
             share=self.share,
             max_everywhere=settings.max_connections if self.share else None,
         )
+
+    def _check_signing_key(self) -> None:
+        """Refuse to sign what this server itself would call wrongly signed."""
+        did, keys, key = self.settings.signing_did, self.source_keys, self.signing_key
+        if did is None or keys is None or key is None:
+            return
+        uri = "did:web:probe.invalid"
+        probe = Label(did, uri, "", "probe", None, "2026-01-01T00:00:00Z", None, None)
+        if keys.check(key.sign(probe)) is Verdict.INVALID:
+            raise ConfigError(
+                option_name("signing_key_file"), str(self.settings.signing_key_file),
+                f"a key of {did} in --source-keys-file; the public one of this is {key.did_key}",
+            )  # fmt: skip
 
     def _check_retention(self) -> None:
         for name in ("retention_max_age_seconds", "retention_max_labels"):

@@ -51,7 +51,9 @@ class Chunk:
     `start`, and moves them to `end`. Between the two may be seqs without an event.
     """
 
-    __slots__ = ("_keys", "_messages", "_offsets", "_whole", "end", "seqs", "start", "wire")
+    __slots__ = (
+        "_chosen", "_keys", "_messages", "_offsets", "_whole", "end", "seqs", "start", "wire",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -69,6 +71,8 @@ class Chunk:
         self._messages: tuple[bytes, array[int]] | None = None
         #: What this is a part of, and the place of its first event there.
         self._whole: tuple[Chunk, int] | None = None
+        #: What this was chosen from by a filter, and the places of its events there.
+        self._chosen: tuple[Chunk, list[int]] | None = None
         offsets = array("q", [0])
         total = 0
         for frame in frames:
@@ -107,12 +111,28 @@ class Chunk:
             return data[offsets[first] : offsets[first + len(self)]]
         return self._encoded()[0]
 
+    def _all_messages(self) -> tuple[bytes, array[int]]:
+        """Return the messages of all events and where each begins, a part's from its whole."""
+        if self._whole is None:
+            return self._encoded()
+        whole, first = self._whole
+        data, begins = whole._encoded()
+        return data, begins[first : first + len(self) + 1]
+
     def _encoded(self) -> tuple[bytes, array[int]]:
         if self._messages is None:
             offsets, messages, total = array("q", [0]), [], 0
-            for frame in self._frames(0, len(self)):
-                messages.append(encode_labels(*decode_frame(frame)))
-                total += len(messages[-1])
+            if self._chosen is None:
+                messages = [
+                    encode_labels(*decode_frame(frame)) for frame in self._frames(0, len(self))
+                ]
+            else:
+                # Encoded once for all filters, too.
+                whole, places = self._chosen
+                data, begins = whole._all_messages()
+                messages = [data[begins[place] : begins[place + 1]] for place in places]
+            for message in messages:
+                total += len(message)
                 offsets.append(total)
             self._messages = b"".join(messages), offsets
         return self._messages
@@ -133,7 +153,7 @@ class Chunk:
         if cursor <= self.start and last == len(self):
             return self
         part = Chunk.__new__(Chunk)
-        part._messages = None
+        part._messages = part._chosen = None
         part._whole = (self, first) if self._whole is None else (
             self._whole[0], self._whole[1] + first
         )  # fmt: skip
@@ -165,13 +185,15 @@ class Chunk:
         if len(kept) == len(self):
             return self
         view, offsets, base = self._view(), self._offsets, self._offsets[0]
-        return Chunk(
+        part = Chunk(
             self.start,
             self.end,
             array("q", [self.seqs[i] for i in kept]),
             [bytes(view[offsets[i] - base : offsets[i + 1] - base]) for i in kept],
             [self._keys[i] for i in kept],
         )
+        part._chosen = self, kept
+        return part
 
     def _view(self) -> memoryview:
         head = self.wire.find(b"\n") + 1

@@ -90,13 +90,20 @@ class Publisher:
             if label.sig is None:
                 if self._signing_key and self._signing_did in (None, label.src):
                     label = self._signing_key.sign(label)
-            elif self._source_keys and self._source_keys.check(label) is Verdict.INVALID:
+            elif self._is_wrong(label):
                 self._metrics.count["labels_refused"] += len(labels)
                 raise InvalidLabel(
                     "sig", f"is not a signature of {label.src} for this label", index
                 )
             signed.append(label)
         return signed
+
+    def _is_wrong(self, label: Label) -> bool:
+        """Say whether a signature is known to be wrong; of its own source, the own key knows."""
+        verdict = self._source_keys.check(label) if self._source_keys else Verdict.UNKNOWN
+        if verdict is Verdict.UNKNOWN and self._signing_key and self._signing_did == label.src:
+            return not self._signing_key.made(label)
+        return verdict is Verdict.INVALID
 
     async def _fingerprint(self, labels: Sequence[Label]) -> bytes:
         # Of their wire form, so that a key outlives an update of this program.

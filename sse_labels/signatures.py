@@ -93,6 +93,12 @@ class SigningKey:
         encoded = K256_PREFIX + self._key.public_key.format(compressed=True)
         return "did:key:" + libipld.encode_multibase("z", encoded)
 
+    def made(self, label: Label) -> bool:
+        """Say whether the signature of `label` is this key's."""
+        sig = bytes(label.sig or b"")
+        public = K256Key(self._key.public_key.format(compressed=True))
+        return len(sig) == SIGNATURE_BYTES and public.verifies(sig, signed_bytes(label))
+
     def sign(self, label: Label) -> Label:
         """Return the label with its signature: r and s, 32 bytes each, s low; always the same.
 

@@ -2,7 +2,7 @@
 
 -- name: may_mirror
 -- One row: may this role store labels and how far an upstream was taken.
-SELECT bool_and(has_table_privilege(to_regclass(place), needed))
+SELECT bool_and(has_table_privilege(to_regclass(place), needed) IS TRUE)
            AND has_sequence_privilege(pg_get_serial_sequence('label', 'id'), 'USAGE')
   FROM (VALUES ('label', 'SELECT'), ('label', 'INSERT'), ('label_set_aside', 'INSERT'),
                ('label_upstream', 'SELECT'), ('label_upstream', 'INSERT'),

@@ -31,6 +31,13 @@ from sse_labels.signatures import SourceKeys
 from sse_labels.store import Store
 
 METHOD_PATH = "/xrpc/com.atproto.label.subscribeLabels"
+PORTS = {"ws": 80, "wss": 443}
+#: What an address cannot say, and why.
+OWN_PARAMETERS = {
+    "cursor": "where it stands is kept in the database; --cursor is for the first time",
+    "epoch": "it is kept in the database",
+    "access_token": "it would be logged and stored, and be over in five minutes",
+}
 
 
 class Wanted(NamedTuple):
@@ -58,11 +65,16 @@ def upstream(text: str) -> Wanted:
         raise Expected("a labeler's address such as wss://labeler.example, or DID=wss://…")
     if parts.username is not None or parts.password is not None:
         raise Expected("an address without a user and a password: it is logged, and stored")
+    query = parse_qsl(parts.query, keep_blank_values=True)
+    for name, instead in OWN_PARAMETERS.items():
+        if any(pair[0] == name for pair in query):
+            raise Expected(f"an address without {name}: {instead}")
     scheme = {"http": "ws", "https": "wss"}.get(parts.scheme, parts.scheme)
     path = parts.path if parts.path not in ("", "/") else METHOD_PATH
-    # Where it stands is remembered here; an address with a cursor would always begin there.
-    query = urlencode([pair for pair in parse_qsl(parts.query) if pair[0] != "cursor"])
-    return Wanted(urlunsplit((scheme, parts.netloc, path, query, "")), source)
+    # One spelling of a place, for it has one cursor.
+    host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
+    port = "" if parts.port in (None, PORTS[scheme]) else f":{parts.port}"
+    return Wanted(urlunsplit((scheme, f"{host}{port}", path, urlencode(query), "")), source)
 
 
 def upstreams(
@@ -74,12 +86,11 @@ def upstreams(
         try:
             found.append(upstream(text))
         except Expected as error:
-            shown = "(not shown)" if "@" in text else text
+            shown = "(not shown)" if "@" in text or "token" in text else text
             raise ConfigError("URL", shown, str(error)) from None
-    urls = [wanted.url for wanted in found]
-    for url in urls:
-        if urls.count(url) > 1:
-            raise ConfigError("URL", url, "each upstream once")
+    for wanted in found:
+        if found.count(wanted) > 1:
+            raise ConfigError("URL", wanted.url, "each upstream once")
     return found
 
 

@@ -302,6 +302,8 @@ class DatabaseChecks:
         found = []
         for url, cursor, age, followed, aside in await self._database.fetch("upstreams"):
             seen = f"{url} is taken up to its seq {cursor}, the last of it {age:.0f} s ago"
+            if not cursor:
+                seen = f"nothing was ever taken from {url}"
             if not followed:
                 found.append(
                     warning(

@@ -20,8 +20,8 @@ from sse_labels.backoff import Backoff
 from sse_labels.database import Connection
 from sse_labels.errors import DatabaseUnavailable
 from sse_labels.mirror.storing import Place, UpstreamStore
+from sse_labels.mirror.upstream import WORDS_MAX, Labels, News, Upstream, UpstreamLost
 from sse_labels.mirror.upstream import Connection as UpstreamConnection
-from sse_labels.mirror.upstream import Labels, News, Upstream, UpstreamLost
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +33,8 @@ BATCH_MAX_LABELS = 1000
 #: several servers may be a moment behind.
 FUTURE_TRIES = 3
 RETRY_FIRST_SECONDS = 0.5
+#: Lines about labels that are set aside, for each transaction; all of them are counted.
+ASIDE_LINES_MAX = 20
 #: No upstream's wish is followed longer than this.
 HINT_MAX_SECONDS = 3600.0
 #: How often somebody looks whether the process that follows an upstream is still there.
@@ -79,29 +81,30 @@ class Mirror:
         """Follow until cancelled."""
         while True:
             begun = self._clock()
+            hint = 0.0
             try:
                 await self._follow()
             except UpstreamLost as error:
-                self._log_lost("the upstream is lost", error)
-                wait = min(error.after_seconds, HINT_MAX_SECONDS)
+                sentence, lost = "no upstream", str(error)
+                hint = min(error.after_seconds, HINT_MAX_SECONDS)
             except CursorMoved as error:
-                self._log_lost("somebody else moved the cursor", error)
-                wait = 0.0
+                sentence, lost = "somebody else moved the cursor", str(error)
             except DatabaseUnavailable as error:
-                self._log_lost("the database is lost", error)
-                wait = 0.0
+                sentence, lost = "no database", " ".join(str(error).split())
+            except Exception as error:
+                # Whatever one upstream makes of us, the others are followed on.
+                log.exception("following failed: upstream=%s", self._upstream.url)
+                sentence, lost = "following failed", repr(error)[:WORDS_MAX]
             self.tally["reconnects"] += 1
             if self._clock() - begun > self._retry_longest_seconds:
                 # It went well for long, however quiet it was.
                 self._backoff.reset()
-            wait += self._backoff.next()
-            log.info("trying again: upstream=%s next_try_seconds=%.1f", self._upstream.url, wait)
+            wait = hint + self._backoff.next()
+            log.warning(
+                sentence + ": upstream=%s cursor=%s error=%s next_try_seconds=%.1f",
+                self._upstream.url, self.cursor, lost, wait,
+            )  # fmt: skip
             await asyncio.sleep(wait)
-
-    def _log_lost(self, sentence: str, error: Exception) -> None:
-        log.warning(
-            sentence + ": upstream=%s cursor=%s error=%s", self._upstream.url, self.cursor, error
-        )
 
     async def report(self, every_seconds: float) -> None:
         """Log what was done, whenever something was, until cancelled; and at the end."""
@@ -166,6 +169,8 @@ class Mirror:
 
     async def _mirror(self, store: UpstreamStore, place: Place) -> None:
         async with self._upstream.connected(place.cursor, place.epoch) as connection:
+            if connection.epoch and connection.epoch == await store.own_epoch():
+                raise UpstreamLost("it streams this very database: each label would come again")
             if connection.epoch and place.epoch is None:
                 await store.note_epoch(connection.epoch)
             log.info("mirroring: upstream=%s cursor=%s", self._upstream.url, place.cursor)
@@ -226,7 +231,7 @@ class Mirror:
         self.tally["set_aside"] += len(aside)
         self._denied = 0
         self._backoff.reset()
-        for each in aside:
+        for each in aside[:ASIDE_LINES_MAX]:
             log.warning(
                 "a label is set aside: upstream=%s seq=%s place=%s reason=%s",
                 url, each.seq, each.place, each.reason,

@@ -56,6 +56,11 @@ class UpstreamStore:
         [(cursor, epoch)] = await self._connection.fetch("upstream", **self._name)
         return Place(cursor, epoch)
 
+    async def own_epoch(self) -> str:
+        """Return the epoch of the database that labels are stored in."""
+        [(_, epoch, _)] = await self._connection.fetch("state")
+        return str(epoch)
+
     async def note_epoch(self, epoch: str) -> None:
         """Remember which epoch the cursor belongs to."""
         await self._connection.fetch("note_upstream_epoch", epoch=epoch, **self._name)

@@ -14,6 +14,7 @@ from sse_labels.database import Connection, Database
 from sse_labels.labels import label_json, parse_label
 from sse_labels.migrations import migrate
 from sse_labels.mirror import following
+from sse_labels.mirror.storing import UpstreamStore
 from sse_labels.signatures import SigningKey, SourceKeys
 
 from support.database import TestDatabase, until
@@ -287,6 +288,38 @@ async def test_a_server_of_ours_as_upstream_is_followed_through_a_new_epoch(
     assert stored(empty_database) == stored(database)
 
 
+async def test_a_database_is_not_mirrored_into_itself(
+    run_server: RunServer, database: TestDatabase, caplog: pytest.LogCaptureFixture
+) -> None:
+    database.insert(1)
+    async with run_server() as server:
+        url = f"{server.url.replace('http', 'ws')}/xrpc/com.atproto.label.subscribeLabels"
+        async with mirroring(database, url) as mirror:
+            await until(lambda: mirror.tally["reconnects"] >= 2)
+    assert len(database.stored()) == 1
+    assert any("it streams this very database" in line for line in caplog.messages)
+
+
+async def test_what_nobody_expected_ends_no_mirror(
+    upstream: Labeler, database: TestDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = 0
+    place = UpstreamStore.place
+
+    async def failing(self: UpstreamStore, first: int = 0) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise ValueError("nobody expected this")
+        return await place(self, first)
+
+    monkeypatch.setattr(UpstreamStore, "place", failing)
+    upstream.add(wire_label(1))
+    async with mirroring(database, upstream.url) as mirror:
+        await until(lambda: mirror.cursor == 1)
+    assert stored(database) == sent(upstream)
+
+
 async def test_an_outdated_cursor_is_told_and_the_rest_is_stored(
     upstream: Labeler, database: TestDatabase, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -353,8 +386,8 @@ async def test_no_wish_of_an_upstream_is_followed_for_ever(
     caplog.set_level("INFO")
     upstream.refusal = web.Response(status=503, headers={"Retry-After": "9" * 400})
     async with mirroring(database, upstream.url):
-        await until(lambda: any("trying again" in line for line in caplog.messages))
-    [line] = [line for line in caplog.messages if "trying again" in line]
+        await until(lambda: any("no upstream" in line for line in caplog.messages))
+    [line] = [line for line in caplog.messages if "no upstream" in line]
     assert 3600 <= float(line.partition("next_try_seconds=")[2]) < 3601
 
 
@@ -400,8 +433,9 @@ async def test_what_is_no_message_ends_the_connection_and_moves_nothing(
         assert mirror.tally["reconnects"] == 1
     assert upstream.cursors == [0, 0]
     assert stored(database) == sent(upstream)
-    [line] = [line for line in caplog.messages if "the upstream is lost" in line]
+    [line] = [line for line in caplog.messages if "no upstream" in line]
     assert "cursor=0 error=it " in line or "Message size" in line
+    assert len(line) < 500
 
 
 async def test_seqs_that_go_back_end_the_connection(
@@ -502,7 +536,7 @@ async def test_an_upstream_that_is_not_there_yet_is_tried_again(
 ) -> None:
     async with mirroring(database, "ws://127.0.0.1:9/xrpc/x") as mirror:
         await until(lambda: mirror.tally["reconnects"] >= 3)
-    assert any("the upstream is lost" in line for line in caplog.messages)
+    assert any("no upstream" in line for line in caplog.messages)
 
 
 async def test_much_history_is_stored_in_few_transactions(

@@ -122,3 +122,23 @@ async def test_a_source_to_sign_for_needs_a_key(run_server: RunServer) -> None:
     with pytest.raises(ConfigError, match=r"--signing-did: got .*--signing-key-file as well"):
         async with run_server(signing_did=SRC):
             pass
+
+
+async def test_the_own_key_knows_wrong_signatures_of_its_source_without_a_file(
+    run_server: RunServer, database: TestDatabase, signing: dict[str, Any]
+) -> None:
+    good = KEY.sign(unsigned(SRC))
+    async with run_server(signing_key_file=signing["signing_key_file"], signing_did=SRC) as server:
+        assert (await post(server, good._replace(neg=False)))[0] == 422
+        assert (await post(server, good))[0] == 201
+    assert stored(database) == [good]
+
+
+async def test_a_key_that_is_not_the_sources_is_refused_at_the_start(
+    run_server: RunServer, signing: dict[str, Any]
+) -> None:
+    other = SigningKey(b"\2" * 32)
+    signing["source_keys_file"].write_text(f"{SRC} {other.did_key}\n")
+    with pytest.raises(ConfigError, match=r"--signing-key-file: got .*the public one of this"):
+        async with run_server(**signing, signing_did=SRC):
+            pass

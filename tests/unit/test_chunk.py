@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from sse_labels.chunk import EVENT_OVERHEAD_BYTES, Chunk, Row, encode_rows, merge
 from sse_labels.errors import BrokenPromise
 from sse_labels.filters import Filter
+from sse_labels.labels import label_json
+from sse_labels.xrpc import encode_labels
 
 from support.eventsource import parse
 
@@ -363,3 +365,23 @@ class _Wire:
 
     def makefile(self, _mode: str) -> io.BytesIO:
         return io.BytesIO(self._received)
+
+
+@given(st.integers(1, 12), st.data())
+def test_the_messages_of_any_cut_and_choice_are_those_of_its_events(
+    count: int, data: st.DataObject
+) -> None:
+    rows = [
+        (seq, "did:a:b", f"a:{seq}", "", "spam" if seq % 3 else "rude", None, "now", None, None)
+        for seq in range(1, count + 1)
+    ]
+    chunk = encode_rows(rows, start=0, end=count, with_keys=True)
+    spam = Filter(values=frozenset({"spam"}))
+    for _ in range(data.draw(st.integers(0, 4))):
+        if data.draw(st.booleans()):
+            chunk = chunk.after(data.draw(st.integers(0, count)))
+        else:
+            chunk = chunk.select(spam)
+    assert chunk.messages == b"".join(
+        encode_labels(row[0], label_json(*row[1:])) for row in rows if row[0] in chunk.seqs
+    )

@@ -69,13 +69,14 @@ async def test_the_end_is_raised_behind_what_came_before_it() -> None:
         ("https://labeler.example/", f"wss://labeler.example{METHOD_PATH}", None),
         ("http://127.0.0.1:8080", f"ws://127.0.0.1:8080{METHOD_PATH}", None),
         ("ws://[::1]:1/elsewhere", "ws://[::1]:1/elsewhere", None),
+        ("https://LABELER.example:443", f"wss://labeler.example{METHOD_PATH}", None),
         (
             "did:plc:abc=wss://labeler.example",
             f"wss://labeler.example{METHOD_PATH}",
             "did:plc:abc",
         ),
         (
-            "did:web:a.example%3A8080=wss://a.example:8080/x?cursor=7&values=a%26b",
+            "did:web:a.example%3A8080=wss://A.Example:8080/x?values=a%26b",
             "wss://a.example:8080/x?values=a%26b",
             "did:web:a.example%3A8080",
         ),
@@ -90,7 +91,7 @@ def test_an_upstream_is_named_by_its_address(text: str, url: str, did: str | Non
     [
         "labeler.example", "ftp://labeler.example", "wss://", "wss://a:0", "wss://a b",
         "did:plc:abc", "did:plc:abc=", "did:=wss://a", "wss://a#b", "wss://a..b",
-        "wss://u:p@a", "wss://[", "",
+        "wss://u:p@a", "wss://[", "", "wss://a?cursor=5", "wss://a?epoch=", "wss://a?access_token=x",
     ],
 )  # fmt: skip
 def test_what_is_no_address_is_refused(text: str) -> None:
@@ -106,8 +107,9 @@ def refused(*arguments: str) -> str:
 
 def test_a_password_in_an_address_is_never_shown() -> None:
     assert "secret" not in refused("wss://me:secret@a.example")
+    assert "secret" not in refused("wss://a.example?access_token=secret")
 
 
 def test_an_upstream_that_is_named_twice_is_refused() -> None:
-    said = refused("wss://a.example", "did:plc:abc=https://a.example/")
+    said = refused("wss://a.example", "https://a.example/")
     assert said == f"URL: got 'wss://a.example{METHOD_PATH}', expected each upstream once"
