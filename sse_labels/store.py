@@ -219,6 +219,7 @@ class Store:
             cursor=cursor,
             window=window,
             limit=limit,
+            unsigned=not self._withhold_unsigned,
             sources=list(narrowed.sources) if narrowed else [],
             values=list(narrowed.values) if narrowed else [],
             until=snapshot.until,
@@ -260,6 +261,7 @@ class Store:
                 "still_in_force",
                 seqs=list(seqs),
                 until=until,
+                unsigned=not self._withhold_unsigned,
                 keys_are_unique=self.keys_are_unique,
             )
         )

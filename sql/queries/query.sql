@@ -25,7 +25,7 @@ SELECT id, src, uri, cid, val, neg, cts, exp, sig
                                 label.src || ' ' || label.uri || ' ' || label.cid || ' ' || label.val, 0)
                             AND hashtextextended(
                                 label.src || ' ' || label.uri || ' ' || label.cid || ' ' || label.val, 0)
-                        AND newer.id <= %(until)s
+                        AND newer.id <= %(until)s AND (%(unsigned)s OR newer.sig IS NOT NULL)
                         AND CASE WHEN newer.src = label.src AND newer.uri = label.uri
                                   AND newer.cid = label.cid AND newer.val = label.val
                                  THEN true END
@@ -57,7 +57,7 @@ SELECT id, src, uri, cid, val, neg, cts, exp, sig
                                 label.src || ' ' || label.uri || ' ' || label.cid || ' ' || label.val, 0)
                             AND hashtextextended(
                                 label.src || ' ' || label.uri || ' ' || label.cid || ' ' || label.val, 0)
-                        AND newer.id <= %(until)s
+                        AND newer.id <= %(until)s AND (%(unsigned)s OR newer.sig IS NOT NULL)
                         AND CASE WHEN newer.src = label.src AND newer.uri = label.uri
                                   AND newer.cid = label.cid AND newer.val = label.val
                                  THEN true END
@@ -89,7 +89,7 @@ SELECT id, src, uri, cid, val, neg, cts, exp, sig
                                 label.src || ' ' || label.uri || ' ' || label.cid || ' ' || label.val, 0)
                             AND hashtextextended(
                                 label.src || ' ' || label.uri || ' ' || label.cid || ' ' || label.val, 0)
-                        AND newer.id <= %(until)s
+                        AND newer.id <= %(until)s AND (%(unsigned)s OR newer.sig IS NOT NULL)
                         AND CASE WHEN newer.src = label.src AND newer.uri = label.uri
                                   AND newer.cid = label.cid AND newer.val = label.val
                                  THEN true END

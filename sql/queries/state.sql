@@ -7,7 +7,8 @@
 -- range that holds one hash, and the order begins with the hash: only that index has this order,
 -- and an estimate of a range is the same with statistics and without. Hence, too, CASE: what the
 -- planner thinks of equal columns would be one row, and that makes it want all of them.
--- In Ozone's table each key has one row (keys_are_unique), and nothing is looked up.
+-- In Ozone's table each key has one row (keys_are_unique), and nothing is looked up. What is
+-- withheld (not `unsigned`) is the newest of nothing: nobody sees it.
 
 -- name: folded_after
 -- Rows (end, looked at, id, src, uri, cid, val, neg, cts, exp, sig), by id: of the first so many
@@ -29,6 +30,7 @@ WITH edge AS (
              LIMIT %(window)s) AS looked
      WHERE (NOT %(in_force)s OR neg IS NOT TRUE)
        AND id <= %(until)s
+       AND (%(unsigned)s OR sig IS NOT NULL)
        AND (cardinality(%(sources)s::varchar[]) = 0 OR src = ANY (%(sources)s::varchar[]))
        AND (cardinality(%(values)s::varchar[]) = 0 OR val = ANY (%(values)s::varchar[]))
        AND (%(keys_are_unique)s
@@ -37,7 +39,7 @@ WITH edge AS (
                       WHERE hashtextextended(
                                 newer.src || ' ' || newer.uri || ' ' || newer.cid || ' ' || newer.val, 0)
                             BETWEEN looked.hash AND looked.hash
-                        AND newer.id <= %(until)s
+                        AND newer.id <= %(until)s AND (%(unsigned)s OR newer.sig IS NOT NULL)
                         AND CASE WHEN newer.src = looked.src AND newer.uri = looked.uri
                                   AND newer.cid = looked.cid AND newer.val = looked.val
                                  THEN true END

@@ -129,3 +129,17 @@ async def test_withheld_labels_are_nowhere_and_those_that_come_new_are_counted(
             second = await answer.json()
     assert "cursor" not in second
     assert first["labels"] + second["labels"] == [event["labels"][0] for event in signed]
+
+
+async def test_a_snapshot_agrees_with_a_stream_from_which_a_negation_is_withheld(
+    run_server: RunServer, database: TestDatabase
+) -> None:
+    database.insert(1, sig=SIG)
+    database.insert(1, neg=True)
+    async with run_server(unsigned="withhold") as server:
+        for query in ({"cursor": 0}, {"snapshot": "active"}):
+            async with reading(server.stream_url, **query) as stream:
+                assert await stream.until_seq(2) == database.stored()[:1]
+        url = f"{server.url}/xrpc/com.atproto.label.queryLabels?uriPatterns=*&snapshot=active"
+        async with aiohttp.ClientSession() as session, session.get(url) as answer:
+            assert len((await answer.json())["labels"]) == 1
