@@ -18,26 +18,13 @@ from sse_labels.expiry import HORIZON_SECONDS
 from sse_labels.queries import block
 
 from support.clock import NOON, Clock, at
-from support.database import TestDatabase, role, until
+from support.database import OZONE_TABLES, TestDatabase, role, until
 from support.reading import PATIENCE_SECONDS, Reader, reading
 from support.server import Gate, RunServer, Server, away, until_head
 
 SIG = bytes(range(64))
 Key = tuple[str, str, str, str]
 OFFSETS = ("Z", "+00:00", "+14:00", "-11:30", "+23:59", "-23:59")
-
-
-#: The columns and keys of `@atproto/ozone` 0.1.169, as in test_source.py.
-OZONE_TABLES = """
-CREATE TABLE label (
-    id bigserial PRIMARY KEY, src varchar NOT NULL, uri varchar NOT NULL, cid varchar NOT NULL,
-    val varchar NOT NULL, neg boolean NOT NULL, cts varchar NOT NULL, exp varchar, sig bytea,
-    "signingKeyId" integer
-);
-CREATE UNIQUE INDEX unique_label_idx ON label (src, uri, cid, val);
-CREATE TABLE moderation_event (id serial PRIMARY KEY);
-CREATE TABLE signing_key (id serial PRIMARY KEY, key varchar NOT NULL);
-"""
 
 
 def key_of(label: dict[str, Any]) -> Key:
