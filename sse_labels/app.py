@@ -49,6 +49,7 @@ from sse_labels.web.publish import PublishHandler
 from sse_labels.web.query import QueryHandler
 from sse_labels.web.rate import PublishRate
 from sse_labels.web.stream import BUSY_RETRY_FACTOR, StreamHandler
+from sse_labels.xrpc import SUBSCRIBE_PATH
 
 log = logging.getLogger(__name__)
 
@@ -191,9 +192,7 @@ class App:
         app.router.add_delete("/streams/{id}", self.operators.cut)
         app.router.add_post("/labels", self.publish.handle)
         app.router.add_get("/xrpc/com.atproto.label.queryLabels", self.query.handle)
-        app.router.add_get(
-            "/xrpc/com.atproto.label.subscribeLabels", self.streams.subscribe, allow_head=False
-        )
+        app.router.add_get(SUBSCRIBE_PATH, self.streams.subscribe, allow_head=False)
         app.router.add_get("/health/live", self.health.live)
         app.router.add_get("/health/ready", self.health.ready)
         app.router.add_get("/metrics", self.health.metrics)

@@ -12,7 +12,7 @@ Sources: https://atproto.com/specs/event-stream (header and body, each DAG-CBOR)
 
 from __future__ import annotations
 
-from binascii import a2b_base64
+from binascii import a2b_base64, b2a_base64
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -20,6 +20,8 @@ import libipld
 
 from sse_labels.errors import SseLabelsError
 
+#: Where every labeler has it.
+SUBSCRIBE_PATH = "/xrpc/com.atproto.label.subscribeLabels"
 #: The server's own reason to end is over: the client may come back (RFC 6455, 7.4.1).
 CLOSE_GOING_AWAY = 1001
 #: What the reference implementation closes with after an error message.
@@ -47,6 +49,14 @@ def cbor_label(label: Mapping[str, Any]) -> dict[str, Any]:
         return dict(label)
     text: str = sig["$bytes"]
     return {**label, "sig": a2b_base64(text + "=" * (-len(text) % 4))}
+
+
+def json_label(label: Any) -> Any:
+    """Return a label of a message in its JSON form; what is no label comes back as it is."""
+    if isinstance(label, dict) and isinstance(label.get("sig"), bytes):
+        text = b2a_base64(label["sig"], newline=False).decode("ascii").rstrip("=")
+        return {**label, "sig": {"$bytes": text}}
+    return label
 
 
 def encode_labels(seq: int, label: Mapping[str, Any]) -> bytes:

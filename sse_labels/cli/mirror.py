@@ -29,8 +29,8 @@ from sse_labels.mirror.storing import may_mirror
 from sse_labels.mirror.upstream import SEQ_MAX, Upstream
 from sse_labels.signatures import SourceKeys
 from sse_labels.store import Store
+from sse_labels.xrpc import SUBSCRIBE_PATH
 
-METHOD_PATH = "/xrpc/com.atproto.label.subscribeLabels"
 PORTS = {"ws": 80, "wss": 443}
 #: What an address cannot say, and why.
 OWN_PARAMETERS = {
@@ -70,7 +70,7 @@ def upstream(text: str) -> Wanted:
         if any(pair[0] == name for pair in query):
             raise Expected(f"an address without {name}: {instead}")
     scheme = {"http": "ws", "https": "wss"}.get(parts.scheme, parts.scheme)
-    path = parts.path if parts.path not in ("", "/") else METHOD_PATH
+    path = parts.path if parts.path not in ("", "/") else SUBSCRIBE_PATH
     # One spelling of a place, for it has one cursor.
     host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
     port = "" if parts.port in (None, PORTS[scheme]) else f":{parts.port}"

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-from binascii import b2a_base64
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
@@ -126,7 +125,7 @@ class Upstream:
     def taken(self, seq: int, place: int, given: Any) -> Label | Aside | None:
         """Return one label of a message, or why it is set aside; None when it is left out."""
         try:
-            label = parse_label(_as_json(given))
+            label = parse_label(xrpc.json_label(given))
         except InvalidLabel as error:
             return Aside(seq, place, str(error), libipld.encode_dag_cbor(given))
         if self.did is not None and label.src != self.did:
@@ -223,11 +222,3 @@ def _noting_epochs(epochs: list[str]) -> aiohttp.TraceConfig:
 def words(said: object) -> str:
     """Return what an upstream said, in one line of bounded length."""
     return "".join(char if char.isprintable() else "?" for char in str(said)[:WORDS_MAX])
-
-
-def _as_json(label: Any) -> Any:
-    """Return a label in the data model's JSON form, in which `parse_label` takes it."""
-    if isinstance(label, dict) and isinstance(label.get("sig"), bytes):
-        text = b2a_base64(label["sig"], newline=False).decode("ascii").rstrip("=")
-        return {**label, "sig": {"$bytes": text}}
-    return label

@@ -8,7 +8,6 @@ Does not belong here: sockets; the second reading (`crosscheck`).
 
 from __future__ import annotations
 
-from binascii import b2a_base64
 from collections import deque
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ from sse_labels.errors import InvalidLabel
 from sse_labels.labels import Label, parse_label, shown
 from sse_labels.signatures import SourceKeys, Verdict
 from sse_labels.verification.findings import Findings, Kind
-from sse_labels.xrpc import MalformedMessage, Message, decode
+from sse_labels.xrpc import MalformedMessage, Message, decode, json_label
 
 #: The largest seq: PostgreSQL's bigint.
 SEQ_MAX = 2**63 - 1
@@ -185,7 +184,7 @@ class Continuity:
         where = f"seq {self._name(seq)}"
         if isinstance(labels, list):
             for label in labels:
-                self._label(where, json_form(label))
+                self._label(where, json_label(label))
         else:
             self._wrong(Kind.EVENT, f"{where}: labels is {shown(labels)}, expected an array")
         if seq is not None:
@@ -274,10 +273,3 @@ def words_of(name: object, message: object) -> str:
     given = [part for part in (name, message) if part is not None]
     said = ": ".join(p[:SAID_MAX] if isinstance(p, str) else shown(p) for p in given)
     return "".join(char if char.isprintable() else "?" for char in said)
-
-
-def json_form(label: object) -> object:
-    """Return a label of a WebSocket as JSON has it: `sig` as `$bytes`."""
-    if isinstance(label, dict) and isinstance(label.get("sig"), bytes):
-        return {**label, "sig": {"$bytes": b2a_base64(label["sig"], newline=False).decode()}}
-    return label

@@ -7,12 +7,13 @@ import asyncio
 import pytest
 from click.testing import CliRunner
 
-from sse_labels.cli.mirror import METHOD_PATH, Wanted, mirror, upstream
+from sse_labels.cli.mirror import Wanted, mirror, upstream
 from sse_labels.config import Expected
 from sse_labels.errors import ConfigError
 from sse_labels.labels import Label
 from sse_labels.mirror.following import Waiting
 from sse_labels.mirror.upstream import Labels, UpstreamLost
+from sse_labels.xrpc import SUBSCRIBE_PATH
 
 LABEL = Label("did:web:a.example", "at://x", "", "spam", None, "now", None, None)
 
@@ -65,14 +66,14 @@ async def test_the_end_is_raised_behind_what_came_before_it() -> None:
 @pytest.mark.parametrize(
     ("text", "url", "did"),
     [
-        ("wss://labeler.example", f"wss://labeler.example{METHOD_PATH}", None),
-        ("https://labeler.example/", f"wss://labeler.example{METHOD_PATH}", None),
-        ("http://127.0.0.1:8080", f"ws://127.0.0.1:8080{METHOD_PATH}", None),
+        ("wss://labeler.example", f"wss://labeler.example{SUBSCRIBE_PATH}", None),
+        ("https://labeler.example/", f"wss://labeler.example{SUBSCRIBE_PATH}", None),
+        ("http://127.0.0.1:8080", f"ws://127.0.0.1:8080{SUBSCRIBE_PATH}", None),
         ("ws://[::1]:1/elsewhere", "ws://[::1]:1/elsewhere", None),
-        ("https://LABELER.example:443", f"wss://labeler.example{METHOD_PATH}", None),
+        ("https://LABELER.example:443", f"wss://labeler.example{SUBSCRIBE_PATH}", None),
         (
             "did:plc:abc=wss://labeler.example",
-            f"wss://labeler.example{METHOD_PATH}",
+            f"wss://labeler.example{SUBSCRIBE_PATH}",
             "did:plc:abc",
         ),
         (
@@ -112,4 +113,4 @@ def test_a_password_in_an_address_is_never_shown() -> None:
 
 def test_an_upstream_that_is_named_twice_is_refused() -> None:
     said = refused("wss://a.example", "https://a.example/")
-    assert said == f"URL: got 'wss://a.example{METHOD_PATH}', expected each upstream once"
+    assert said == f"URL: got 'wss://a.example{SUBSCRIBE_PATH}', expected each upstream once"
