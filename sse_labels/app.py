@@ -24,7 +24,6 @@ from sse_labels.config import Settings, option_name
 from sse_labels.database import Database
 from sse_labels.errors import ConfigError
 from sse_labels.expiry import Expiry
-from sse_labels.labels import Label
 from sse_labels.listener import Listener
 from sse_labels.metrics import Metrics
 from sse_labels.migrations import migrate
@@ -35,7 +34,7 @@ from sse_labels.retention import Retention
 from sse_labels.sequencer import Sequencer
 from sse_labels.shared import Share
 from sse_labels.signature_watch import SignatureWatch
-from sse_labels.signatures import SigningKey, SourceKeys, Verdict
+from sse_labels.signatures import SigningKey, SourceKeys
 from sse_labels.store import Store
 from sse_labels.web.addresses import PerAddress, TrustedProxies
 from sse_labels.web.answers import add_security_headers, allow_origins, errors_as_json
@@ -296,9 +295,7 @@ class App:
         did, keys, key = self.settings.signing_did, self.source_keys, self.signing_key
         if did is None or keys is None or key is None:
             return
-        uri = "did:web:probe.invalid"
-        probe = Label(did, uri, "", "probe", None, "2026-01-01T00:00:00Z", None, None)
-        if keys.check(key.sign(probe)) is Verdict.INVALID:
+        if keys.deny(did, key):
             raise ConfigError(
                 option_name("signing_key_file"), str(self.settings.signing_key_file),
                 f"a key of {did} in --source-keys-file; the public one of this is {key.did_key}",

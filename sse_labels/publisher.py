@@ -37,7 +37,7 @@ class Publisher:
     ) -> None:
         """Sign labels of `signing_did` (None: of every source) that come without a signature.
 
-        Those that come signed by a source of `source_keys` must be signed by it.
+        Those that come signed by a source of `source_keys`, or by `signing_did`, must be so.
         """
         self._store = store
         self._metrics = metrics

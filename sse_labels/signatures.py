@@ -178,6 +178,11 @@ class SourceKeys:
         """
         self._file = WatchedFile(SOURCE_KEYS_SETTING, file, parse_source_keys)
 
+    def deny(self, did: str, key: SigningKey) -> bool:
+        """Say whether keys of this source are known, and `key` belongs to none of them."""
+        probe = Label(did, did, "", "probe", None, "2026-01-01T00:00:00Z", None, None)
+        return self.check(key.sign(probe)) is Verdict.INVALID
+
     def check(self, label: Label) -> Verdict:
         """Return what can be said of the signature of `label`."""
         if not label.sig:
