@@ -565,6 +565,9 @@ async def test_a_wrong_signature_is_flagged_by_one_of_the_workers(
     keys.write_text(f"{source} {SigningKey(bytes([31]) * 32).did_key}\n")
     with two_workers("--dsn", database.dsn, "--source-keys-file", str(keys)) as server:
         url = await url_of(server)
+        # What is there before a worker follows is history to it, and not looked at.
+        for worker in (1, 2):
+            await asyncio.to_thread(server.wait_for, rf"worker-{worker} .*: following: head=0")
         database.insert(1, src=source, sig=bytes(64))
         await asyncio.to_thread(server.wait_for, "signature is wrong: seq=1")
         # Both have read it by now: each streams it.
