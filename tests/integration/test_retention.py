@@ -268,4 +268,4 @@ async def test_sweep_that_fails_half_way_is_none(
     monkeypatch.setattr(server.app.store, "delete_below_floor", lost)
     with pytest.raises(DatabaseUnavailable):
         await sweep(server, max_labels=5)
-    assert retention.sweep_age_seconds() == 100
+    assert retention.sweep_age_seconds() == pytest.approx(100)
