@@ -50,7 +50,7 @@ unexport PYTHONPATH PYTHONHOME PIP_USER PIP_TARGET PIP_PREFIX PIP_REQUIRE_VIRTUA
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .SUFFIXES:
-.PHONY: help demo test soak bench lint format clean FORCE
+.PHONY: help demo test system soak bench lint format clean FORCE
 
 ## What there is
 
@@ -69,10 +69,19 @@ help: ## This list
 demo: $(DONE)/package ## Install, run a PostgreSQL of its own, serve, publish made-up labels
 	@$(BIN)/sse-labels demo $(ARGS)
 
-test: $(DONE)/package $(DONE)/dev $(DONE)/javascript $(DONE)/node $(DONE)/system ## Install what the tests need, and run all of them
+test: $(DONE)/package $(DONE)/dev $(DONE)/javascript $(DONE)/node system ## Install what the tests need, and run all of them
 	@$(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal -o cache_dir='$(CACHES)/pytest' $(PYTEST_ARGS)
 
-soak: $(DONE)/package $(DONE)/dev $(DONE)/node $(DONE)/system ## The long run: all faults in random order, SECONDS=600
+system: $(DONE)/python ## Install what the tests need of Debian's, as root; else print how
+	@set -eu; missing="$$($(BIN)/python tests/support/system.py)"; \
+	[ -n "$$missing" ] || exit 0; \
+	if [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then \
+	  echo "tests that need them are skipped; on Debian: sudo apt-get install $$missing"; exit 0; fi; \
+	if [ ! -e $(POLICY) ]; then \
+	  trap 'rm -f $(POLICY)' EXIT; printf '#!/bin/sh\nexit 101\n' >$(POLICY); chmod +x $(POLICY); fi; \
+	$(call apt_install,$$missing,)
+
+soak: $(DONE)/package $(DONE)/dev $(DONE)/node system ## The long run: all faults in random order, SECONDS=600
 	@SSE_LABELS_SOAK_SECONDS='$(SECONDS)' $(if $(SEED),SSE_LABELS_TEST_SEED='$(SEED)') \
 	  $(BIN)/pytest -o cache_dir='$(CACHES)/pytest' $(PYTEST_ARGS) \
 	  tests/soak/soak.py tests/soak/behind_nginx.py tests/soak/mirror.py tests/soak/dashboard.py tests/acceptance/test_frozen_readers.py
@@ -113,6 +122,9 @@ apt_install = if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	    apt-get install -qq --no-install-recommends -o DPkg::Lock::Timeout=120 $(1) 2>&1)" \
 	    || { echo "$$said" >&2; exit 1; }; \
 	else echo "$(2); on Debian: sudo apt-get install $(1)" >&2; exit 1; fi
+
+# Packages with a service of their own start it, unless a policy forbids that.
+POLICY := /usr/sbin/policy-rc.d
 
 # Looked at each time, changed only when $(VENV) is made anew: by another Python, in another
 # place (its programs name their interpreter by its full path), or for another user.
@@ -173,24 +185,6 @@ $(DONE)/node: $(DONE)/dev FORCE
 	cp $(NODE)/package.json $(NODE)/package-lock.json "$$made"; \
 	PATH="$(abspath $(BIN)):$$PATH" npm ci --prefix "$$made" --silent --no-audit --no-fund --ignore-scripts; \
 	mv -T "$$made" "$(NODE_CACHE)/$$name" 2>/dev/null || [ -d "$(NODE_CACHE)/$$name" ]
-
-# Programs of Debian's, PROGRAM:PACKAGE, that tests drive. Who may not install them has those
-# tests skipped. Packages with a service of their own start it, unless a policy forbids that.
-SYSTEM := nginx:nginx chromium:chromium promtool:prometheus pgbouncer:pgbouncer systemd-analyze:systemd openssl:openssl
-POLICY := /usr/sbin/policy-rc.d
-
-$(DONE)/system: $(DONE)/python FORCE
-	@missing=''; for each in $(SYSTEM); do \
-	  PATH="$$PATH:/usr/sbin" command -v "$${each%:*}" >/dev/null || missing="$$missing $${each#*:}"; done; \
-	[ -n "$$missing" ] || exit 0; \
-	if [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then \
-	  echo "tests that need them are skipped; on Debian: sudo apt-get install$$missing"; exit 0; fi; \
-	if [ ! -e $(POLICY) ]; then \
-	  trap 'rm -f $(POLICY)' EXIT; printf '#!/bin/sh\nexit 101\n' >$(POLICY); chmod +x $(POLICY); fi; \
-	echo "apt-get install$$missing"; export DEBIAN_FRONTEND=noninteractive; \
-	said="$$(apt-get update -qq 2>&1; \
-	  apt-get install -qq --no-install-recommends -o DPkg::Lock::Timeout=120 $$missing 2>&1)" \
-	  || { echo "$$said" >&2; exit 1; }
 
 $(DONE)/bench: $(DONE)/run
 	@$(requirements) bench >$@.wanted

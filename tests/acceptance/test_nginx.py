@@ -117,7 +117,7 @@ async def test_stream_comes_over_tls_and_http_2(front: Any, database: TestDataba
     database.fill(3)
     async with front() as (_, proxy):
         process = await asyncio.create_subprocess_exec(
-            *("curl", "-skN", "--http2", "--compressed", "-D", "-"),
+            *(program("curl"), "-skN", "--http2", "--compressed", "-D", "-"),
             f"https://127.0.0.1:{proxy.tls_port}/stream?cursor=0",
             stdout=subprocess.PIPE,
         )

@@ -28,6 +28,8 @@ expect.set_options(timeout=1000 * PATIENCE_SECONDS)
 async def chromium() -> AsyncIterator[Browser]:
     """A browser with an empty profile."""
     path = program("chromium")
+    # Playwright's driver, too, must start.
+    program("libatomic.so.1")
     async with async_playwright() as playwright:
         browser = await playwright.chromium.launch(
             executable_path=path, args=ARGUMENTS, chromium_sandbox=False

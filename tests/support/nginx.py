@@ -133,7 +133,7 @@ class Nginx:
     def _make_certificate(self) -> None:
         subprocess.run(
             [
-                *("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt"),
+                *(program("openssl"), "req", "-x509", "-newkey", "ec", "-pkeyopt"),
                 *("ec_paramgen_curve:P-256", "-nodes", "-days", "2", "-subj", "/CN=localhost"),
                 *("-keyout", str(self._directory / "key.pem")),
                 *("-out", str(self._directory / "certificate.pem")),
