@@ -21,6 +21,7 @@ from typing import Any
 
 from sse_labels.errors import ConfigError
 from sse_labels.labels import is_did
+from sse_labels.seq import number_in
 
 ENV_PREFIX = "SSE_LABELS_"
 
@@ -40,9 +41,10 @@ def integer(low: int, high: int) -> Parse:
     """Return a parser for a whole number from `low` to `high`."""
 
     def parse(text: str) -> int:
-        if text.isascii() and text.isdigit() and len(text) <= 19 and low <= int(text) <= high:
-            return int(text)
-        raise Expected(f"a whole number from {low} to {high}")
+        number = number_in(text, low, high)
+        if number is None:
+            raise Expected(f"a whole number from {low} to {high}")
+        return number
 
     return parse
 
@@ -64,12 +66,12 @@ def size(low: int, high: int) -> Parse:
     units = {"KiB": 1024, "MiB": 1024**2, "GiB": 1024**3}
 
     def parse(text: str) -> int:
-        number, unit = (text[:-3].rstrip(), text[-3:]) if text[-3:] in units else (text, "")
-        if number.isascii() and number.isdigit() and len(number) <= 19:
-            value = int(number) * units.get(unit, 1)
-            if low <= value <= high:
-                return value
-        raise Expected(f"bytes from {low} to {high}, e.g. 1048576 or 1MiB")
+        digits, unit = (text[:-3].rstrip(), text[-3:]) if text[-3:] in units else (text, "")
+        number = number_in(digits)
+        value = None if number is None else number * units.get(unit, 1)
+        if value is None or not low <= value <= high:
+            raise Expected(f"bytes from {low} to {high}, e.g. 1048576 or 1MiB")
+        return value
 
     return parse
 

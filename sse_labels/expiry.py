@@ -28,7 +28,8 @@ from sse_labels.filters import Filter
 from sse_labels.labels import expires_at
 from sse_labels.metrics import Metrics
 from sse_labels.notice import Notice
-from sse_labels.schedule import LAST_SEQ, Due, Schedule
+from sse_labels.schedule import Due, Schedule
+from sse_labels.seq import SEQ_MAX
 from sse_labels.store import Store
 
 log = logging.getLogger(__name__)
@@ -133,7 +134,7 @@ class Expiry:
     def ask(self, reader: Reader, narrowed: Filter | None, now: float) -> None:
         """Tell `reader` of all that expires from now on and that `narrowed` lets through."""
         if not self._readers:
-            self.told = Due(now, LAST_SEQ)
+            self.told = Due(now, SEQ_MAX)
             self._schedule = Schedule(self.told, self._max_labels)
             self._looked_at = now
             self._asked.set()
@@ -231,7 +232,7 @@ class Expiry:
     def _set_back(self, now: float, schedule: Schedule) -> None:
         """Begin at `now` once more: what expires between is told again, when it does."""
         log.warning("the clock was set back: seconds=%.3f", self._looked_at - now)
-        back = Due(now, LAST_SEQ)
+        back = Due(now, SEQ_MAX)
         self.told = min(self.told, back)
         schedule.shorten(back)
         for group in self._readers.values():
@@ -260,7 +261,7 @@ class Expiry:
 
     async def _load(self, now: float, schedule: Schedule) -> None:
         """Bring the end of the schedule to the horizon, or to where it is full."""
-        begin, end = schedule.end, Due(now + HORIZON_SECONDS, LAST_SEQ)
+        begin, end = schedule.end, Due(now + HORIZON_SECONDS, SEQ_MAX)
         # From here on new labels go in up to the new end: those that came before are in the table.
         schedule.extend((), end)
         try:

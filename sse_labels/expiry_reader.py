@@ -18,7 +18,8 @@ from sse_labels.errors import DatabaseUnavailable
 from sse_labels.expiry import Expiry, Page
 from sse_labels.filters import Filter
 from sse_labels.notice import Notice
-from sse_labels.schedule import LAST_SEQ, Due
+from sse_labels.schedule import Due
+from sse_labels.seq import SEQ_MAX
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ class ExpiryReader:
         self._narrowed = narrowed
         self._since = since
         #: What expired up to here has been read, or is not asked for.
-        self._mark = Due(since, LAST_SEQ)
+        self._mark = Due(since, SEQ_MAX)
         self._live = False
         self._reading: asyncio.Task[Page] | None = None
         #: Of a page from the table, what has not been taken.
@@ -54,7 +55,7 @@ class ExpiryReader:
         """Ask; `on_news` is called when there may be something to take."""
         now = self._expiry.clock()
         self._since = min(self._since, now)
-        self._mark = Due(self._since, LAST_SEQ)
+        self._mark = Due(self._since, SEQ_MAX)
         self._on_news = on_news
         self._expiry.ask(self, self._narrowed, now)
 

@@ -12,9 +12,6 @@ from collections.abc import Iterable
 from heapq import heappop, heappush
 from typing import NamedTuple
 
-#: Sorts behind every seq: all that expires in one instant.
-LAST_SEQ = 2**63 - 1
-
 
 class Due(NamedTuple):
     """When a label expires, in seconds since 1970, and its seq: the order in which it is told."""

@@ -26,7 +26,8 @@ from sse_labels.errors import ConfigError, SchemaError
 from sse_labels.logs import configure_logging
 from sse_labels.mirror.following import Mirror
 from sse_labels.mirror.storing import may_mirror
-from sse_labels.mirror.upstream import SEQ_MAX, Upstream
+from sse_labels.mirror.upstream import Upstream
+from sse_labels.seq import SEQ_MAX
 from sse_labels.signatures import SourceKeys
 from sse_labels.store import Store
 from sse_labels.xrpc import SUBSCRIBE_PATH

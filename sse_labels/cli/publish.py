@@ -37,6 +37,7 @@ from sse_labels.config import integer, path, seconds, size
 from sse_labels.embedded import default_data_dir
 from sse_labels.errors import ConfigError, SseLabelsError
 from sse_labels.publish_token import FILE_NAME, read_token
+from sse_labels.seq import SEQ_MAX, number_in, seconds_in
 
 TIMEOUT_SECONDS = 60.0
 #: The server forgets a key after a day (`retention`); sent again later, a batch would be new.
@@ -45,7 +46,7 @@ RATE_LIMITED = 429
 #: Answers after which the same request may be answered better.
 TEMPORARY = {408, RATE_LIMITED, 502, 503, 504}
 #: How the server names a label of a request.
-_INDEX = re.compile(r"^labels\[(\d+)\](?:\.|: )?")
+_INDEX = re.compile(r"^labels\[([0-9]+)\](?:\.|: )?")
 #: Failures before the request was on its way.
 _NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.UnsupportedProtocol)
 
@@ -169,8 +170,9 @@ class Sender:
         certain = 400 <= status < 500 or response.is_redirect
         message = message_of(response)
         match = _INDEX.match(message)
-        if match is not None and int(match[1]) < len(batch.numbers):
-            number = batch.numbers[int(match[1])]
+        index = None if match is None else number_in(match[1], high=len(batch.numbers) - 1)
+        if match is not None and index is not None:
+            number = batch.numbers[index]
             return Trouble(f"line {number}: {message[match.end() :]}", certain)
         hint = " (a smaller --batch or --batch-bytes?)" if status == 413 else ""
         return Trouble(
@@ -226,7 +228,7 @@ class Sender:
     "Most bytes per request; the server's limit is its --body-max-bytes.",
     metavar="BYTES", default="1MiB",
 )  # fmt: skip
-@option("from_line", integer(1, 2**63 - 1), "First line to publish.", metavar="LINE", default="1")
+@option("from_line", integer(1, SEQ_MAX), "First line to publish.", metavar="LINE", default="1")
 @option(
     "retry_seconds", seconds(0, RETRY_MAX_SECONDS),
     "How long a batch is sent again while its outcome is uncertain; 0: never.",
@@ -311,8 +313,9 @@ def message_of(response: httpx.Response) -> str:
 def after_seconds(response: httpx.Response) -> float:
     """Return how long an answer asks to wait, 0 when it does not (RFC 9110, section 10.2.3)."""
     text = response.headers.get("Retry-After", "")
-    if text.isascii() and text.isdigit():
-        return float(text)
+    seconds = seconds_in(text)
+    if seconds is not None:
+        return seconds
     try:
         return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
     except (ValueError, OverflowError):

@@ -17,10 +17,11 @@ from sse_labels.cli.serve import database_at, database_of, interruptible
 from sse_labels.config import Settings, integer, load
 from sse_labels.errors import ConfigError
 from sse_labels.logs import configure_logging
+from sse_labels.seq import SEQ_MAX
 from sse_labels.store import Store
 
 #: The largest bigint is PostgreSQL's last id; a sequence that stands there has none left.
-ABOVE_MAX = 2**63 - 2
+ABOVE_MAX = SEQ_MAX - 1
 
 
 @click.command(cls=Command, short_help="Use no seq twice after a restore.")

@@ -12,10 +12,8 @@ import os
 from pathlib import Path
 
 from sse_labels.errors import ConfigError
+from sse_labels.seq import DIGITS_MAX, number_in
 
-#: Digits of the largest seq, 2^63-1: the file has one length for ever, and is written in place
-#: by one system call. That outlives a kill; a crash of the machine may bring an older cursor back.
-DIGITS = 19
 KEY = "--state"
 
 
@@ -36,13 +34,15 @@ class State:
     def load(self) -> int | None:
         """Return the cursor, None when the file is new; raise ConfigError when it holds no seq."""
         content = os.pread(self._descriptor, 64, 0)
-        text = content.strip()
         if not content:
             return None
-        if text.isdigit() and len(text) <= DIGITS and int(text) < 2**63:
-            return int(text)
-        raise ConfigError(KEY, str(self._file), "a file with one cursor in it, or a new one")
+        cursor = number_in(content.strip())
+        if cursor is None:
+            raise ConfigError(KEY, str(self._file), "a file with one cursor in it, or a new one")
+        return cursor
 
     def save(self, cursor: int) -> None:
         """Remember `cursor`; called after the event was written out."""
-        os.pwrite(self._descriptor, b"%0*d\n" % (DIGITS, cursor), 0)
+        # The file keeps one length and is written in place by one system call. That outlives a
+        # kill; a crash of the machine may bring an older cursor back.
+        os.pwrite(self._descriptor, b"%0*d\n" % (DIGITS_MAX, cursor), 0)

@@ -28,6 +28,7 @@ from sse_labels.cli.options import named_as_given, option, server_url, switch, t
 from sse_labels.cli.state import State
 from sse_labels.config import Expected, integer, path, read
 from sse_labels.errors import ConfigError, SseLabelsError
+from sse_labels.seq import SEQ_MAX, number_in, seconds_in
 
 #: The server writes at least a heartbeat each 15 s; after this silence the connection is dead.
 SILENCE_SECONDS = 45.0
@@ -36,7 +37,6 @@ CONNECT_SECONDS = 10.0
 TEMPORARY = {408, 425, 429, 500, 502, 503, 504}
 #: No hint of a server is followed longer than this.
 LONGEST_HINT_SECONDS = 3600.0
-SEQ_MAX = 2**63 - 1
 
 
 class Refused(SseLabelsError):
@@ -137,9 +137,9 @@ class Tail:
         """Return where the event stands; raise Refused when that is not after the one before."""
         if not event.id:
             return None
-        if not (event.id.isascii() and event.id.isdigit() and len(event.id) <= 19):
+        seq = number_in(event.id)
+        if seq is None:
             raise Refused(f"{self._place} is no stream of labels: event id {event.id[:60]!r}")
-        seq = int(event.id)
         if self._cursor is not None and seq < self._cursor + bool(event.data):
             raise Refused(f"the server went back: seq {seq} came after {self._cursor}")
         return seq
@@ -166,9 +166,9 @@ class Tail:
         if response.status_code not in TEMPORARY:
             raise Refused(text)
         say(text)
-        after = response.headers.get("Retry-After", "")
-        if after.isascii() and after.isdigit():
-            self._hint(float(after))
+        after = seconds_in(response.headers.get("Retry-After", ""))
+        if after is not None:
+            self._hint(after)
 
     def _hint(self, seconds: float) -> None:
         self._hint_seconds = min(max(seconds, 0.0), LONGEST_HINT_SECONDS)
@@ -176,10 +176,10 @@ class Tail:
 
 def head_of(response: httpx.Response) -> int:
     """Return the server's head when the stream began."""
-    value = response.headers.get("Sse-Labels-Head", "")
-    if not (value.isascii() and value.isdigit()):
+    head = number_in(response.headers.get("Sse-Labels-Head", ""))
+    if head is None:
         raise Refused("--until-head: this server does not tell its head (no Sse-Labels-Head)")
-    return int(value)
+    return head
 
 
 def somebody_reads() -> bool:

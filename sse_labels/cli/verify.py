@@ -20,11 +20,11 @@ from sse_labels.cli.layout import Command
 from sse_labels.cli.options import named_as_given, option, server_url, switch, token_text
 from sse_labels.config import Expected, integer, path, read, seconds
 from sse_labels.errors import ConfigError
+from sse_labels.seq import SEQ_MAX
 from sse_labels.signatures import SourceKeys
 from sse_labels.verification import Report, SocketRun, StreamRun, Wanted
 from sse_labels.xrpc import SUBSCRIBE_PATH
 
-SEQ_MAX = 2**63 - 1
 #: Longer than that nobody waits for a report.
 WAIT_MAX_SECONDS = 86_400
 SIGNALS = (signal.SIGINT, signal.SIGTERM)

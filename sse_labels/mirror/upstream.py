@@ -25,6 +25,7 @@ from sse_labels import __version__, xrpc
 from sse_labels.errors import InvalidLabel, SseLabelsError
 from sse_labels.labels import Label, parse_label
 from sse_labels.mirror.storing import Aside
+from sse_labels.seq import SEQ_MAX, seconds_in
 from sse_labels.signatures import SourceKeys, Verdict
 
 CONNECT_SECONDS = 10.0
@@ -32,7 +33,6 @@ CONNECT_SECONDS = 10.0
 SILENCE_SECONDS = 30.0
 #: How long an upstream has to answer a close.
 CLOSE_SECONDS = 2.0
-SEQ_MAX = 2**63 - 1
 TAKEN_AT_ONCE = 250
 #: Characters of an upstream's own words that are logged.
 WORDS_MAX = 200
@@ -115,9 +115,9 @@ class Upstream:
                 yield Connection(self, socket, epochs[-1] if epochs else None)
         except aiohttp.WSServerHandshakeError as error:
             hint = error.headers.get("Retry-After", "") if error.headers else ""
-            after = float(hint) if hint.isascii() and hint.isdigit() else 0.0
             raise UpstreamLost(
-                f"it answered {error.status} instead of a WebSocket", after_seconds=after
+                f"it answered {error.status} instead of a WebSocket",
+                after_seconds=seconds_in(hint) or 0,
             ) from error
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise UpstreamLost(str(error) or type(error).__name__) from error

@@ -15,12 +15,12 @@ import ujson
 
 from sse_labels.errors import InvalidLabel
 from sse_labels.labels import Label, parse_label, shown
+from sse_labels.seq import SEQ_MAX, number_in
 from sse_labels.signatures import SourceKeys, Verdict
 from sse_labels.verification.findings import Findings, Kind
 from sse_labels.xrpc import MalformedMessage, Message, decode, json_label
 
 #: The largest seq: PostgreSQL's bigint.
-SEQ_MAX = 2**63 - 1
 #: Holes that are remembered, the first and the last half of so many; the others are counted.
 HOLES_MAX = 100
 #: Sources whose signatures are counted one by one; the others are counted together.
@@ -98,7 +98,7 @@ class Continuity:
     def event(self, id_text: str, data: str) -> Event | None:
         """Take an event; return it when it continues the stream."""
         self.events += 1
-        seq = seq_in(id_text)
+        seq = number_in(id_text)
         if seq is None:
             self._wrong(Kind.EVENT, f"the event's id is no seq: {shown(id_text)}")
         where = f"seq {self._name(seq)}"
@@ -129,7 +129,7 @@ class Continuity:
 
     def moved(self, id_text: str) -> None:
         """Take an id without an event: everything up to it has been sent, or is hidden."""
-        seq = seq_in(id_text)
+        seq = number_in(id_text)
         if seq is None:
             self._wrong(Kind.EVENT, f"an id without an event is no seq: {shown(id_text)}")
         elif seq < self.position:
@@ -250,13 +250,6 @@ class Continuity:
 
     def _wrong(self, kind: Kind, text: str) -> None:
         self._findings.add(kind, text)
-
-
-def seq_in(text: str) -> int | None:
-    """Return the seq that an event's id is, None when it is none."""
-    if text.isascii() and text.isdigit() and len(text) <= 19 and int(text) <= SEQ_MAX:
-        return int(text)
-    return None
 
 
 def object_in(data: str) -> dict[str, Any] | None:

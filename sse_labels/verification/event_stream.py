@@ -15,7 +15,8 @@ from typing import NamedTuple, cast
 import httpx
 from httpx_sse import EventSource, ServerSentEvent, connect_sse
 
-from sse_labels.verification.continuity import object_in, seq_in, words_of
+from sse_labels.seq import number_in, seconds_in
+from sse_labels.verification.continuity import object_in, words_of
 from sse_labels.verification.patience import (
     FINAL_ERRORS,
     TEMPORARY,
@@ -70,7 +71,7 @@ class EventStreams:
                     raise Refused(f"{self.place} is no event stream: it answers with {kind[:60]!r}")
                 bounded = cast(httpx.Response, Bounded(self.place, answer))
                 yield Opened(
-                    seq_in(told.get("Sse-Labels-Head", "")),
+                    number_in(told.get("Sse-Labels-Head", "")),
                     told.get("Sse-Labels-Epoch", ""),
                     EventSource(bounded).iter_sse(),
                 )
@@ -115,8 +116,7 @@ def refusal(place: str, response: httpx.Response) -> Refused | Unavailable:
     text = f"{place} answered {response.status_code}, {said_in(response)}"
     if response.status_code not in TEMPORARY:
         return Refused(text)
-    after = response.headers.get("Retry-After", "")
-    seconds = float(after) if after.isascii() and after.isdigit() else 0.0
+    seconds = seconds_in(response.headers.get("Retry-After", "")) or 0
     return Unavailable(text, min(seconds, HINT_MAX_SECONDS))
 
 

@@ -18,6 +18,7 @@ import httpx
 from aiohttp import WSMsgType
 
 from sse_labels.labels import expires_at
+from sse_labels.seq import number_in
 from sse_labels.verification.continuity import Continuity, words_of
 from sse_labels.verification.event_stream import MESSAGE_MAX_BYTES, place_of
 from sse_labels.verification.findings import Findings, Kind
@@ -218,9 +219,8 @@ class SocketReading:
     async def _note_head(
         self, _session: object, _context: object, ended: aiohttp.TraceRequestEndParams
     ) -> None:
-        head = ended.response.headers.get("Sse-Labels-Head", "")
-        if self._head is None and head.isascii() and head.isdigit() and len(head) < 20:
-            self._head = int(head)
+        if self._head is None:
+            self._head = number_in(ended.response.headers.get("Sse-Labels-Head", ""))
 
     def _look_at_the_clock(self) -> None:
         if self._continuity.position != self._position:

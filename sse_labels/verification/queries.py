@@ -12,7 +12,8 @@ import time
 
 import httpx
 
-from sse_labels.verification.continuity import object_in, seq_in
+from sse_labels.seq import number_in
+from sse_labels.verification.continuity import object_in
 from sse_labels.verification.crosscheck import NotCompared, Page
 from sse_labels.verification.event_stream import place_of, refusal
 from sse_labels.verification.patience import Lost, Patience, Refused
@@ -67,7 +68,7 @@ class LabelQueries:
         told = said.get("cursor")
         if told is None:
             return Page(labels, None)
-        behind = seq_in(told) if isinstance(told, str) else None
+        behind = number_in(told) if isinstance(told, str) else None
         if behind is None or behind <= cursor:
             raise NotCompared(f"{self._place}: the cursor behind {cursor} is {str(told)[:60]!r}")
         return Page(labels, behind)

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 from sse_labels.errors import InvalidRequest
 from sse_labels.filters import parse_filter
-from sse_labels.verification.continuity import Event, object_in, seq_in
+from sse_labels.seq import number_in
+from sse_labels.verification.continuity import Event, object_in
 from sse_labels.verification.crosscheck import Fate, NotCompared, key_of
 from sse_labels.verification.event_stream import EventStreams, ended
 from sse_labels.verification.patience import SILENCE_SECONDS, Lost, Patience, Refused
@@ -77,7 +78,7 @@ class StreamAgain:
                     if type(said.get("floor")) is int:
                         part = part._replace(floor=said["floor"])
                     continue
-                seq = seq_in(event.id)
+                seq = number_in(event.id)
                 if seq is not None:
                     if event.data and cursor < seq <= end:
                         labels = (object_in(event.data) or {}).get("labels")

@@ -18,6 +18,7 @@ from sse_labels.publish_tokens import ADMIN, PublishTokens
 from sse_labels.shared.neighbours import Neighbours
 from sse_labels.web.answers import json_response
 from sse_labels.web.bearer import holder_of
+from sse_labels.web.parameters import whole_number
 from sse_labels.web.stream import SORTS, StreamHandler
 
 log = logging.getLogger(__name__)
@@ -42,17 +43,13 @@ class OperatorHandlers:
         sort = request.query.get("sort", SORTS[0])
         if sort not in SORTS:
             raise InvalidRequest(f"sort: got {sort[:60]!r}, expected one of {', '.join(SORTS)}")
-        given = request.query.get("limit", str(DEFAULT_LIMIT))
-        if not (given.isascii() and given.isdigit() and 1 <= int(given[:9]) <= MAX_LIMIT):
-            raise InvalidRequest(
-                f"limit: got {given[:60]!r}, expected a whole number from 1 to {MAX_LIMIT}"
-            )
-        question = {"peer": request.query.get("peer"), "sort": sort, "limit": int(given)}
+        limit = whole_number(request, "limit", DEFAULT_LIMIT, 1, MAX_LIMIT)
+        question = {"peer": request.query.get("peer"), "sort": sort, "limit": limit}
         answers, silent = await self._ask({"list": question})
         rows = [row for answer in answers for row in answer["streams"]]
         rows.sort(key=lambda row: row["since"] if sort == "since" else -row["lag"])
         total = sum(answer["total"] for answer in answers)
-        shown = {"streams": rows[: int(given)], "total": total, "silent_workers": silent}
+        shown = {"streams": rows[:limit], "total": total, "silent_workers": silent}
         return json_response(shown)
 
     async def cut(self, request: web.Request) -> web.Response:

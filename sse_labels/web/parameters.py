@@ -15,9 +15,8 @@ from aiohttp import web
 from sse_labels.errors import InvalidRequest
 from sse_labels.filters import Filter, parse_filter
 from sse_labels.labels import expires_at, is_datetime, shown
+from sse_labels.seq import number_in
 
-#: The largest seq: PostgreSQL's bigint.
-SEQ_MAX = 2**63 - 1
 LAST_EVENT_ID = "Last-Event-ID"
 #: How far a client's clock may be ahead: it asks for what expires after its own now.
 AHEAD_SECONDS = 10.0
@@ -25,9 +24,10 @@ AHEAD_SECONDS = 10.0
 
 def parse_cursor(text: str, name: str) -> int:
     """Return a cursor written as a decimal integer, 0 … 2^63-1."""
-    if text.isascii() and text.isdigit() and len(text) <= 19 and int(text) <= SEQ_MAX:
-        return int(text)
-    raise InvalidRequest(f"{name}: got {text[:60]!r}, expected a decimal integer 0 … 2^63-1")
+    number = number_in(text)
+    if number is None:
+        raise InvalidRequest(f"{name}: got {text[:60]!r}, expected a decimal integer 0 … 2^63-1")
+    return number
 
 
 def stream_cursor(request: web.Request) -> int | None:
@@ -83,9 +83,10 @@ def whole_number(request: web.Request, name: str, default: int, low: int, high: 
     text = _single(request.query.getall(name, []), name)
     if text is None:
         return default
-    if text.isascii() and text.isdigit() and len(text) <= 19 and low <= int(text) <= high:
-        return int(text)
-    raise InvalidRequest(f"{name}: got {text[:60]!r}, expected an integer {low} … {high}")
+    number = number_in(text, low, high)
+    if number is None:
+        raise InvalidRequest(f"{name}: got {text[:60]!r}, expected an integer {low} … {high}")
+    return number
 
 
 def _single(given: list[str], name: str) -> str | None:

@@ -17,11 +17,12 @@ from sse_labels.chunk import Row
 from sse_labels.errors import InvalidRequest, NotReady
 from sse_labels.filters import Filter
 from sse_labels.labels import is_expired, label_json
+from sse_labels.seq import SEQ_MAX
 from sse_labels.sequencer import Sequencer
 from sse_labels.store import Store
 from sse_labels.web.answers import json_response
 from sse_labels.web.auth import StreamAuth, narrow
-from sse_labels.web.parameters import SEQ_MAX, request_filter, wants_state, whole_number
+from sse_labels.web.parameters import request_filter, wants_state, whole_number
 
 #: The lexicon's bounds of `limit`.
 LIMIT_MAX = 250

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from multidict import CIMultiDict
 
 from sse_labels.errors import InvalidRequest
+from sse_labels.seq import SEQ_MAX
 from sse_labels.web.parameters import (
     LAST_EVENT_ID,
-    SEQ_MAX,
     expired_since,
     parse_cursor,
     request_filter,

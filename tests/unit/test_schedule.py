@@ -5,10 +5,11 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sse_labels.schedule import LAST_SEQ, Due, Schedule
+from sse_labels.schedule import Due, Schedule
+from sse_labels.seq import SEQ_MAX
 
-BEGIN = Due(0.0, LAST_SEQ)
-END = Due(100.0, LAST_SEQ)
+BEGIN = Due(0.0, SEQ_MAX)
+END = Due(100.0, SEQ_MAX)
 DUES = st.builds(Due, st.integers(1, 120).map(float), st.integers(1, 50))
 
 
