@@ -92,7 +92,7 @@ class StreamAuth:
                     raise ConfigError(name, value, f"one of {', '.join(given)} beside it")
         self._issuer = jwt_issuer
         self._audience = jwt_audience
-        self._clock = clock
+        self.clock = clock
         self._keys: Callable[[], Keys] | None = None
         if jwt_secret is not None:
             try:
@@ -156,7 +156,7 @@ class StreamAuth:
         return claims
 
     def _grant(self, claims: Mapping[str, object], in_query: bool) -> Grant:
-        now = self._clock()
+        now = self.clock()
         expires = _time(claims, "exp")
         not_before = _time(claims, "nbf")
         issued = _time(claims, "iat")

@@ -169,7 +169,8 @@ class StreamHandler:
             "stream opened: peer=%s cursor=%s filter=%s id=%s", client, cursor, narrowed, visit.id
         )
         try:
-            visit.expiry = self._end_at(visit.outbox, grant.expires_at)
+            if grant.expires_at is not None:
+                self._end_at(visit, grant.expires_at)
             open_stream = self._label_socket if socket else self._event_stream
             stream = open_stream(request, visit, start)
             await stream.prepare(request)
@@ -249,13 +250,18 @@ class StreamHandler:
             visit.client, how, time.monotonic() - visit.opened, visit.outbox.position, visit.id,
         )  # fmt: skip
 
-    def _end_at(self, outbox: Outbox, expires_at: float | None) -> asyncio.TimerHandle | None:
-        """End the stream when its token does."""
-        if expires_at is None:
-            return None
-        expired = TokenExpired("the token has expired; reconnect with a new one and the last id")
-        seconds = max(0.0, expires_at - time.time())
-        return asyncio.get_running_loop().call_later(seconds, outbox.close, expired)
+    def _end_at(self, visit: Visit, expires_at: float) -> None:
+        """End the stream when its token does, by the clock that the token was made by."""
+        left = expires_at - self._auth.clock()
+        if left <= 0:
+            message = "the token has expired; reconnect with a new one and the last id"
+            visit.outbox.close(TokenExpired(message))
+            return
+        # Timers do not see that clock being set: look again at each heartbeat, whether events
+        # come or not (test_token_that_the_clock_passes_by_ends_its_stream).
+        visit.expiry = asyncio.get_running_loop().call_later(
+            min(left, self._settings.heartbeat_seconds), self._end_at, visit, expires_at
+        )
 
     def listed(self, peer: str | None, sort: str, limit: int) -> dict[str, Any]:
         """Return the `limit` streams that lag most, or are oldest, and how many there are."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from contextlib import AsyncExitStack
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,8 @@ from sse_labels.publish_tokens import add_token
 from sse_labels.web.auth import COOKIE, LEEWAY_SECONDS
 from sse_labels.xrpc import decode
 
-from support.database import TestDatabase
+from support.clock import Clock
+from support.database import TestDatabase, until
 from support.reading import reading
 from support.server import PUBLISH_TOKEN, RunServer, Server
 
@@ -34,6 +37,11 @@ def token(**claims: Any) -> str:
 async def get(url: str, headers: dict[str, str] | None = None, **query: Any) -> httpx.Response:
     async with httpx.AsyncClient(timeout=20) as client:
         return await client.get(url, headers=headers, params=query)
+
+
+async def read_messages(socket: aiohttp.ClientWebSocketResponse) -> None:
+    async for _ in socket:
+        pass
 
 
 async def publish(server: Server, publish_token: str) -> int:
@@ -107,6 +115,47 @@ async def test_stream_ends_when_its_token_does(
     [(kind, data)] = reader.news
     assert (kind, data["error"], data["cursor"]) == ("error", "TokenExpired", seq)
     assert time.time() >= ends + LEEWAY_SECONDS
+
+
+@pytest.mark.parametrize("busy", [False, True], ids=["quiet", "busy"])
+@pytest.mark.parametrize("socket", [False, True], ids=["event stream", "WebSocket"])
+async def test_token_that_the_clock_passes_by_ends_its_stream(
+    run_server: RunServer, database: TestDatabase, socket: bool, busy: bool
+) -> None:
+    clock = Clock()
+    made = jwt.encode({"iat": clock.now, "exp": clock.now + 3600}, SECRET, "HS256")
+    headers = {"Authorization": f"Bearer {made}"}
+    path = "/xrpc/com.atproto.label.subscribeLabels" if socket else "/stream"
+    async with run_server(jwt_secret=SECRET, heartbeat_seconds=0.2) as server:
+        server.app.auth.clock = clock
+        metrics = server.app.metrics
+
+        async def publish_on() -> None:
+            for number in count(1):
+                await asyncio.to_thread(database.insert, 1, src=A)
+                await until(lambda n=number: metrics.streams_ended or metrics.events_delivered >= n)
+                if metrics.streams_ended:
+                    return
+
+        async with aiohttp.ClientSession(headers=headers) as session, asyncio.TaskGroup() as tasks:
+            stream: Any
+            if socket:
+                stream = await session.ws_connect(server.url + path)
+                tasks.create_task(read_messages(stream))
+            else:
+                stream = await session.get(server.url + path)
+                tasks.create_task(stream.read())
+            if busy:
+                tasks.create_task(publish_on())
+            [visit] = server.app.streams._open.values()
+            clock.set(3600 + LEEWAY_SECONDS - 1)
+            for _ in range(2):
+                timer = visit.expiry
+                await until(lambda timer=timer: visit.expiry is not timer)
+            assert not metrics.streams_ended
+            clock.set(86_400)
+            await until(lambda: metrics.streams_ended)
+    assert metrics.streams_ended == {"TokenExpired": 1}
 
 
 async def test_no_token_reaches_a_log(
