@@ -355,4 +355,6 @@ def _due(notice: Notice) -> Due:
 
 
 def _date(at: float) -> str:
-    return datetime.fromtimestamp(max(at, FIRST_TIME), UTC).date().isoformat()
+    if at < FIRST_TIME:
+        return "0000-01-01"
+    return datetime.fromtimestamp(at, UTC).date().isoformat()

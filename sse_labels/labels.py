@@ -19,7 +19,7 @@ import re
 from binascii import a2b_base64, b2a_base64
 from calendar import isleap
 from collections.abc import Callable
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from sse_labels.errors import InvalidLabel
@@ -32,6 +32,8 @@ CID_MAX_BYTES = 256  # the limit Bluesky's Go implementation (indigo) sets
 DATETIME_MAX_BYTES = 64  # the limit both of Bluesky's implementations set
 VAL_MAX_BYTES = 128  # `maxLength` in the lexicon, which counts UTF-8 bytes
 SIG_MAX_BYTES = 1024  # ours: the signatures in use (K-256, P-256) have 64 bytes
+
+SECONDS_IN_400_YEARS = 146_097 * 86_400
 
 
 class Label(NamedTuple):
@@ -220,14 +222,20 @@ def is_expired(exp: str | None, now: float) -> bool:
 def expires_at(exp: str | None) -> float | None:
     """Return the time `exp` in seconds since 1970; None when it never comes.
 
-    What cannot be read as a time, in another program's table, never does.
+    In another program's table a time without an offset is UTC. What cannot be read as a time
+    never comes. The date must be written as 2024-05-01: the SQL block `expiring` finds by it.
     """
-    if not exp:
+    if not exp or exp[4:5] != "-" or exp[7:8] != "-":
         return None
+    # `datetime` has no year 0. The calendar repeats itself after 400 years.
+    is_year_0 = exp.startswith("0000")
     try:
-        return datetime.fromisoformat(exp).timestamp()
-    except (ValueError, OverflowError):
+        time = datetime.fromisoformat(f"0400{exp[4:]}" if is_year_0 else exp)
+    except ValueError:
         return None
+    if time.tzinfo is None:
+        time = time.replace(tzinfo=UTC)
+    return time.timestamp() - (SECONDS_IN_400_YEARS if is_year_0 else 0)
 
 
 def is_val(text: str) -> bool:

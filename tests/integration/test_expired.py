@@ -136,6 +136,27 @@ async def test_all_that_expires_is_told_in_the_order_of_time_whatever_the_offset
         assert expired(stream) == wanted
 
 
+async def test_a_time_of_the_year_0_or_without_an_offset_is_told_as_any_other(
+    server: Server, database: TestDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(server)
+    exps = ["0000-01-01T00:00:01+00:00", "0001-01-01T00:00:00Z", at(5).removesuffix("Z"), at(5)]
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    try:
+        time.tzset()
+        for number, exp in enumerate(exps):
+            database.insert(1, uri=f"at://a/{number}", exp=exp)
+        await until_head(server, len(exps))
+        clock.set(4.999)
+        async with live(server, expired="0000-01-01T00:00:00Z") as stream:
+            assert await until_expired(stream, 2) == database.stored()[:2]
+            clock.set(5)
+            assert await until_expired(stream, 4) == database.stored()
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
 async def test_only_what_a_filter_lets_through_is_told(
     server: Server, database: TestDatabase
 ) -> None:

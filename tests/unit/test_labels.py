@@ -1180,6 +1180,14 @@ class TestExpiry:
             ("1969-12-31T12:30:01.25-11:30", 1.25),
             ("0001-01-01T00:00:00+23:59", -62_135_683_140.0),
             ("9999-12-31T23:59:59.999999-00:01", 253_402_300_859.999999),
+            # The year 0 is a leap year, 366 days before the year 1.
+            ("0000-01-01T00:00:00Z", -62_135_596_800.0 - 366 * 86_400),
+            ("0000-02-29T12:00:00+12:00", -62_135_596_800.0 - 307 * 86_400),
+            ("0000-12-31T23:59:59Z", -62_135_596_801.0),
+            # Without an offset, by other programs.
+            ("1970-01-01T00:00:01", 1.0),
+            ("1970-01-01 00:00:01.5", 1.5),
+            ("1970-01-02", 86_400.0),
         ],
     )
     def test_every_form_of_a_datetime_is_a_time(self, exp: str, at: float) -> None:
@@ -1191,3 +1199,32 @@ class TestExpiry:
     def test_what_is_no_time_never_comes(self, exp: str | None) -> None:
         assert expires_at(exp) is None
         assert not is_expired(exp, 1e12)
+
+    # The SQL that looks for what expires takes the first ten characters for the date.
+    @pytest.mark.parametrize("exp", ["20240501T120000Z", "2024-W05-3", "20240501"])
+    def test_a_date_that_the_table_cannot_be_searched_by_never_comes(self, exp: str) -> None:
+        assert expires_at(exp) is None
+
+    def test_a_time_without_an_offset_is_utc_whatever_the_zone_of_the_machine(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        try:
+            for zone in ("Asia/Tokyo", "America/New_York", "UTC"):
+                monkeypatch.setenv("TZ", zone)
+                time.tzset()
+                assert expires_at("2024-05-01T12:00:00") == expires_at("2024-05-01T12:00:00Z")
+        finally:
+            monkeypatch.undo()
+            time.tzset()
+
+    @settings(deadline=None)
+    @given(
+        st.from_regex(
+            r"(0000|0001|9999|2024|[0-9]{4})-([01][0-9]-[0-3][0-9]|12-31|02-29|01-01)"
+            r"T([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\.[0-9]{1,20})?(Z|[+-][0-2][0-9]:[0-5][0-9])",
+            fullmatch=True,
+        )
+    )
+    def test_every_datetime_that_is_accepted_is_a_time(self, text: str) -> None:
+        if is_datetime(text):
+            assert expires_at(text) is not None
