@@ -59,7 +59,7 @@ def parse_label(obj: object) -> Label:
     Raises `InvalidLabel` for the first thing wrong; its `field` is `''` when `obj` is no object.
     An optional field is left out, not null: the lexicon knows no nullable field here, and a null
     taken for absent would change what a signature covers. Unknown fields are refused, since a
-    misspelt `neg` would publish the opposite of what was meant.
+    misspelt `neg` would publish the opposite of what was meant: `known_fields` is for readers.
     """
     if not isinstance(obj, dict):
         raise InvalidLabel("", f"got {shown(obj)}, expected a JSON object")
@@ -80,6 +80,16 @@ def parse_label(obj: object) -> Label:
     exp = _string(obj, "exp", is_datetime) if "exp" in obj else None
     sig = _signature(obj) if "sig" in obj else None
     return Label(src, uri, cid, val, neg, cts, exp, sig)
+
+
+def known_fields(obj: object) -> object:
+    """Return a label without the fields that the lexicon does not know: readers ignore those.
+
+    What is no object comes back as it is.
+    """
+    if not isinstance(obj, dict):
+        return obj
+    return {name: value for name, value in obj.items() if name in _FIELDS}
 
 
 def check_subject(label: Label) -> None:

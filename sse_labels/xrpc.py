@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import libipld
 
 from sse_labels.errors import SseLabelsError
+from sse_labels.labels import shown
 
 #: Where every labeler has it.
 SUBSCRIBE_PATH = "/xrpc/com.atproto.label.subscribeLabels"
@@ -36,7 +37,10 @@ class MalformedMessage(SseLabelsError):
 
 
 class Message(NamedTuple):
-    """One message: `type` is `#labels`, `#info`, … or None for an error."""
+    """One message: `type` is `#labels`, `#info`, …, None for an error, or '' for what is unknown.
+
+    The specification of event streams lets clients ignore an `op` that they do not know.
+    """
 
     type: str | None
     body: dict[str, Any]
@@ -98,7 +102,10 @@ def decode(payload: bytes) -> Message:
             return Message(type_, body)
         case {"op": -1}:
             return Message(None, body)
-    raise MalformedMessage(f"expected a header with op 1 and t, or op -1, got {str(header)[:60]}")
+        case {"op": op} if type(op) is int and op != 1:
+            return Message("", body)
+    got = f"op {shown(header.get('op'))} and t {shown(header.get('t'))}"
+    raise MalformedMessage(f"expected a header with op 1 and t, or op -1, got {got}")
 
 
 _LABELS = libipld.encode_dag_cbor({"op": 1, "t": "#labels"})

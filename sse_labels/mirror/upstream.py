@@ -23,7 +23,7 @@ import libipld
 
 from sse_labels import __version__, xrpc
 from sse_labels.errors import InvalidLabel, SseLabelsError
-from sse_labels.labels import Label, parse_label
+from sse_labels.labels import Label, known_fields, parse_label
 from sse_labels.mirror.storing import Aside
 from sse_labels.seq import SEQ_MAX, seconds_in
 from sse_labels.signatures import SourceKeys, Verdict
@@ -125,7 +125,7 @@ class Upstream:
     def taken(self, seq: int, place: int, given: Any) -> Label | Aside | None:
         """Return one label of a message, or why it is set aside; None when it is left out."""
         try:
-            label = parse_label(xrpc.json_label(given))
+            label = self._parsed(xrpc.json_label(given))
         except InvalidLabel as error:
             return Aside(seq, place, str(error), libipld.encode_dag_cbor(given))
         if self.did is not None and label.src != self.did:
@@ -135,6 +135,21 @@ class Upstream:
             reason = f"sig: is not a signature of {label.src} for this label"
             return Aside(seq, place, reason, libipld.encode_dag_cbor(given))
         return label
+
+    def _parsed(self, given: Any) -> Label:
+        """Return a label without the fields that the lexicon does not know; raise InvalidLabel.
+
+        A signature may cover them: then they are kept, and refused, unless a key of the source
+        says that it does not.
+        """
+        known = known_fields(given)
+        label = parse_label(known)
+        if label.sig is not None and known != given and not self._is_signed(label):
+            return parse_label(given)
+        return label
+
+    def _is_signed(self, label: Label) -> bool:
+        return self._source_keys is not None and self._source_keys.check(label) is Verdict.VALID
 
 
 class Connection:

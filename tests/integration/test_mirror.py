@@ -480,7 +480,7 @@ async def test_labels_that_break_the_lexicon_are_set_aside_whole(
 ) -> None:
     bad = [
         wire_label(1, cts="yesterday"),
-        wire_label(2, reason="an unknown field, that a signature may cover", sig=SIG),
+        wire_label(2, reason="an unknown field, which a signature may cover", sig=SIG),
         wire_label(3, val="a\0b"),
         "no label",
     ]
@@ -498,6 +498,48 @@ async def test_labels_that_break_the_lexicon_are_set_aside_whole(
         "cts", "reason", "val", "got 'no label', expected a JSON object",
     ]  # fmt: skip
     assert sum("a label is set aside" in line for line in caplog.messages) == 4
+
+
+async def test_fields_that_the_lexicon_does_not_know_are_ignored(
+    upstream: Labeler, database: TestDatabase
+) -> None:
+    odd: dict[str, Any] = {"$type": "com.atproto.label.defs#label", "reason": {"sig": [SIG]}}
+    upstream.labels[1] = [wire_label(1, **odd), wire_label(2, Neg=True, neg=False)]
+    header, body = {"op": 1, "t": "#labels", "v": 2}, {"seq": 2, "labels": [wire_label(3)]}
+
+    async def newer(socket: web.WebSocketResponse, cursor: int) -> bool:
+        await socket.send_bytes(labels_message(1, *upstream.labels[1]))
+        await socket.send_bytes(message({"op": 2, "more": True}, {"seq": 9, "labels": [1]}))
+        await socket.send_bytes(message(header, {**body, "prev": 1, "$type": "x"}))
+        await socket.receive()
+        return True
+
+    upstream.say = newer
+    async with mirroring(database, upstream.url) as mirror:
+        await until(lambda: mirror.cursor == 2)
+        assert mirror.tally["reconnects"] == 0
+    assert stored(database) == [wire_label(number) for number in (1, 2, 3)]
+    assert set_aside(database) == []
+
+
+async def test_a_field_that_a_signature_may_cover_is_ignored_only_when_it_does_not(
+    upstream: Labeler, database: TestDatabase, tmp_path: Path
+) -> None:
+    key = SigningKey(b"\x1f" * 32)
+    (tmp_path / "keys").write_text(f"{SRC} {key.did_key}\n")
+    sig = key.sign(parse_label(wire_label(1))).sig
+    upstream.add(wire_label(1, sig=sig, reason="added when it was signed already"))
+    # Its signature would be right if the field were dropped; the one of `sig` itself is not known.
+    upstream.add(wire_label(1, sig={"$bytes": as_json(sig)["$bytes"], "alg": "k256"}))
+    # Without the field it is no signature of this label.
+    upstream.add(wire_label(2, sig=sig, reason="covered"))
+    async with mirroring(
+        database, upstream.url, source_keys=SourceKeys(tmp_path / "keys")
+    ) as mirror:
+        await until(lambda: mirror.cursor == 3)
+    [(uri, kept)] = database.execute("SELECT uri, sig FROM label")
+    assert (uri, bytes(kept)) == (wire_label(1)["uri"], sig)
+    assert [reason.split(":")[0] for _, _, reason, _ in set_aside(database)] == ["sig", "reason"]
 
 
 async def test_wrong_signatures_are_set_aside_and_right_ones_kept(
