@@ -39,6 +39,7 @@ from sse_labels.store import Store
 from sse_labels.web.addresses import PerAddress, TrustedProxies
 from sse_labels.web.answers import add_security_headers, allow_origins, errors_as_json
 from sse_labels.web.auth import StreamAuth
+from sse_labels.web.connection import end_dead_peers
 from sse_labels.web.delivery import retry_ms
 from sse_labels.web.guard import Guard, most_connections
 from sse_labels.web.health import HealthHandlers
@@ -348,6 +349,12 @@ def listening_sockets(settings: Settings) -> list[socket.socket]:
         port = listener.getsockname()[1]
         # Inherited by every connection: readers that stall hold this much kernel memory, not 4 MiB.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, settings.send_buffer_bytes)
+        end_dead_peers(
+            listener,
+            quiet_seconds=settings.heartbeat_seconds,
+            # A reader that is alive and slow is cut by its delivery within this.
+            unanswered_seconds=settings.send_timeout_seconds + settings.slow_grace_seconds,
+        )
         sockets.append(listener)
     return sockets
 

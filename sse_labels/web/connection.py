@@ -18,6 +18,7 @@ import asyncio
 import logging
 import socket
 import struct
+import sys
 import time
 from collections.abc import Callable, Coroutine
 from itertools import takewhile
@@ -44,6 +45,9 @@ LINGERING_SECONDS = 2.0
 #: What a WebSocket's client may send at once, and in the long run: a pong has 131 bytes at most.
 CHATTER_MAX_BYTES = 32 * 1024
 CHATTER_BYTES_PER_SECOND = 1024
+
+#: No peer is taken for dead sooner: the kernel's first retransmission to a far one takes a second.
+DEAD_MIN_SECONDS = 1.0
 
 
 class LongAnswer(web.StreamResponse):
@@ -233,6 +237,29 @@ def reset(transport: asyncio.WriteTransport) -> None:
     if raw is not None:
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     transport.abort()
+
+
+def end_dead_peers(
+    listener: socket.socket, *, quiet_seconds: float, unanswered_seconds: float
+) -> None:
+    """Let the kernel end what `listener` accepts when its peer answers no more (tcp(7)).
+
+    Without it a peer that vanished is noticed only when the send buffer is full: heartbeats take
+    hours for that. What was sent waits `unanswered_seconds` for its acknowledgement; where
+    nothing was sent for `quiet_seconds`, the kernel asks. A window that stays closed so long
+    counts as no answer (Linux 5.11).
+    """
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if sys.platform == "linux":
+        limit = max(DEAD_MIN_SECONDS, unanswered_seconds)
+        options = {
+            socket.TCP_USER_TIMEOUT: round(1000 * limit),
+            # After a heartbeat, so that streams cause no packets of this kind.
+            socket.TCP_KEEPIDLE: int(quiet_seconds) + 1,
+            socket.TCP_KEEPINTVL: max(1, int(limit / 3)),
+        }
+        for option, value in options.items():
+            listener.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 class Terms:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import gc
+import select
 import socket
 import struct
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -16,6 +19,7 @@ from sse_labels.outbox import ChunkQueue, Outbox
 from sse_labels.web.connection import Connection
 
 from support.database import TestDatabase, until
+from support.reading import reading
 from support.server import Gate, RunServer, Server, insert_large
 
 #: Of each kind; half of them leave with a reset, the others in order.
@@ -24,6 +28,28 @@ CLIENTS = 100
 HISTORY = 60
 #: What one client keeps alive in the server.
 KEPT = (Outbox, ChunkQueue, Connection)
+
+UPGRADE = (
+    "GET /xrpc/com.atproto.label.subscribeLabels HTTP/1.1\r\nHost: test\r\nUpgrade: websocket\r\n"
+    "Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+    "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+)
+#: socket(7), asm-generic/socket.h.
+SO_ATTACH_FILTER = 26
+#: How soon the kernel notices at most: two of its whole seconds, its retransmissions, and two
+#: noisy cores. Without an end of its own a connection is there for hours.
+NOTICED_SECONDS = 10.0
+
+
+class Program(ctypes.Structure):
+    """`struct sock_fprog` of linux/filter.h."""
+
+    _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_void_p))
+
+
+#: One instruction, BPF_RET with 0: of each packet, keep nothing.
+RETURN_NOTHING = (ctypes.c_uint64 * 1)(0x06)
+DROP_ALL = Program(1, ctypes.addressof(RETURN_NOTHING))
 
 
 class Crowd:
@@ -108,6 +134,28 @@ class Crowd:
             await loop.sock_sendall(sock, text.encode())
 
 
+class NetworkGone(Crowd):
+    """Clients that open connections of each kind, and then answer no packet any more."""
+
+    async def come(self) -> None:
+        """Open quiet streams, WebSockets, and connections that are idle between requests."""
+        await self._come(ask("?values=none"))
+        await self._come(ask(""))
+        await self._come(UPGRADE)
+        await until(lambda: self._caught_up() >= 3 * self._count)
+        await self._come("GET /health/live HTTP/1.1\r\nHost: test\r\n\r\n")
+        await until(lambda: all(select.select([sock], [], [], 0)[0] for sock in self._socks))
+
+    def vanish_without_a_word(self) -> None:
+        """Let their kernel drop what comes, as a network that is gone does: no FIN, no reset."""
+        for sock in self._socks:
+            sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, bytes(DROP_ALL))
+
+    def close(self) -> None:
+        for sock in self._socks:
+            sock.close()
+
+
 def ask(query: str) -> str:
     """The head of a request for a stream."""
     return f"GET /stream{query} HTTP/1.1\r\nHost: test\r\n\r\n"
@@ -140,3 +188,35 @@ async def test_clients_that_vanish_leave_no_task_no_queue_no_descriptor(
             tell(request.config, f"{7 * CLIENTS} clients that vanished; at most {present}")
             tell(request.config, f"left over: {left}")
         assert server.app.sequencer._subscribers == {}
+
+
+async def test_clients_whose_network_is_gone_are_gone_within_heartbeat_and_send_timeout(
+    run_server: RunServer, database: TestDatabase, request: pytest.FixtureRequest
+) -> None:
+    # Nothing else ends an idle connection in time.
+    times = {"keepalive_seconds": 600, "heartbeat_seconds": 0.2}
+    async with (
+        run_server(**times, send_timeout_seconds=0.5, slow_grace_seconds=0.5) as server,
+        reading(server.stream_url) as reader,
+    ):
+        await reader.until_opened()
+        crowd = NetworkGone(server, database, CLIENTS)
+        try:
+            before = crowd.census()
+            await crowd.come()
+            present = crowd.census()
+            assert present["Connection"] - before["Connection"] == 4 * CLIENTS
+            assert present["streams"] - before["streams"] == 3 * CLIENTS
+            crowd.vanish_without_a_word()
+            began = time.monotonic()
+            [seq] = database.insert(1)
+            await until(lambda: not crowd.left(before)["Connection"])
+            seconds = time.monotonic() - began
+        finally:
+            crowd.close()
+        tell(request.config, f"{4 * CLIENTS} clients without a network: gone in {seconds:.1f} s")
+        assert seconds < NOTICED_SECONDS
+        await until(lambda: not any(crowd.left(before).values()))
+        # Whoever answers was let alone.
+        await reader.until_seq(seq)
+        assert len(server.app.streams._open) == 1
