@@ -20,12 +20,14 @@ import pytest
 from oracle import tell
 from oracle.behind_nginx import Behind, behind_nginx
 from oracle.stage import own_postgres
+from yarl import URL
 
 from sse_labels.config import Settings
 from sse_labels.embedded import EmbeddedPostgres
 from sse_labels.xrpc import decode
 
 from support.database import TestDatabase, until
+from support.eventsource import parse
 from support.nginx import Nginx, nginx
 from support.program import QUICK_SERVER, REPOSITORY, free_port, ran, running
 from support.reading import reading
@@ -231,29 +233,118 @@ async def test_thousand_streams_get_the_whole_table(database: TestDatabase) -> N
                     assert await read == stored
 
 
-async def test_event_source_comes_back_when_no_server_answered() -> None:
-    with nginx(free_port()) as proxy:
+#: An EventSource, and clients that do not say what they take.
+ACCEPTS = {"EventSource": {"Accept": "text/event-stream"}, "any": {}}
+
+
+def told_to_come_back(answer: aiohttp.ClientResponse, body: str, *, event_source: bool) -> None:
+    """No server answered, and the reader is told so in a way that it does not take for final."""
+    if event_source:
+        assert (answer.status, answer.content_type) == (200, "text/event-stream")
+        said = parse(body.encode())
+        assert said.retry_ms in {2000, 3000, 4000, 5000}
+        [event] = said.events
+        assert event.event == "error"
+        assert json.loads(event.data)["error"] == "NotReady"
+    else:
+        assert (answer.status, answer.headers["Retry-After"]) == (503, "5")
+        assert json.loads(body)["error"] == "NotReady"
+
+
+@pytest.mark.parametrize("who", ACCEPTS)
+@pytest.mark.parametrize("servers", [1, 2])
+async def test_every_reader_is_told_to_come_back_while_no_server_listens(
+    who: str, servers: int
+) -> None:
+    with nginx(*(free_port() for _ in range(servers))) as proxy:
         async with client() as session:
-            await until(lambda: accepts(session, proxy))
-            source = {"Accept": "text/event-stream"}
-            async with session.get(f"{proxy.url}/stream", headers=source) as answer:
-                # Anything else an EventSource takes for final.
-                assert (answer.status, answer.content_type) == (200, "text/event-stream")
-                retry, kind, data = (await answer.text()).rstrip("\n").split("\n")
-            assert retry in {f"retry: {seconds}000" for seconds in (2, 3, 4, 5)}
-            assert kind == "event: error"
-            assert json.loads(data.removeprefix("data: "))["error"] == "NotReady"
-            async with session.get(f"{proxy.url}/stream") as answer:
-                assert (answer.status, answer.headers["Retry-After"]) == (503, "5")
-                assert (await answer.json())["error"] == "NotReady"
+            # After the first request nginx has counted both servers out, and asks none.
+            for path in ["/stream", "/xrpc/com.atproto.label.subscribeLabels"] * 4:
+                async with session.get(proxy.url + path, headers=ACCEPTS[who]) as answer:
+                    text = await answer.text()
+                    told_to_come_back(answer, text, event_source=who == "EventSource")
+        # A server that is the only one is never counted out.
+        assert ("no live upstreams" in proxy.errors()) == (servers > 1)
 
 
-async def accepts(session: aiohttp.ClientSession, proxy: Nginx) -> bool:
-    try:
-        async with session.get(proxy.url):
-            return True
-    except aiohttp.ClientConnectionError:
-        return False
+@pytest.mark.parametrize("who", ACCEPTS)
+@pytest.mark.parametrize("behaviour", ["closes", "says nothing", "says nonsense"])
+async def test_every_reader_is_told_to_come_back_when_a_server_gives_no_answer(
+    who: str, behaviour: str
+) -> None:
+    async def serve(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if behaviour == "says nothing":
+            await ended.wait()
+        elif behaviour == "says nonsense":
+            writer.write(b"HTTP/1.1 200 OK\r\nwhat is this\x00\r\n\r\n")
+        writer.close()
+
+    ended = asyncio.Event()
+    quick = {"proxy_read_timeout 60s": "proxy_read_timeout 100ms"}
+    server = await asyncio.start_server(serve, "127.0.0.1")
+    async with server:
+        with nginx(server.sockets[0].getsockname()[1], faults=quick) as proxy:
+            async with client() as session:
+                url = f"{proxy.url}/stream?cursor=3"
+                async with session.get(url, headers=ACCEPTS[who]) as answer:
+                    text = await answer.text()
+                    told_to_come_back(answer, text, event_source=who == "EventSource")
+        ended.set()
+
+
+@pytest.mark.parametrize(
+    ("header", "query", "position"),
+    [
+        ("41", "", "41"),
+        (None, "lastEventId=42", "42"),
+        (None, "values=spam&cursor=0", "0"),
+        # As the server reads them: what a client comes back with is newer than its URL.
+        ("41", "lastEventId=42&cursor=43", "41"),
+        (None, "cursor=43&lastEventId=42", "42"),
+        (str(2**63 - 1), "", str(2**63 - 1)),
+        # The reader has no position, or one that no server would take.
+        (None, "", None),
+        ("", "", None),
+        ("4x", "cursor=43", None),
+        ("-1", "", None),
+        ("4 2", "", None),
+        ("9" * 20, "", None),
+        (None, "cursor=4%0Adata:%20x", None),
+        (None, "lastEventId=4%0D", None),
+    ],
+)
+async def test_reader_keeps_its_position_while_no_server_answers(
+    dead_end: Nginx, header: str | None, query: str, position: str | None
+) -> None:
+    headers = {"Accept": "text/event-stream"}
+    if header is not None:
+        headers["Last-Event-ID"] = header
+    async with client() as session:
+        url = URL(f"{dead_end.url}/stream?{query}", encoded=True)
+        async with session.get(url, headers=headers) as answer:
+            text = await answer.text()
+    told_to_come_back(answer, text, event_source=True)
+    assert [line for line in text.splitlines() if line.startswith("id:")] == (
+        [] if position is None else [f"id: {position}"]
+    )
+
+
+@pytest.fixture(scope="module")
+def dead_end() -> Iterator[Nginx]:
+    """nginx without a server."""
+    with nginx(free_port()) as proxy:
+        yield proxy
+
+
+@pytest.mark.parametrize("path", ["/xrpc/com.atproto.label.subscribeLabels?cursor=0", "/stream"])
+async def test_websocket_handshake_is_broken_off_while_no_server_answers(
+    dead_end: Nginx, path: str
+) -> None:
+    async with client() as session:
+        # An answer of any status would be a WSServerHandshakeError, and final for many clients.
+        with pytest.raises(aiohttp.ServerDisconnectedError):
+            async with session.ws_connect(dead_end.url + path):
+                pass
 
 
 @pytest.fixture(scope="module")

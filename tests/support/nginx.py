@@ -5,8 +5,10 @@ from __future__ import annotations
 import getpass
 import os
 import signal
+import socket
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -104,9 +106,19 @@ class Nginx:
         return [int(pid) for pid in children.read_text().split()]
 
     def _started(self) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             self._command(), stdout=self._log, stderr=self._log, stdin=subprocess.DEVNULL
         )
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not self._listens():
+            assert process.poll() is None, self.errors()
+            assert time.monotonic() < deadline, self.errors()
+            time.sleep(0.01)
+        return process
+
+    def _listens(self) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0
 
     def _command(self) -> list[str]:
         return [self._path, "-e", "stderr", "-c", str(self._directory / "nginx.conf")]
