@@ -25,7 +25,8 @@ BIN := $(VENV)/bin
 DONE := $(VENV)/done
 # What the page's code is checked with.
 JAVASCRIPT := tests/javascript
-# The labelers and consumers of others that tests run, in a cache out of the tree, once for each lock.
+# The labelers and consumers of others that tests run: the newest, and an older Ozone that is still
+# in the field. In a cache out of the tree, once for each lock.
 NODE := tests/node
 NODE_CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/sse-labels
 # Beside the programs: a cache that another user has left in the checkout cannot be written.
@@ -177,14 +178,16 @@ $(DONE)/javascript: $(DONE)/dev $(JAVASCRIPT)/package-lock.json
 
 # Looked at each time: the cache may be emptied, and another VENV may have filled it.
 $(DONE)/node: $(DONE)/dev FORCE
-	@set -eu; name="node-$$(sha256sum $(NODE)/package-lock.json | cut -c1-12)"; \
-	[ ! -d "$(NODE_CACHE)/$$name" ] || exit 0; \
-	echo "installing Ozone and other labelers into $(NODE_CACHE)"; \
-	mkdir -p "$(NODE_CACHE)"; made="$$(mktemp -d "$(NODE_CACHE)/making.XXXXXX")"; \
-	trap 'rm -rf "$$made"' EXIT; \
-	cp $(NODE)/package.json $(NODE)/package-lock.json "$$made"; \
-	PATH="$(abspath $(BIN)):$$PATH" npm ci --prefix "$$made" --silent --no-audit --no-fund --ignore-scripts; \
-	mv -T "$$made" "$(NODE_CACHE)/$$name" 2>/dev/null || [ -d "$(NODE_CACHE)/$$name" ]
+	@set -eu; mkdir -p "$(NODE_CACHE)"; made=''; trap 'rm -rf "$$made"' EXIT; \
+	for lock in $(NODE)/*/package-lock.json; do \
+	  name="node-$$(sha256sum "$$lock" | cut -c1-12)"; \
+	  [ ! -d "$(NODE_CACHE)/$$name" ] || continue; \
+	  echo "installing the packages of $${lock%/*} into $(NODE_CACHE)"; \
+	  made="$$(mktemp -d "$(NODE_CACHE)/making.XXXXXX")"; \
+	  cp "$${lock%/*}/package.json" "$$lock" "$$made"; \
+	  PATH="$(abspath $(BIN)):$$PATH" npm ci --prefix "$$made" --silent --no-audit --no-fund --ignore-scripts; \
+	  mv -T "$$made" "$(NODE_CACHE)/$$name" 2>/dev/null || [ -d "$(NODE_CACHE)/$$name" ]; \
+	done
 
 $(DONE)/bench: $(DONE)/run
 	@$(requirements) bench >$@.wanted

@@ -6,12 +6,15 @@ import asyncio
 import threading
 import warnings
 from base64 import b64encode
+from collections.abc import Callable, Iterator
+from contextlib import AsyncExitStack, contextmanager
 from typing import Any
 
 import pytest
 
 from support.database import TestDatabase, until
-from support.node import NodeProgram
+from support.nginx import nginx
+from support.node import NEWEST, PACKAGES, NodeProgram
 from support.program import free_port
 from support.server import RunServer, Server
 
@@ -42,16 +45,21 @@ class PythonSubscriber:
             models.ComAtprotoLabelSubscribeLabels.Params(cursor=cursor),
             base_uri=url.replace("http://", "ws://") + "/xrpc",
         )
+        # It waits for seconds, and each time twice as long.
+        self._client._max_reconnect_delay_sec = 1
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def _run(self) -> None:
         try:
-            self._client.start(
-                lambda frame: self.received.append(parse_subscribe_labels_message(frame)),
-                self.failed.append,
-            )
+            self._client.start(self._receive, self.failed.append)
         except BaseException as error:
             self.failed.append(error)
+
+    def _receive(self, frame: Any) -> None:
+        message = parse_subscribe_labels_message(frame)
+        self.received.append(message)
+        # As its documentation says: where to go on is the caller's to keep.
+        self._client.update_params({"cursor": message.seq})
 
     async def __aenter__(self) -> PythonSubscriber:
         self._thread.start()
@@ -95,10 +103,13 @@ async def test_the_python_sdk_is_told_of_a_future_cursor(server: Server) -> None
 class NodeSubscriber:
     """The reference implementation's client."""
 
-    def __init__(self, url: str, cursor: int, client: str = "subscription") -> None:
+    def __init__(
+        self, url: str, cursor: int, client: str = "subscription", packages: str = NEWEST
+    ) -> None:
         self._program = NodeProgram(
             "subscribe.mjs",
             {"URL": url.replace("http://", "ws://"), "CURSOR": str(cursor), "CLIENT": client},
+            packages,
         )
 
     async def next(self) -> dict[str, Any]:
@@ -112,11 +123,12 @@ class NodeSubscriber:
         self._program.stop()
 
 
+@pytest.mark.parametrize("packages", PACKAGES)
 async def test_the_reference_subscription_receives_what_is_stored(
-    server: Server, database: TestDatabase
+    server: Server, database: TestDatabase, packages: str
 ) -> None:
     last = varied(database)
-    async with NodeSubscriber(server.url, 0) as client:
+    async with NodeSubscriber(server.url, 0, packages=packages) as client:
         events = [await client.next() for _ in range(last)]
         database.insert()
         events.append(await client.next())
@@ -125,19 +137,53 @@ async def test_the_reference_subscription_receives_what_is_stored(
     assert events == database.stored()
 
 
+@contextmanager
+def way_to(port: int, way: str) -> Iterator[tuple[str, Callable[[], bool]]]:
+    """Where clients reach a server on this port, and whether nginx has missed the server."""
+    if way == "direct":
+        yield f"http://127.0.0.1:{port}", lambda: True
+    else:
+        with nginx(port) as proxy:
+            yield proxy.url, lambda: "Connection refused" in proxy.errors()
+
+
+@pytest.mark.parametrize("packages", PACKAGES)
+@pytest.mark.parametrize("way", ["direct", "through nginx"])
 async def test_the_reference_subscription_comes_back_after_a_restart(
-    run_server: RunServer, database: TestDatabase
+    run_server: RunServer, database: TestDatabase, way: str, packages: str
 ) -> None:
     database.insert(3)
     port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    async with NodeSubscriber(url, 0) as client:
+    async with AsyncExitStack() as stack:
+        url, missed = stack.enter_context(way_to(port, way))
         async with run_server(port=port):
+            client = await stack.enter_async_context(NodeSubscriber(url, 0, packages=packages))
             seqs = [(await client.next())["seq"] for _ in range(3)]
         database.insert(3)
+        # It has tried to come back while no server was there.
+        await until(missed)
         async with run_server(port=port):
             seqs += [(await client.next())["seq"] for _ in range(3)]
     assert seqs == [event["seq"] for event in database.stored()]
+
+
+@pytest.mark.parametrize("way", ["direct", "through nginx"])
+async def test_the_python_sdk_comes_back_after_a_restart(
+    run_server: RunServer, database: TestDatabase, way: str
+) -> None:
+    database.insert(3)
+    port = free_port()
+    async with AsyncExitStack() as stack:
+        url, missed = stack.enter_context(way_to(port, way))
+        async with run_server(port=port):
+            client = await stack.enter_async_context(PythonSubscriber(url, 0))
+            await until(lambda: client.failed or len(client.received) == 3)
+        database.insert(3)
+        await until(missed)
+        async with run_server(port=port):
+            await until(lambda: client.failed or len(client.received) == 6)
+    assert client.failed == []
+    assert [as_event(message) for message in client.received] == database.stored()
 
 
 @pytest.mark.parametrize(("cursor", "name"), [(99, "FutureCursor"), (1, "OutdatedCursor")])

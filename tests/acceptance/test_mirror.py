@@ -23,6 +23,7 @@ from support.labelers import (
     mirrored,
     verdict,
 )
+from support.node import PACKAGES
 from support.ozone import SIGNING_KEY
 from support.program import ran, running
 from support.reading import reading
@@ -41,9 +42,11 @@ async def skyware(tmp_path: Path) -> AsyncIterator[Skyware]:
     await made.close()
 
 
-@pytest.fixture
-async def real_ozone(empty_database: TestDatabase) -> AsyncIterator[RealOzone]:
-    made = RealOzone(empty_database)
+@pytest.fixture(params=PACKAGES)
+async def real_ozone(
+    empty_database: TestDatabase, request: pytest.FixtureRequest
+) -> AsyncIterator[RealOzone]:
+    made = RealOzone(empty_database, request.param)
     try:
         await made.start()
         yield made

@@ -10,6 +10,7 @@ import pytest
 from oracle import tell
 
 from support.database import TestDatabase, role, until
+from support.node import PACKAGES
 from support.ozone import Ozone, account, ozone, record
 from support.program import Program, running
 from support.reading import reading
@@ -27,10 +28,11 @@ def url_of(server: Program) -> str:
     return server.wait_for(r"http://127\.0\.0\.1:\d+")[0]
 
 
+@pytest.mark.parametrize("packages", PACKAGES)
 async def test_labels_made_in_ozone_arrive_equal_to_its_table(
-    empty_database: TestDatabase,
+    empty_database: TestDatabase, packages: str
 ) -> None:
-    async with ozone(empty_database) as labeler:
+    async with ozone(empty_database, packages) as labeler:
         await labeler.label(account("early"), "spam", "rude")
         with (
             role(empty_database, READ_ONLY) as dsn,

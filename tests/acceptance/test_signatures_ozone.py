@@ -12,7 +12,7 @@ from oracle import tell
 from sse_labels.labels import Label
 from sse_labels.signatures import SigningKey
 
-from support.node import SCRIPTS, node_folder, node_program
+from support.node import PACKAGES, SCRIPTS, node_folder, node_program
 from support.program import environment
 
 SECRET = "1f" * 32
@@ -37,12 +37,15 @@ def varied() -> list[Label]:
     ]
 
 
-def test_signatures_are_byte_equal_with_ozones(request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize("packages", PACKAGES)
+def test_signatures_are_byte_equal_with_ozones(
+    packages: str, request: pytest.FixtureRequest
+) -> None:
     labels = varied()
     ran = subprocess.run(
         [node_program(), str(SCRIPTS / "sign.mjs")],
         input=json.dumps([label._asdict() for label in labels]),
-        env=environment(SSE_LABELS_NODE=str(node_folder()), SIGNING_KEY=SECRET),
+        env=environment(SSE_LABELS_NODE=str(node_folder(packages)), SIGNING_KEY=SECRET),
         capture_output=True,
         text=True,
         timeout=60,
@@ -53,4 +56,7 @@ def test_signatures_are_byte_equal_with_ozones(request: pytest.FixtureRequest) -
     assert key.did_key == theirs["did"]
     ours = [(key.sign(label).sig or b"").hex() for label in labels]
     assert ours == theirs["signatures"]
-    tell(request.config, f"{len(ours)} labels: signatures byte-equal with Ozone's; {ours[0]}")
+    tell(
+        request.config,
+        f"{len(ours)} labels: signatures byte-equal with those of the {packages} Ozone; {ours[0]}",
+    )

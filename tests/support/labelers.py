@@ -15,7 +15,7 @@ import aiohttp
 from _pytest.outcomes import Failed
 
 from support.database import TestDatabase
-from support.node import NodeProgram
+from support.node import NEWEST, NodeProgram
 from support.ozone import OZONE_DID, Ozone, account, ozone_program
 from support.program import Program, free_port
 
@@ -106,12 +106,12 @@ class RealOzone:
 
     did = OZONE_DID
 
-    def __init__(self, database: TestDatabase) -> None:
+    def __init__(self, database: TestDatabase, packages: str = NEWEST) -> None:
         self._database = database
         self.port = free_port()
         self.url = f"ws://127.0.0.1:{self.port}"
         self.published: list[Said] = []
-        self._programs = ozone_program(database, OZONE_PORT=str(self.port))
+        self._programs = ozone_program(database, packages, OZONE_PORT=str(self.port))
         self._program = self._programs.__enter__()
         self._ozone: Ozone | None = None
 

@@ -1,6 +1,6 @@
 """Programs of Node's: the labelers and consumers of the AT Protocol that nobody here wrote.
 
-`make` installs their packages, as the lock in `tests/node` pins them, into a cache of the user's:
+`make` installs their packages, as the locks in `tests/node` pin them, into a cache of the user's:
 outside of the tree, once for each lock.
 """
 
@@ -21,13 +21,15 @@ from typing import Any
 import pytest
 
 SCRIPTS = Path(__file__).parents[1] / "node"
+#: Two locks: what is newest, and an older Ozone with its packages. Both are in the field.
+NEWEST, OLDER = PACKAGES = ("newest", "older")
 PATIENCE_SECONDS = 60.0
 
 
-def node_folder() -> Path:
+def node_folder(packages: str = NEWEST) -> Path:
     """Return the folder whose `node_modules` the scripts use; without one skip, and say why."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    lock = hashlib.sha256((SCRIPTS / "package-lock.json").read_bytes()).hexdigest()
+    lock = hashlib.sha256((SCRIPTS / packages / "package-lock.json").read_bytes()).hexdigest()
     folder = cache / "sse-labels" / f"node-{lock[:12]}"
     if not (folder / "node_modules").is_dir():
         pytest.skip("the packages of tests/node are not installed: `make test` does it")
@@ -49,11 +51,11 @@ def node_program() -> str:
 class NodeProgram:
     """A script of `tests/node` that writes lines of JSON; a server's first says its port."""
 
-    def __init__(self, script: str, environment: Mapping[str, str]) -> None:
+    def __init__(self, script: str, environment: Mapping[str, str], packages: str = NEWEST) -> None:
         self._command = [node_program(), str(SCRIPTS / script)]
         self._environment = {
             **os.environ,
-            "SSE_LABELS_NODE": str(node_folder()),
+            "SSE_LABELS_NODE": str(node_folder(packages)),
             "LOG_ENABLED": "false",
             **environment,
         }

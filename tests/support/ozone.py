@@ -12,7 +12,7 @@ import aiohttp
 from sse_labels.xrpc import Message, decode
 
 from support.database import TestDatabase
-from support.node import NodeProgram
+from support.node import NEWEST, NodeProgram
 
 OZONE_DID = "did:plc:" + "o" * 24
 ADMIN_DID = "did:plc:" + "a" * 24
@@ -77,9 +77,9 @@ class Ozone:
 
 
 @asynccontextmanager
-async def ozone(database: TestDatabase, **environment: str) -> AsyncIterator[Ozone]:
+async def ozone(database: TestDatabase, packages: str = NEWEST) -> AsyncIterator[Ozone]:
     """Run Ozone on an empty database, or on one that it left."""
-    with ozone_program(database, **environment) as program:
+    with ozone_program(database, packages) as program:
         running = Ozone(program, program.next()["port"])
         try:
             yield running
@@ -88,7 +88,9 @@ async def ozone(database: TestDatabase, **environment: str) -> AsyncIterator[Ozo
 
 
 @contextmanager
-def ozone_program(database: TestDatabase, **environment: str) -> Iterator[NodeProgram]:
+def ozone_program(
+    database: TestDatabase, packages: str = NEWEST, **environment: str
+) -> Iterator[NodeProgram]:
     # Node's driver wants a host before the socket's folder.
     url = database.url().replace("@/", "@localhost/")
     settings = {
@@ -104,7 +106,7 @@ def ozone_program(database: TestDatabase, **environment: str) -> Iterator[NodePr
         "OZONE_SIGNING_KEY_HEX": SIGNING_KEY,
         **environment,
     }
-    with NodeProgram("ozone.mjs", settings) as program:
+    with NodeProgram("ozone.mjs", settings, packages) as program:
         yield program
 
 
