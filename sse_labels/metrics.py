@@ -56,6 +56,7 @@ COUNTERS = {
     "database_reconnects": "Connections to the database that were lost and made anew.",
     "broken_promises": "Times that a promise of this service did not hold.",
     "workers_replaced": "Worker processes that ended and were replaced.",
+    "embedded_restarts": "Times that the embedded PostgreSQL had died and was restarted.",
 }
 GAUGES = {
     "head_seq": "The newest settled seq.",
@@ -86,7 +87,9 @@ PER_WORKER = frozenset({
     )),
 })  # fmt: skip
 #: Known by every process for all: not added up.
-OF_ALL = frozenset({"sse_labels_connections_limit", "sse_labels_streams_limit"})
+OF_ALL = frozenset(
+    f"sse_labels_{name}" for name in ("connections_limit", "streams_limit", "embedded_restarts")
+)
 DESCRIPTORS = ("process_open_fds", "process_max_fds")
 #: Counting 16,000 descriptors takes 10 ms, and workers are asked four times a second.
 PROCESS_SECONDS = 5.0

@@ -1,7 +1,7 @@
 """`sse-labels serve` and `sse-labels migrate`.
 
 Promises: with a DSN nothing is run but this process (and its workers); without one the embedded
-PostgreSQL is started before, and stopped after, whenever one is told to stop.
+PostgreSQL is started before, kept running, and stopped after, whenever one is told to stop.
 SIGTERM, SIGHUP and Ctrl-C drain.
 Does not belong here: wiring (`app`).
 """
@@ -55,6 +55,8 @@ class Place(NamedTuple):
     dsn: str
     publish_token: str | None
     note: str
+    #: The embedded PostgreSQL, when it is that.
+    postgres: EmbeddedPostgres | None = None
 
 
 @contextlib.contextmanager
@@ -76,11 +78,12 @@ def database_of(settings: Settings, dsn_key: str = "--dsn") -> Iterator[Place]:
     try:
         with unhurried():
             postgres.start()
+        postgres.keep_running()
         if settings.publish_token is not None:
-            yield Place(postgres.dsn, settings.publish_token, "")
+            yield Place(postgres.dsn, settings.publish_token, "", postgres)
         else:
             token, path = keep_token(data_dir)
-            yield Place(postgres.dsn, token, f"the publish token is in {path}")
+            yield Place(postgres.dsn, token, f"the publish token is in {path}", postgres)
     finally:
         # One more Ctrl-C of an impatient user would leave PostgreSQL running.
         on_signals(signal.SIG_IGN)
@@ -156,11 +159,19 @@ def run(
 
     async def serve_here(stop: asyncio.Event, up: Ready) -> None:
         app = application.App(settings, place.dsn, place.publish_token)
+
+        def count_restart() -> None:
+            app.metrics.count["embedded_restarts"] += 1
+
+        if place.postgres is not None:
+            place.postgres.on_restart = count_restart
         await application.serve(app, stop, up)
 
     async def serve_by_workers(stop: asyncio.Event, up: Ready) -> None:
-        token = place.publish_token
-        await supervisor.serve(settings, place.dsn, token, stop, up, command=WORKER)
+        await supervisor.serve(
+            settings, place.dsn, place.publish_token, stop, up,
+            command=WORKER, postgres=place.postgres,
+        )  # fmt: skip
 
     until_told(serve_here if settings.workers == 1 else serve_by_workers, ready)
 

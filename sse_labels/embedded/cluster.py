@@ -63,6 +63,11 @@ class Cluster:
             path.mkdir(mode, exist_ok=True)
             path.chmod(mode)  # Whatever the umask: this one is new, nobody else's.
 
+    def find_pgdata(self) -> None:
+        """Raise `ConfigError` when PGDATA is gone."""
+        if not (self.pgdata / "PG_VERSION").exists():
+            raise self.refusal(f"{self.pgdata}, which was there and is gone: is a disk unmounted?")
+
     def make_pgdata(self) -> None:
         """Make PGDATA when it is missing; refuse what is not our version's."""
         version = self.pgdata / "PG_VERSION"

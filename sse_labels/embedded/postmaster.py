@@ -65,8 +65,11 @@ class Postmaster:
                 f"{self.socket_dir} is not a private directory of the user {account.name}"
             )
 
-    def launch(self, settings: Mapping[str, str]) -> None:
-        """Start the process; return when it has started, or may still do so."""
+    def launch(self, settings: Mapping[str, str]) -> bool:
+        """Start the process; return whether it has started, or may still do so.
+
+        False: what a killed server has left running still uses the data; to be tried again.
+        """
         for claim in (self._pid_file, self._socket_lock):
             # The server would refuse to start ("is another postmaster running?") when a dead one's
             # pid is a neighbour's, or a zombie's, which stays where we are a container's first
@@ -86,9 +89,11 @@ class Postmaster:
         what = ("--pgdata", self._cluster.pgdata.name, "--options", options)
         how = ("start", "--wait", f"--timeout={START_SECONDS:.0f}")
         code, said = self._cluster.run("pg_ctl", *how, *what, log=self._cluster.log)
-        # The caller waits for both: a long recovery, and a killed server's last processes.
-        if code != 0 and not self.is_alive() and _STILL_IN_USE not in said:
+        if code == 0 or self.is_alive():  # The latter: a long recovery.
+            return True
+        if _STILL_IN_USE not in said:
             raise self._cluster.failure("start", said)
+        return False
 
     def stop(self) -> None:
         """Have it disconnect everybody and stop; wait for that."""

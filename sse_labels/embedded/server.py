@@ -1,6 +1,7 @@
 """The server as its users see it: start, use, stop.
 
 Promises: whoever has started it holds a claim, and the last one to give it up stops the server.
+Whoever asked for it to be kept running finds it restarted when it has died, for whatever reason.
 Does not belong here: how anything is made, run or found.
 """
 
@@ -10,23 +11,33 @@ import contextlib
 import fcntl
 import logging
 import os
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from urllib.parse import quote
 
 import platformdirs
 import psycopg2
 
+from sse_labels.backoff import Backoff
 from sse_labels.embedded.cluster import DATABASE, PORT, Cluster
 from sse_labels.embedded.files import locked
 from sse_labels.embedded.postmaster import POLL_SECONDS, START_SECONDS, Postmaster
-from sse_labels.errors import DatabaseUnavailable
+from sse_labels.errors import DatabaseUnavailable, SseLabelsError
 
 logger = logging.getLogger(__name__)
 
 #: Unless `settings` say more.
 EMBEDDED_MAX_CONNECTIONS = 200
+
+#: How often the kept server is looked at: two small reads in /proc and the data directory.
+CHECK_SECONDS = 0.5
+#: The pauses before a restart grow from the first to the longest …
+FIRST_PAUSE_SECONDS = 0.2
+LONGEST_PAUSE_SECONDS = 15.0
+#: … and begin anew with a server that lived so long.
+STEADY_SECONDS = 30.0
 
 _SETTINGS = {
     # No TCP: whoever may enter the socket's directory (0700) is trusted, nobody else gets there.
@@ -70,6 +81,11 @@ class EmbeddedPostgres:
         self._start_lock = self.data_dir / "postgres.start.lock"
         self._claim: int | None = None
         self._claim_end = contextlib.ExitStack()
+        self._has_started = False
+        self._keeper: threading.Thread | None = None
+        self._ending = threading.Event()
+        #: Called, in the keeper's thread, after each restart.
+        self.on_restart: Callable[[], object] = lambda: None
 
     @property
     def dsn(self) -> str:
@@ -87,22 +103,29 @@ class EmbeddedPostgres:
     def start(self) -> None:
         """Return when the server accepts connections at `dsn`; make and start it when needed.
 
-        May be called again at any time, e.g. after the server was killed. Failing, it leaves like
-        `stop`.
+        May be called again at any time, e.g. after the server was killed; then no data directory is
+        made anew. Failing, it leaves like `stop`.
 
         Raises `ConfigError` when the data directory cannot be used (rights, a file in its place,
         another PostgreSQL's data, a full disk), and `DatabaseUnavailable` with what the server
         said when it does not come up within 120 s.
         """
+        self._start()
+
+    def _start(self) -> bool:
+        """Do what `start` promises; return whether a server was launched for it."""
         began = time.monotonic()
         try:
+            if self._has_started:
+                # Its disk may be unmounted: an empty database in its place would lose everything.
+                self._cluster.find_pgdata()
             self._cluster.make_directory()
             with locked(self._start_lock):
                 if self._claim is None:
                     claim = locked(self.data_dir / "postgres.lock", fcntl.LOCK_SH)
                     self._claim = self._claim_end.enter_context(claim)
                 try:
-                    self._bring_up()
+                    launched = self._bring_up()
                 except BaseException:
                     self._leave()
                     raise
@@ -110,12 +133,53 @@ class EmbeddedPostgres:
             raise self._cluster.unusable(error) from error
         seconds = time.monotonic() - began
         logger.info("embedded PostgreSQL answers: data_dir=%s seconds=%.2f", self.data_dir, seconds)
+        self._has_started = True
+        return launched
+
+    def keep_running(self) -> None:
+        """Restart the server, from a thread, whenever it has died, until `stop`."""
+        self._ending.clear()
+        self._keeper = threading.Thread(target=self._keep, name="embedded-postgres", daemon=True)
+        self._keeper.start()
+
+    def _keep(self) -> None:
+        pauses = Backoff(FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS)
+        began = time.monotonic()
+        while not self._ending.wait(CHECK_SECONDS):
+            if not self._is_dead():
+                continue
+            if time.monotonic() - began >= STEADY_SECONDS:
+                pauses.reset()
+            pause = pauses.next()
+            logger.error(
+                "embedded PostgreSQL is not running, it is restarted: data_dir=%s"
+                " next_start_seconds=%.1f", self.data_dir, pause,
+            )  # fmt: skip
+            if self._ending.wait(pause):
+                break
+            try:
+                if self._start():
+                    self.on_restart()
+            except SseLabelsError as error:
+                if not self._ending.is_set():
+                    logger.error("embedded PostgreSQL was not restarted: error=%s", error)
+            began = time.monotonic()
+
+    def _is_dead(self) -> bool:
+        with contextlib.suppress(OSError):
+            # A server in a container that shares the directory has no pid here, and answers.
+            return not self._postmaster.is_alive() and self._refusal() is not None
+        return True
 
     def stop(self) -> None:
         """Give up this use of the server; stop it when nobody else uses the data directory.
 
         Never raises: what a server that cannot be stopped leaves is joined by the next user.
         """
+        self._ending.set()
+        if self._keeper is not None:
+            self._keeper.join()
+            self._keeper = None
         if self._claim is None:
             return
         try:
@@ -146,18 +210,16 @@ class EmbeddedPostgres:
         self._claim = None
         self._claim_end.close()
 
-    def _bring_up(self) -> None:
+    def _bring_up(self) -> bool:
         if not self._postmaster.is_alive():
             self._cluster.tidy()
         self._cluster.make_pgdata()
         self._postmaster.secure_socket_dir()
         deadline = time.monotonic() + START_SECONDS
-        while True:
-            try:
-                psycopg2.connect(self.dsn, connect_timeout=10).close()
-                break
-            except psycopg2.OperationalError as error:
-                refused = error
+        launched = False
+        while refused := self._refusal():
+            if self._keeper is not None and self._ending.is_set():
+                raise DatabaseUnavailable("told to stop")
             if time.monotonic() > deadline:
                 # Not stopped: its recovery would begin anew at the next start, perhaps for ever.
                 self._give_up_claim()
@@ -170,10 +232,24 @@ class EmbeddedPostgres:
             # "FATAL:  …" is the answer of a server that runs, perhaps in a container that shares
             # the directory: its pid means nothing here, and a second one would destroy the data.
             elif "FATAL:  " not in str(refused) and not self._postmaster.is_alive():
-                self._postmaster.launch(self._settings)
+                if launched:
+                    raise DatabaseUnavailable(
+                        f"PostgreSQL in {self.data_dir} died as soon as it had started; "
+                        f"{self._cluster.log} may say why"
+                    )
+                launched = self._postmaster.launch(self._settings)
             else:
                 # Starting up, recovering, or stopping because its last user has just been killed.
                 time.sleep(POLL_SECONDS)
+        return launched
+
+    def _refusal(self) -> psycopg2.OperationalError | None:
+        """Return why the server does not let us in; None when it does."""
+        try:
+            psycopg2.connect(self.dsn, connect_timeout=10).close()
+        except psycopg2.OperationalError as error:
+            return error
+        return None
 
 
 def default_data_dir() -> Path:

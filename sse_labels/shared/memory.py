@@ -5,6 +5,7 @@ also when its writer was killed in the midst of it.
 Does not belong here: what the numbers mean.
 
     secret                 of this run: nobody outside knows what meets in one cell
+    restarts               of the embedded PostgreSQL: one word, which the first process writes
     rates                  of publishers, for all
     parts, one a process:  words · cells of connections, of streams · two snapshots
 
@@ -50,7 +51,8 @@ class _Word(IntEnum):
 
 _WORDS_BYTES = len(_Word) * _WORD_BYTES
 _PART_BYTES = _WORDS_BYTES + 2 * _CELLS_BYTES + 2 * _HALF_BYTES
-_HEAD_BYTES = _SECRET_BYTES + RATES_BYTES
+_RATES_AT = _SECRET_BYTES + _WORD_BYTES
+_HEAD_BYTES = _RATES_AT + RATES_BYTES
 
 
 class Memory:
@@ -62,6 +64,8 @@ class Memory:
         self.workers = workers
         self._mapped = mmap.mmap(descriptor, _HEAD_BYTES + workers * _PART_BYTES)
         self._view = memoryview(self._mapped)
+        #: One word: how often the embedded PostgreSQL was restarted.
+        self.restarts = self._view[_SECRET_BYTES:_RATES_AT].cast("q")
 
     @classmethod
     def create(cls, workers: int) -> Memory:
@@ -94,7 +98,11 @@ class Memory:
     @property
     def rates(self) -> memoryview:
         """The rates of publishers, as bytes."""
-        return self._view[_SECRET_BYTES:_HEAD_BYTES]
+        return self._view[_RATES_AT:_HEAD_BYTES]
+
+    def count_restart(self) -> None:
+        """Count one more restart of the embedded PostgreSQL; for the first process alone."""
+        self.restarts[0] += 1
 
     def close(self) -> None:
         """Give the file up."""

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 from sse_labels.app import App, base_url, listening_sockets
 from sse_labels.backoff import Backoff
 from sse_labels.config import Settings
+from sse_labels.embedded import EmbeddedPostgres
 from sse_labels.errors import BrokenPromise, ConfigError, SseLabelsError
 from sse_labels.shared import Memory
 from sse_labels.workers.job import GRACE_SECONDS, READY, Job, decode_error
@@ -219,10 +220,11 @@ async def serve(
     ready: Callable[[int], Awaitable[Any]],
     *,
     command: Sequence[str],
+    postgres: EmbeddedPostgres | None = None,
 ) -> None:
     """Serve by `settings.workers` processes until `stop` is set; as `app.serve` otherwise.
 
-    `command` starts one worker.
+    `command` starts one worker; `postgres` is the embedded one, when the labels are there.
     """
     # As in a single process: a port that is taken should not cost a migration.
     listeners = listening_sockets(settings)
@@ -239,6 +241,8 @@ async def serve(
         finally:
             app.database.close()
         with contextlib.closing(Memory.create(settings.workers)) as memory:
+            if postgres is not None:
+                postgres.on_restart = memory.count_restart
 
             async def launch(index: int, replaces: bool) -> Worker:
                 numbers = tuple(listener.fileno() for listener in listeners)

@@ -55,16 +55,17 @@ async def serve(
         # Not counted together: a read waits for its turn here, and is refused nowhere.
         backfill_max_reads=max(1, job.settings.backfill_max_reads // workers),
     )
+    memory = Memory(job.memory, workers)
     app = App(
         settings,
         job.dsn,
         job.publish_token,
-        share=Memory(job.memory, workers).share(job.index),
+        share=memory.share(job.index),
         listeners=[socket.socket(fileno=number) for number in job.listeners],
     )
     app.metrics.count["workers_replaced"] += job.replaces
     async with asyncio.TaskGroup() as tasks:
-        showing = tasks.create_task(show(app.metrics))
+        showing = tasks.create_task(show(app.metrics, memory))
         try:
             await application.serve(app, stop, up)
         finally:
@@ -72,8 +73,9 @@ async def serve(
             app.metrics.show()
 
 
-async def show(metrics: Metrics) -> None:
+async def show(metrics: Metrics, memory: Memory) -> None:
     """Let the other workers read what this one counts, until cancelled."""
     while True:
+        metrics.count["embedded_restarts"] = memory.restarts[0]
         metrics.show()
         await asyncio.sleep(SHOW_SECONDS)

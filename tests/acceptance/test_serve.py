@@ -437,6 +437,54 @@ def test_embedded_server_keeps_token_labels_and_seqs_over_restarts(data_dir: Pat
     assert stored == [{"seq": seq, "labels": [{"ver": 1, **LABEL}]} for seq in seqs]
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_killed_embedded_postgres_is_restarted_and_streams_go_on_and_lose_nothing(
+    data_dir: Path, workers: int
+) -> None:
+    arguments = ("--data-dir", str(data_dir), f"--workers={workers}")
+    env = {"SSE_LABELS_PUBLISH_TOKEN": TOKEN}
+    with running("serve", *QUICK_SERVER, *arguments, env=env) as server:
+        # With workers each says that it serves, the first process last.
+        wanted = r"serving: address=(\S+)" + (" workers=2$" if workers > 1 else "$")
+        url = (await asyncio.to_thread(server.wait_for, wanted))[1]
+        stored = TestDatabase(EmbeddedPostgres(data_dir).dsn, "sse_labels").stored
+        async with reading(f"{url}/stream", cursor=0) as one, reading(f"{url}/stream") as two:
+            await two.until_opened()
+            before = len(stored())
+            for restarts in (1, 2):
+                await publish_once_it_can(url)
+                await one.until_seq(stored()[-1]["seq"])
+                os.kill(int((data_dir / "postgres/postmaster.pid").read_text().split()[0]), 9)
+                await until_restarted(url, restarts)
+            await publish_once_it_can(url)
+            last = stored()[-1]["seq"]
+            assert await one.until_seq(last) == stored()
+            assert await two.until_seq(last) == stored()[before:]
+        assert await asyncio.to_thread(server.end) == 0
+    assert server.errors.count("embedded PostgreSQL is not running, it is restarted: ") == 2
+    assert "Traceback" not in server.errors
+    assert not postgres_runs_in(data_dir)
+
+
+async def until_restarted(url: str, times: int) -> None:
+    """Wait until the metrics of any worker say so."""
+    async with asyncio.timeout(PATIENCE_SECONDS), httpx.AsyncClient() as client:
+        shown = f"\nsse_labels_embedded_restarts_total {times:.1f}\n"
+        while True:
+            if shown in (await client.get(f"{url}/metrics")).text:
+                return
+            await asyncio.sleep(0.02)
+
+
+async def publish_once_it_can(url: str) -> None:
+    """Publish, again and again while the database is away."""
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while True:
+            if (await asyncio.to_thread(publish, url, TOKEN, 3)).status_code == 201:
+                return
+            await asyncio.sleep(0.02)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_told_to_stop_while_starting_it_leaves_no_postgres(
     data_dir: Path, number: signal.Signals

@@ -11,6 +11,7 @@ import contextlib
 import importlib.metadata
 import os
 import pwd
+import re
 import shlex
 import shutil
 import signal
@@ -18,6 +19,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -476,6 +478,158 @@ def test_an_initdb_killed_half_way_does_not_block(
     assert not (place / "data" / "postgres").exists()
     with EmbeddedPostgres(place / "data", durable=False) as server:
         assert value(server, "SELECT 1") == 1
+
+
+# Kept running
+
+
+@pytest.fixture
+def kept(data_dir: Path) -> Iterator[Kept]:
+    """A server that is restarted when it dies."""
+    with EmbeddedPostgres(data_dir, durable=False) as server:
+        found = Kept(server)
+        server.on_restart = found.restarted.release
+        server.keep_running()
+        yield found
+    assert is_stopped(data_dir)
+
+
+class Kept:
+    """A server that is kept running, and how often it was restarted."""
+
+    def __init__(self, server: EmbeddedPostgres) -> None:
+        self.server = server
+        self.restarted = threading.Semaphore(0)
+
+    def kill(self) -> int:
+        pid = pid_of(self.server.data_dir)
+        os.kill(pid, signal.SIGKILL)
+        return pid
+
+    def until_restarted(self) -> None:
+        assert self.restarted.acquire(timeout=20)
+        assert value(self.server, "SELECT min(n) FROM kept") == 1
+
+    def log(self) -> str:
+        return (self.server.data_dir / "postgres.log").read_text()
+
+
+def pauses(caplog: pytest.LogCaptureFixture) -> list[float]:
+    """The pauses that were logged."""
+    return [float(pause) for pause in re.findall(r"next_start_seconds=([0-9.]+)", caplog.text)]
+
+
+def test_a_killed_server_is_restarted_with_what_was_committed(kept: Kept) -> None:
+    for number in range(2):
+        execute(kept.server, f"INSERT INTO kept VALUES ({100 + number})")
+        killed = kept.kill()
+        kept.until_restarted()
+        assert pid_of(kept.server.data_dir) != killed
+    assert value(kept.server, "SELECT count(*) FROM kept WHERE n >= 100") == 2
+    assert not kept.restarted.acquire(blocking=False)
+
+
+def test_a_server_is_restarted_once_the_processes_of_the_killed_one_have_ended(
+    kept: Kept,
+) -> None:
+    with busy_backend(kept.server):
+        kept.kill()
+        wait_until(lambda: "pre-existing shared memory block" in kept.log())
+    kept.until_restarted()
+
+
+def test_told_to_stop_it_does_not_wait_for_the_processes_of_a_killed_server(
+    data_dir: Path,
+) -> None:
+    with EmbeddedPostgres(data_dir, durable=False) as server, busy_backend(server) as orphan:
+        server.keep_running()
+        os.kill(pid_of(data_dir), signal.SIGKILL)
+        log = data_dir / "postgres.log"
+        wait_until(lambda: "pre-existing shared memory block" in log.read_text())
+        server.stop()
+        assert runs_in(orphan, data_dir / "postgres")
+    assert not runs_in(pid_of(data_dir), data_dir / "postgres")
+    (data_dir / "postgres" / "postmaster.pid").unlink()
+
+
+@contextlib.contextmanager
+def busy_backend(server: EmbeddedPostgres) -> Iterator[int]:
+    """A process of the server that does not look whether its postmaster lives; killed at the end.
+
+    The value is its pid.
+    """
+    with contextlib.closing(psycopg2.connect(server.dsn)) as connection:
+        pid = connection.info.backend_pid
+
+        def loop() -> None:
+            with contextlib.suppress(psycopg2.OperationalError), connection.cursor() as cursor:
+                cursor.execute("DO $$ BEGIN LOOP END LOOP; END $$")
+
+        thread = threading.Thread(target=loop)
+        thread.start()
+        try:
+            query = f"SELECT state = 'active' FROM pg_stat_activity WHERE pid = {pid}"
+            wait_until(lambda: value(server, query) is True)
+            yield pid
+        finally:
+            os.kill(pid, signal.SIGKILL)
+            thread.join()
+
+
+def test_pauses_grow_while_it_does_not_start_and_it_comes_back_when_it_can(
+    kept: Kept, caplog: pytest.LogCaptureFixture
+) -> None:
+    conf = kept.server.data_dir / "postgres" / "postgresql.conf"
+    with changed(conf, lambda text: text + "\nnonsense = 1\n"):
+        kept.kill()
+        wait_until(lambda: caplog.text.count("was not restarted") >= 2)
+    kept.until_restarted()
+    assert len(pauses(caplog)) >= 3
+    assert pauses(caplog) == sorted(pauses(caplog))
+    assert 'parameter "nonsense"' in caplog.text
+
+
+def test_told_to_stop_in_a_pause_it_stops_at_once(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("sse_labels.embedded.server.FIRST_PAUSE_SECONDS", 3600.0)
+    monkeypatch.setattr("sse_labels.embedded.server.LONGEST_PAUSE_SECONDS", 3600.0)
+    with EmbeddedPostgres(data_dir, durable=False) as server:
+        server.keep_running()
+        os.kill(pid_of(data_dir), signal.SIGKILL)
+        wait_until(lambda: bool(pauses(caplog)))
+    assert pauses(caplog)[0] >= 1800
+    assert not runs_in(pid_of(data_dir), data_dir / "postgres")
+    (data_dir / "postgres" / "postmaster.pid").unlink()
+
+
+def test_a_server_whose_data_is_gone_is_not_made_anew(
+    kept: Kept, caplog: pytest.LogCaptureFixture
+) -> None:
+    data_dir = kept.server.data_dir
+    elsewhere = data_dir.rename(data_dir.with_name("elsewhere"))
+    try:
+        os.kill(pid_of(elsewhere), signal.SIGKILL)
+        wait_until(lambda: "is a disk unmounted?" in caplog.text)
+        assert not data_dir.exists()
+    finally:
+        elsewhere.rename(data_dir)
+    kept.until_restarted()
+
+
+def test_a_server_that_ended_because_it_could_not_write_is_restarted(kept: Kept) -> None:
+    """As on a full disk: it panics, cannot recover, and ends."""
+    execute(kept.server, "INSERT INTO kept VALUES (200)")
+    pid = pid_of(kept.server.data_dir)
+    # Its sessions inherit it; the server that is started later does not.
+    found = Path(f"/proc/{pid}").stat()
+    who = {"user": found.st_uid, "group": found.st_gid} if AS_ROOT else {}
+    subprocess.run(["prlimit", f"--pid={pid}", "--fsize=0"], check=True, **who)
+    with pytest.raises(psycopg2.Error):
+        execute(kept.server, "INSERT INTO kept VALUES (201)")
+    kept.until_restarted()
+    assert pid_of(kept.server.data_dir) != pid
+    assert value(kept.server, "SELECT count(*) FROM kept WHERE n = 200") == 1
 
 
 # Refused
