@@ -30,7 +30,7 @@ import aiopg.connection
 import psycopg2
 from psycopg2.extensions import QueryCanceledError, make_dsn, parse_dsn
 
-from sse_labels.errors import ConfigError, DatabaseUnavailable
+from sse_labels.errors import ConfigError, DatabaseUnavailable, SchemaError
 from sse_labels.queries import block
 
 log = logging.getLogger(__name__)
@@ -47,8 +47,28 @@ KEEPALIVE = {
 }
 #: An idle connection of the pool that was used so recently is taken for alive.
 TRUSTED_SECONDS = 1.0
-#: The settled rule needs each statement to see what has been committed since the one before.
-SESSION = "-c default_transaction_isolation=read\\ committed"
+#: What every session has, whatever the role, the database, the DSN or the environment say; the
+#: block `begin_session` sets the rest. All are known to PostgreSQL 13 and may be set by any role.
+#: Left to others, because nothing here depends on it: time zone, styles of dates and intervals,
+#: planning. Theirs to say: search_path (where the tables are), time-outs, default_transaction_
+#: read_only (a provider sets it when the disk is full). Guarded by test_sessions.py.
+PINNED = {
+    # The settled rule needs each statement to see what was committed since the one before.
+    "default_transaction_isolation": "read committed",
+    # psycopg2 and libpq quote by it.
+    "standard_conforming_strings": "on",
+    # psycopg2 writes a list of None as '{NULL}'.
+    "array_nulls": "on",
+    # psycopg2 writes None as NULL.
+    "transform_null_equals": "off",
+    # Seconds since 1970 keep their microseconds.
+    "extra_float_digits": "1",
+    # A policy that hides labels is an error, for they would be skipped.
+    "row_security": "off",
+}
+#: Labels are Unicode, and a database of another encoding refuses some of them, or (SQL_ASCII) takes
+#: bytes that are no text.
+ENCODING = "UTF8"
 
 
 class SelectByPoll:
@@ -170,11 +190,14 @@ class Database:
             self._idle.pop().close()
 
     async def _connect_to(self, address: Mapping[str, str]) -> Connection:
-        options = f"{self._dsn.get('options', '')} {SESSION}".strip()
-        if self._read_only:
-            options += " -c default_transaction_read_only=on"
+        pinned = PINNED | ({"default_transaction_read_only": "on"} if self._read_only else {})
+        options = self._dsn.get("options", "")
+        for name, value in pinned.items():
+            # What comes later in the options wins.
+            options += f" -c {name}=" + value.replace(" ", r"\ ")
         mine = {"application_name": "sse-labels", **KEEPALIVE}
-        dsn = make_dsn(**{**mine, **self._dsn, **address, "options": options})
+        session = {"options": options, "client_encoding": ENCODING}
+        dsn = make_dsn(**{**mine, **self._dsn, **address, **session})
         async with asyncio.timeout(self._connect_timeout):
             connecting = aiopg.connect(
                 dsn,
@@ -186,8 +209,8 @@ class Database:
             raw = await keep_cancellation(connecting, undo=aiopg.Connection.close)
         connection = Connection(raw, self._query_timeout)
         try:
-            [(standby,)] = await connection.fetch(
-                "is_standby", timeout_seconds=self._connect_timeout
+            [(standby, encoding, _)] = await connection.fetch(
+                "begin_session", timeout_seconds=self._connect_timeout
             )
         except BaseException:
             connection.close()
@@ -197,6 +220,15 @@ class Database:
             # and a page read here would end too early. Another host of the DSN may be the primary.
             connection.close()
             raise DatabaseUnavailable("this server is a standby")
+        if encoding != ENCODING:
+            connection.close()
+            raise SchemaError(
+                "the encoding of the database",
+                encoding,
+                "UTF8, which can hold every label: make another database by CREATE DATABASE labels "
+                "TEMPLATE template0 ENCODING 'UTF8', and copy this one's tables into it by "
+                "pg_dump --encoding=UTF8 and psql",
+            )
         return connection
 
     async def _addresses(self) -> list[dict[str, str]]:

@@ -3,7 +3,8 @@
 -- name: server_facts
 -- One row: version as text; seconds since 1970 by its clock; most connections; those kept for
 -- others; open ones; this program's among them; this role's limit, and the database's (-1: none);
--- the role's connections, and the database's; is it a superuser; does a commit wait for the disk.
+-- the role's connections, and the database's; is it a superuser; does a commit wait for the disk
+-- in this role's other sessions; may they write.
 SELECT current_setting('server_version'),
        extract(epoch FROM clock_timestamp())::float8,
        current_setting('max_connections')::integer,
@@ -16,7 +17,8 @@ SELECT current_setting('server_version'),
        (SELECT count(*) FROM pg_stat_activity WHERE usename = current_user),
        (SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()),
        rolsuper,
-       current_setting('synchronous_commit')
+       (SELECT reset_val FROM pg_settings WHERE name = 'synchronous_commit'),
+       current_setting('default_transaction_read_only') = 'off'
   FROM pg_roles WHERE rolname = current_user;
 
 -- name: rights

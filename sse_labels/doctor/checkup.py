@@ -89,7 +89,7 @@ async def _run(checks: Checks, hint: str) -> AsyncIterator[Finding]:
         for finding in await checks[first]():
             yield finding
     except (*UNANSWERED, *NOT_UNDERSTOOD) as error:
-        yield failure(first, _words(error), hint)
+        yield failure(first, _words(error), _remedy(error, hint))
         yield unchecked(", ".join(others), f"{first} failed")
         return
     for subject in others:
@@ -98,6 +98,10 @@ async def _run(checks: Checks, hint: str) -> AsyncIterator[Finding]:
                 yield finding
         except (*UNANSWERED, *NOT_UNDERSTOOD) as error:
             yield unchecked(subject, _words(error))
+
+
+def _remedy(error: Exception, hint: str) -> str:
+    return "see the message" if isinstance(error, SchemaError) else hint
 
 
 def _words(error: Exception) -> str:

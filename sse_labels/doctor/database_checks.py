@@ -120,7 +120,7 @@ class DatabaseChecks:
             held = [row for row in held if row[0] != "stream" or row[2] == "label"]
         [(owner, hidden)] = await self._database.fetch("label_owner") or [(False, False)]
         [facts] = await self._database.fetch("server_facts")
-        superuser = facts[10]
+        superuser, may_write = facts[10], facts[12]
         settings = self._settings
         deletes = settings.retention_max_age_seconds or settings.retention_max_labels
         publishes = settings.publish_token or settings.publish_tokens_file or self._embedded
@@ -146,6 +146,15 @@ class DatabaseChecks:
                         "; ".join(f"GRANT {each} TO the role" for each in missing),
                     )
                 )
+        if (publishes or deletes) and not may_write:
+            found.append(
+                failure(
+                    "rights",
+                    "default_transaction_read_only is on: nothing can be published or deleted",
+                    "find out who set it (a provider does, when the disk is full); then say ALTER "
+                    "ROLE … RESET default_transaction_read_only, or ALTER DATABASE …",
+                )
+            )
         if superuser and not self._embedded:
             found.append(
                 warning(

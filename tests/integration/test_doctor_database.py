@@ -24,6 +24,13 @@ SUBJECTS = (
 )  # fmt: skip
 
 
+PUBLISH = (
+    "INSERT ON label",
+    "USAGE ON SEQUENCE label_id_seq",
+    "SELECT, INSERT, UPDATE, DELETE ON label_request",
+)
+
+
 async def found(dsn: str, subject: str, *, embedded: bool = False, **settings: Any) -> Finding:
     """The one finding of one check."""
     [finding] = await all_found(dsn, subject, embedded=embedded, **settings)
@@ -147,6 +154,16 @@ class TestRights:
         with role(database, *STREAM) as dsn:
             finding = await found(dsn, "rights", retention_max_labels=5)
         failed(finding, "to delete old labels, the role lacks DELETE on label", "GRANT DELETE")
+
+    async def test_a_role_whose_transactions_are_read_only_cannot_publish(
+        self, database: TestDatabase
+    ) -> None:
+        with role(database, *STREAM, *PUBLISH) as dsn:
+            database.execute(
+                f"ALTER ROLE role_{database.name} SET default_transaction_read_only = on"
+            )
+            failed(await found(dsn, "rights", publish_token="secret"), "read_only is on", "RESET")
+            assert (await found(dsn, "rights")).verdict is Verdict.WARNING
 
     async def test_more_than_is_needed_is_a_warning(self, database: TestDatabase) -> None:
         with role(database, *STREAM, "INSERT, TRUNCATE ON label") as dsn:
