@@ -14,7 +14,7 @@ from functools import partial
 from sse_labels.cli.serve import until_told
 from sse_labels.errors import ConfigError, SseLabelsError
 from sse_labels.logs import configure_logging
-from sse_labels.workers.job import READY, Job, encode_error
+from sse_labels.workers.job import READY, TURNING, Job, encode_error
 from sse_labels.workers.worker import serve
 
 
@@ -29,15 +29,18 @@ def main() -> int:
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     configure_logging(job.settings.log_level, job.settings.log_format, job.name)
 
+    # A supervisor that is stopped reads nothing: that is not to stop us, once the pipe is full.
+    os.set_blocking(supervisor, False)
+
     def tell(line: bytes) -> None:
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(BrokenPipeError, BlockingIOError):
             os.write(supervisor, line)
 
     async def ready(port: int) -> None:
         tell(READY)
 
     try:
-        until_told(partial(serve, job, sys.stdin.fileno()), ready)
+        until_told(partial(serve, job, sys.stdin.fileno(), partial(tell, TURNING)), ready)
     except SseLabelsError as error:
         tell(encode_error(error))
         return 2 if isinstance(error, ConfigError) else 1

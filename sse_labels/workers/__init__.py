@@ -1,6 +1,6 @@
 """`serve --workers N`: one server of several processes.
 
-Promises: there are N that serve; one that dies is replaced, and costs nobody but its own
+Promises: there are N that serve; one that dies or hangs is replaced, and costs nobody but its own
 clients; whatever ends the first process, by whatever signal, ends them all; what none of
 them could serve from (a wrong setting at the start, a broken promise) ends the server as it
 ends one process, with one sentence.
@@ -9,7 +9,7 @@ Does not belong here: the database's server, which the first process owns (`cli`
 the workers know of each other (`shared`).
 
     supervisor ──stdin: a job, then nothing until it ends──> worker ──> App
-               <──stdout: "ready", or why it cannot go on──
+               <──stdout: "ready", a "." each second, or why it cannot go on──
 
 Own code, not gunicorn with aiohttp's worker (27.0 and 3.14). That worker accepts by an
 aiohttp site of its own, so our door (`web.guard`), and with it the limits, would have no

@@ -31,6 +31,9 @@ from sse_labels.errors import (
 GRACE_SECONDS = 1.0
 
 READY = b"ready\n"
+#: A worker's event loop says this so often; one that is stopped or stuck does not.
+TURNING = b".\n"
+TURN_SECONDS = 1.0
 _LENGTH = struct.Struct("=I")
 _ERRORS = {each.__name__: each for each in (BrokenPromise, DatabaseUnavailable)}
 _CONFIG_ERRORS = {each.__name__: each for each in (ConfigError, SchemaError)}

@@ -1,9 +1,10 @@
 """The first process: keeps the workers running, and serves nothing itself.
 
 Promises: a worker that dies is replaced, at once when it had served for a while, and ever
-more slowly when it dies again and again; one that cannot even begin ends the server when it
-starts, as it ends a single process, and later only when no other worker serves; when the
-supervisor ends every worker has ended, in order if it could within its time.
+more slowly when it dies again and again; one that hangs is killed, and so replaced; one that
+cannot even begin ends the server when it starts, as it ends a single process, and later only
+when no other worker serves; when the supervisor ends every worker has ended, in order if it
+could within its time.
 Does not belong here: what a worker does; signals.
 """
 
@@ -25,7 +26,14 @@ from sse_labels.config import Settings
 from sse_labels.embedded import EmbeddedPostgres
 from sse_labels.errors import BrokenPromise, ConfigError, SseLabelsError
 from sse_labels.shared import Memory
-from sse_labels.workers.job import GRACE_SECONDS, READY, Job, decode_error
+from sse_labels.workers.job import (
+    GRACE_SECONDS,
+    READY,
+    TURN_SECONDS,
+    TURNING,
+    Job,
+    decode_error,
+)
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +41,12 @@ log = logging.getLogger(__name__)
 STEADY_SECONDS = 10.0
 FIRST_WAIT_SECONDS = 0.1
 LONGEST_WAIT_SECONDS = 10.0
+#: A worker hangs that is silent for so many heartbeats, within these bounds in seconds: a busy one
+#: may be silent for some, and without heartbeats nobody should wait for hours.
+HANG_HEARTBEATS = 2
+HANG_SECONDS = (5.0, 30.0)
+#: Before its first word it may take longer: on a busy machine importing takes many seconds.
+IMPORT_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -164,9 +178,20 @@ class Supervisor:
 class Process:
     """A worker as a process of its own."""
 
-    def __init__(self, process: asyncio.subprocess.Process, drain_seconds: float) -> None:
+    def __init__(
+        self,
+        process: asyncio.subprocess.Process,
+        settings: Settings,
+        pause: Callable[[float], Awaitable[Any]] = asyncio.sleep,
+    ) -> None:
         self._process = process
-        self._drain_seconds = drain_seconds
+        self._drain_seconds = settings.drain_seconds
+        self._pause = pause
+        least, most = HANG_SECONDS
+        hang_seconds = min(most, max(least, HANG_HEARTBEATS * settings.heartbeat_seconds))
+        self._hang_turns = hang_seconds / TURN_SECONDS
+        #: How often we have turned since it last said anything.
+        self._silent_turns = -IMPORT_SECONDS / TURN_SECONDS
 
     @classmethod
     async def launch(cls, command: Sequence[str], job: Job) -> Process:
@@ -182,20 +207,40 @@ class Process:
         assert process.stdin is not None  # noqa: S101 - a pipe was asked for
         log.info("a worker starts: worker=%s pid=%s", job.index + 1, process.pid)
         process.stdin.write(job.encode())
-        return cls(process, job.settings.drain_seconds)
+        return cls(process, job.settings)
 
     async def ended(self, ready: Callable[[], None]) -> End:
         """Return when it has ended; call `ready` when it serves."""
+        async with asyncio.TaskGroup() as tasks:
+            watching = tasks.create_task(self._kill_when_it_hangs())
+            error = await self._listen(ready)
+            status = await self._process.wait()
+            watching.cancel()
+        return End(status, error)
+
+    async def _listen(self, ready: Callable[[], None]) -> SseLabelsError | None:
         assert self._process.stdout is not None  # noqa: S101 - a pipe was asked for
         error: SseLabelsError | None = None
         async for line in self._process.stdout:
+            self._silent_turns = 0
             if line == READY:
                 ready()
-            else:
+            elif line != TURNING:
                 # What is no error of ours was written by accident.
                 with contextlib.suppress(ValueError, TypeError):
                     error = decode_error(line)
-        return End(await self._process.wait(), error)
+        return error
+
+    async def _kill_when_it_hangs(self) -> None:
+        # Turns are counted, not time: while we or the machine are suspended none pass.
+        while self._silent_turns < self._hang_turns:
+            await self._pause(TURN_SECONDS)
+            self._silent_turns += 1
+        log.error(
+            "a worker hangs, it is killed: pid=%s silent_seconds=%.0f",
+            self._process.pid, self._silent_turns * TURN_SECONDS,
+        )  # fmt: skip
+        self._process.kill()
 
     async def drained(self) -> None:
         """Have it end, by closing its input; kill it when that takes too long."""

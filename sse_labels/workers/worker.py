@@ -17,7 +17,7 @@ from sse_labels import app as application
 from sse_labels.app import App
 from sse_labels.metrics import Metrics
 from sse_labels.shared import Memory
-from sse_labels.workers.job import GRACE_SECONDS, Job, when_the_supervisor_ends
+from sse_labels.workers.job import GRACE_SECONDS, TURN_SECONDS, Job, when_the_supervisor_ends
 
 log = logging.getLogger(__name__)
 
@@ -26,9 +26,16 @@ SHOW_SECONDS = 0.25
 
 
 async def serve(
-    job: Job, pipe: int, stop: asyncio.Event, ready: Callable[[int], Awaitable[Any]]
+    job: Job,
+    pipe: int,
+    turning: Callable[[], None],
+    stop: asyncio.Event,
+    ready: Callable[[int], Awaitable[Any]],
 ) -> None:
-    """Do `job` until `stop` is set or the supervisor, at the other end of `pipe`, ends."""
+    """Do `job` until `stop` is set or the supervisor, at the other end of `pipe`, ends.
+
+    `turning` is called each second, while the event loop turns.
+    """
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     serves = False
 
@@ -65,11 +72,15 @@ async def serve(
     )
     app.metrics.count["workers_replaced"] += job.replaces
     async with asyncio.TaskGroup() as tasks:
-        showing = tasks.create_task(show(app.metrics, memory))
+        others = [
+            tasks.create_task(show(app.metrics, memory)),
+            tasks.create_task(say_each_second(turning)),
+        ]
         try:
             await application.serve(app, stop, up)
         finally:
-            showing.cancel()
+            for task in others:
+                task.cancel()
             app.metrics.show()
 
 
@@ -79,3 +90,10 @@ async def show(metrics: Metrics, memory: Memory) -> None:
         metrics.count["embedded_restarts"] = memory.restarts[0]
         metrics.show()
         await asyncio.sleep(SHOW_SECONDS)
+
+
+async def say_each_second(turning: Callable[[], None]) -> None:
+    """Call `turning` until cancelled."""
+    while True:
+        turning()
+        await asyncio.sleep(TURN_SECONDS)

@@ -197,6 +197,39 @@ async def test_killed_worker_is_replaced_and_its_consumers_lose_nothing(
     assert "Traceback" not in server.errors
 
 
+async def test_worker_that_hangs_is_replaced_and_its_consumers_lose_nothing(
+    database: TestDatabase,
+) -> None:
+    database.fill(20)
+    with two_workers("--dsn", database.dsn, "--heartbeat-seconds=1") as server:
+        url = await url_of(server)
+        async with streams(url, 8, cursor=0) as readers:
+            for reader in readers:
+                await reader.until_events(20)
+            of_second = (await streams_by_worker(server, 8))["worker-2"]
+            hanging = pids(server)[2]
+            os.kill(hanging, signal.SIGSTOP)
+            database.fill(20)
+            cut = []
+            for reader in readers:
+                try:
+                    await reader.until_events(40)
+                except httpx.RemoteProtocolError:
+                    cut.append(reader)
+            assert len(cut) == of_second > 0
+            for reader in cut:
+                async with reading(f"{url}/stream", last_event_id=reader.last_id) as again:
+                    reader.events += await again.until_seq(40)
+            for reader in readers:
+                assert reader.events == database.stored()
+            await until_shown(url, workers_replaced_total=1, head_seq2=40)
+        assert await asyncio.to_thread(server.end) == 0
+    assert f"a worker hangs, it is killed: pid={hanging} silent_seconds=5" in server.errors
+    assert "another takes its place: worker=2 how=SIGKILL " in server.errors
+    assert server.errors.count("a worker hangs") == 1
+    assert "Traceback" not in server.errors
+
+
 async def test_limits_hold_over_all_workers(database: TestDatabase) -> None:
     limits = ("--max-streams=6", "--max-per-address=4", "--max-connections=16",
               "--publish-rate-labels=1", "--publish-burst-labels=10")  # fmt: skip

@@ -10,12 +10,14 @@ import pytest
 
 from sse_labels.config import Settings
 from sse_labels.errors import BrokenPromise, ConfigError, DatabaseUnavailable, SchemaError
-from sse_labels.workers.job import Job, decode_error, encode_error
+from sse_labels.workers.job import READY, TURNING, Job, decode_error, encode_error
 from sse_labels.workers.supervisor import (
     FIRST_WAIT_SECONDS,
+    IMPORT_SECONDS,
     LONGEST_WAIT_SECONDS,
     STEADY_SECONDS,
     End,
+    Process,
     Supervisor,
 )
 
@@ -258,6 +260,53 @@ async def test_told_to_stop_in_the_midst_of_a_wait_it_starts_no_other() -> None:
     stage.stop.set()
     await running
     assert len(stage.launched) == 1
+
+
+class Silent:
+    """A process that says what the test says, and ends when it is killed."""
+
+    pid = 7
+
+    def __init__(self) -> None:
+        self.stdout = asyncio.StreamReader()
+        self.was_killed = asyncio.Event()
+
+    def kill(self) -> None:
+        self.was_killed.set()
+        self.stdout.feed_eof()
+
+    async def wait(self) -> int:
+        await self.was_killed.wait()
+        return -9
+
+
+@pytest.mark.parametrize(("heartbeat", "seconds"), [(15.0, 30), (1.0, 5), (4.0, 8), (3600.0, 30)])
+async def test_worker_that_says_nothing_any_more_is_killed(heartbeat: float, seconds: int) -> None:
+    fake, turns, paused = Silent(), asyncio.Semaphore(0), asyncio.Semaphore(0)
+
+    async def pause(_: float) -> None:
+        paused.release()
+        await turns.acquire()
+
+    async def turn(times: int) -> None:
+        """Let the supervisor turn so often."""
+        for _ in range(times):
+            await paused.acquire()
+            turns.release()
+            await asyncio.sleep(0)
+
+    process = Process(fake, Settings(heartbeat_seconds=heartbeat), pause)  # type: ignore[arg-type]
+    ended = asyncio.ensure_future(process.ended(lambda: None))
+    # Importing takes its time.
+    await turn(int(IMPORT_SECONDS))
+    for line in (READY, TURNING, TURNING):
+        fake.stdout.feed_data(line)
+        await Stage().settle()
+        await turn(seconds - 1)
+    assert not fake.was_killed.is_set()
+    await turn(1)
+    assert await ended == End(-9)
+    assert str(await ended) == "SIGKILL"
 
 
 @pytest.mark.parametrize(
