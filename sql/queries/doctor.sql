@@ -45,8 +45,7 @@ SELECT task, needed, object,
 
 -- name: may_see_upstreams
 -- One row: may this role read what is mirrored.
-SELECT has_table_privilege(to_regclass('label_upstream'), 'SELECT') IS TRUE
-       AND has_table_privilege(to_regclass('label_set_aside'), 'SELECT') IS TRUE;
+SELECT has_table_privilege(to_regclass('label_upstream'), 'SELECT') IS TRUE;
 
 -- name: upstreams
 -- Rows (upstream as it is named, cursor, seconds since labels came, is it followed now, labels set
@@ -58,7 +57,7 @@ SELECT CASE WHEN source = '' THEN url ELSE source || '=' || url END AS name, cur
                   AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
                   AND classid = (hashtext('sse-labels mirror')::bigint & 4294967295)::oid
                   AND objid = (hashtext(source || ' ' || url)::bigint & 4294967295)::oid),
-       (SELECT count(*) FROM label_set_aside AS aside WHERE aside.url = label_upstream.url)
+       set_aside
   FROM label_upstream
  ORDER BY name;
 

@@ -4,7 +4,8 @@
 -- One row: may this role store labels and how far an upstream was taken.
 SELECT bool_and(has_table_privilege(to_regclass(place), needed) IS TRUE)
            AND has_sequence_privilege(pg_get_serial_sequence('label', 'id'), 'USAGE')
-  FROM (VALUES ('label', 'SELECT'), ('label', 'INSERT'), ('label_set_aside', 'INSERT'),
+  FROM (VALUES ('label', 'SELECT'), ('label', 'INSERT'), ('label_set_aside', 'SELECT'),
+               ('label_set_aside', 'INSERT'), ('label_set_aside', 'DELETE'),
                ('label_upstream', 'SELECT'), ('label_upstream', 'INSERT'),
                ('label_upstream', 'UPDATE')) AS wanted (place, needed);
 
@@ -40,7 +41,8 @@ UPDATE label_upstream SET cursor = 0, epoch = NULL, rewound = true
 -- of those before it in this batch, else of the table. So what is in force here is what is in
 -- force there, whatever the upstream forgot meanwhile.
 WITH moved AS (
-    UPDATE label_upstream SET cursor = %(until)s, at = clock_timestamp()
+    UPDATE label_upstream
+       SET cursor = %(until)s, at = clock_timestamp(), set_aside = set_aside + %(aside_count)s
      WHERE url = %(url)s AND source = %(source)s AND cursor = %(cursor)s
     RETURNING rewound
 ), given AS (
@@ -78,5 +80,16 @@ WITH moved AS (
       FROM moved,
            unnest(%(aside_seq)s::bigint[], %(aside_place)s::integer[], %(aside_reason)s::text[],
                   %(aside_label)s::bytea[]) AS refused (seq, place, reason, label)
+), gone AS (
+    -- The oldest go, so that with the new ones there are as many as may be.
+    DELETE FROM label_set_aside
+     WHERE url = %(url)s
+       AND cardinality(%(aside_seq)s::bigint[]) > 0
+       AND EXISTS (SELECT FROM moved)
+       AND id <= (SELECT id FROM label_set_aside
+                   WHERE url = %(url)s
+                   ORDER BY id DESC
+                  OFFSET greatest(0, %(aside_max)s - cardinality(%(aside_seq)s::bigint[]))
+                   LIMIT 1)
 )
 SELECT EXISTS (SELECT FROM moved), (SELECT count(*) FROM stored);

@@ -103,7 +103,7 @@ def upstreams(
 )  # fmt: skip
 @option(
     "message_max_bytes", size(1024, 1024**3), "Largest message of an upstream.", metavar="BYTES",
-    default="4MiB",
+    default="1MiB",
 )  # fmt: skip
 @option(
     "message_max_labels", integer(1, 1_000_000), "Most labels in one message of an upstream.",

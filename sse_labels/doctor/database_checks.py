@@ -326,7 +326,7 @@ class DatabaseChecks:
                     warning(
                         "upstreams",
                         f"{seen}; {aside} labels were set aside",
-                        "see label_set_aside for why",
+                        "see label_set_aside for why: it has the newest",
                     )
                 )
             else:

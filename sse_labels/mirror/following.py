@@ -19,6 +19,7 @@ from collections.abc import Awaitable, Callable
 from sse_labels.backoff import Backoff
 from sse_labels.database import Connection
 from sse_labels.errors import DatabaseUnavailable
+from sse_labels.mirror.bounds import Quota
 from sse_labels.mirror.storing import Place, UpstreamStore
 from sse_labels.mirror.upstream import WORDS_MAX, Labels, News, Upstream, UpstreamLost
 from sse_labels.mirror.upstream import Connection as UpstreamConnection
@@ -33,8 +34,12 @@ BATCH_MAX_LABELS = 1000
 #: several servers may be a moment behind.
 FUTURE_TRIES = 3
 RETRY_FIRST_SECONDS = 0.5
-#: Lines about labels that are set aside, for each transaction; all of them are counted.
-ASIDE_LINES_MAX = 20
+#: Lines in a minute about what an upstream says, and about its labels; all of it is counted.
+LINES_MAX = 20
+#: Labels that are set aside and kept in a minute, and of an upstream in all; all are counted.
+ASIDE_MAX = 1000
+#: How often in a minute labels that came let a lost upstream be tried again at once.
+QUICK_TRIES = 10
 #: No upstream's wish is followed longer than this.
 HINT_MAX_SECONDS = 3600.0
 #: How often somebody looks whether the process that follows an upstream is still there.
@@ -72,6 +77,11 @@ class Mirror:
             min(RETRY_FIRST_SECONDS, retry_longest_seconds), retry_longest_seconds
         )
         self._denied = 0
+        self._lines = Quota(LINES_MAX, clock)
+        self._kept = Quota(ASIDE_MAX, clock)
+        self._quick_tries = Quota(QUICK_TRIES, clock)
+        #: Whether the next wait is to be longer than the first.
+        self._waited = False
         #: What happened since the start.
         self.tally: Counter[str] = Counter()
         #: The last seq of the upstream's that is taken.
@@ -100,6 +110,7 @@ class Mirror:
                 # It went well for long, however quiet it was.
                 self._backoff.reset()
             wait = hint + self._backoff.next()
+            self._waited = True
             log.warning(
                 sentence + ": upstream=%s cursor=%s error=%s next_try_seconds=%.1f",
                 self._upstream.url, self.cursor, lost, wait,
@@ -108,12 +119,12 @@ class Mirror:
 
     async def report(self, every_seconds: float) -> None:
         """Log what was done, whenever something was, until cancelled; and at the end."""
-        told = self.cursor
+        told = self.cursor, self.tally["lines_left_out"]
         try:
             while True:
                 await asyncio.sleep(every_seconds)
-                if self.cursor != told:
-                    told = self.cursor
+                if (self.cursor, self.tally["lines_left_out"]) != told:
+                    told = self.cursor, self.tally["lines_left_out"]
                     self._report("mirrored")
         finally:
             self._report("stopping")
@@ -121,11 +132,18 @@ class Mirror:
     def _report(self, sentence: str) -> None:
         log.info(
             sentence + ": upstream=%s cursor=%s stored=%s known=%s set_aside=%s left_out=%s"
-            " repeated=%s reconnects=%s",
+            " repeated=%s reconnects=%s lines_left_out=%s",
             self._upstream.url, self.cursor, self.tally["stored"], self.tally["known"],
             self.tally["set_aside"], self._upstream.left_out, self.tally["repeated"],
-            self.tally["reconnects"],
+            self.tally["reconnects"], self.tally["lines_left_out"],
         )  # fmt: skip
+
+    def _say(self, level: int, sentence: str, *fields: object) -> None:
+        """Log what an upstream caused, unless there were too many such lines in this minute."""
+        if self._lines.take():
+            log.log(level, sentence, *fields)
+        else:
+            self.tally["lines_left_out"] += 1
 
     async def _follow(self) -> None:
         """Follow once; raise UpstreamLost or DatabaseUnavailable at the end of it."""
@@ -201,14 +219,17 @@ class Mirror:
     def _tell(self, news: News) -> None:
         if news.name == "OutdatedCursor":
             self.tally["outdated"] += 1
-            log.warning(
+            self._say(
+                logging.WARNING,
                 "labels after the cursor are gone at the upstream, what it has left follows:"
-                " upstream=%s cursor=%s said=%s", self._upstream.url, self.cursor, news.message,
+                " upstream=%s cursor=%s said=%s",
+                self._upstream.url, self.cursor, news.message,
             )  # fmt: skip
         else:
-            log.info(
-                "news: upstream=%s name=%s said=%s", self._upstream.url, news.name, news.message
-            )
+            self._say(
+                logging.INFO, "news: upstream=%s name=%s said=%s",
+                self._upstream.url, news.name, news.message,
+            )  # fmt: skip
 
     async def _store(self, store: UpstreamStore, messages: list[Labels]) -> None:
         new: list[Labels] = []
@@ -222,7 +243,8 @@ class Mirror:
         labels = [label for message in new for label in message.labels]
         aside = [each for message in new for each in message.aside]
         url, until = self._upstream.url, new[-1].seq
-        stored = await store.store(self.cursor, until, labels, aside)
+        kept = aside[: self._kept.take(len(aside))]
+        stored = await store.store(self.cursor, until, labels, kept, len(aside), ASIDE_MAX)
         if stored is None:
             raise CursorMoved(f"it stands no longer at {self.cursor}")
         self.cursor = until
@@ -230,10 +252,12 @@ class Mirror:
         self.tally["known"] += len(labels) - stored
         self.tally["set_aside"] += len(aside)
         self._denied = 0
-        self._backoff.reset()
-        for each in aside[:ASIDE_LINES_MAX]:
-            log.warning(
-                "a label is set aside: upstream=%s seq=%s place=%s reason=%s",
+        if self._waited and self._quick_tries.take():
+            self._waited = False
+            self._backoff.reset()
+        for each in aside:
+            self._say(
+                logging.WARNING, "a label is set aside: upstream=%s seq=%s place=%s reason=%s",
                 url, each.seq, each.place, each.reason,
             )  # fmt: skip
 
@@ -259,7 +283,7 @@ class Waiting(asyncio.Queue[Labels | UpstreamLost]):
             if messages:
                 self.get_nowait()
             messages.append(message)
-            labels += len(message.labels)
+            labels += len(message.labels) + len(message.aside)
         return messages
 
     def _init(self, maxsize: int) -> None:

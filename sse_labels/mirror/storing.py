@@ -70,11 +70,18 @@ class UpstreamStore:
         await self._connection.fetch("rewind_upstream", **self._name)
 
     async def store(
-        self, cursor: int, until: int, labels: Sequence[Label], aside: Sequence[Aside]
+        self,
+        cursor: int,
+        until: int,
+        labels: Sequence[Label],
+        aside: Sequence[Aside],
+        aside_count: int,
+        aside_max: int,
     ) -> int | None:
         """Store what came after `cursor` and move it to `until`; return how many labels were new.
 
-        None, and nothing is stored, when the cursor stands elsewhere.
+        None, and nothing is stored, when the cursor stands elsewhere. `aside_count` labels were set
+        aside; of those that are kept, only the newest `aside_max` of an upstream stay.
         """
         columns: dict[str, Any] = {
             name: [getattr(label, name) for label in labels]
@@ -85,6 +92,13 @@ class UpstreamStore:
             for name in ("seq", "place", "reason", "label")
         }
         [(moved, stored)] = await self._connection.fetch(
-            "store_mirrored", cursor=cursor, until=until, **self._name, **columns, **refused
+            "store_mirrored",
+            cursor=cursor,
+            until=until,
+            **self._name,
+            **columns,
+            **refused,
+            aside_count=aside_count,
+            aside_max=aside_max,
         )
         return int(stored) if moved else None

@@ -1,8 +1,9 @@
 """The upstream: another labeler's `subscribeLabels`, read over one WebSocket.
 
 Promises: messages in the order in which they came, each with its labels as rows can hold them
-and what cannot be stored beside them; a connection that died silently is found; every way in
-which it ends is an `UpstreamLost` that says why.
+and what cannot be stored beside them; a connection that died silently, or that brings nothing
+whole, is found; whatever an upstream sends, other upstreams get their turn; every way in which it
+ends is an `UpstreamLost` that says why.
 Stands before the corridor: upstream -> following -> storing -> label row.
 Does not belong here: cursors, storing, when to connect again (`following`).
 
@@ -12,6 +13,7 @@ Sources: lexicon `com.atproto.label.subscribeLabels`; https://atproto.com/specs/
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -24,16 +26,27 @@ import libipld
 from sse_labels import __version__, xrpc
 from sse_labels.errors import InvalidLabel, SseLabelsError
 from sse_labels.labels import Label, known_fields, parse_label
+from sse_labels.mirror.bounds import Quota, Turn
 from sse_labels.mirror.storing import Aside
 from sse_labels.seq import SEQ_MAX, seconds_in
 from sse_labels.signatures import SourceKeys, Verdict
 
+#: How long a connection may take, until its WebSocket is open.
 CONNECT_SECONDS = 10.0
 #: A ping after so much silence; without an answer in half of it the connection is dead.
 SILENCE_SECONDS = 30.0
+#: A frame must be whole within this: of a sound connection one comes for each ping.
+FRAME_SECONDS = 2 * SILENCE_SECONDS
 #: How long an upstream has to answer a close.
 CLOSE_SECONDS = 2.0
-TAKEN_AT_ONCE = 250
+#: What an upstream may send in a minute beside labels (news, pings, unknown messages): so many
+#: messages, and KiB.
+CHATTER_MAX = 4096
+#: A label that is set aside is kept with its reason up to this: a right one has 12 KiB at most.
+ASIDE_MAX_BYTES = 16 * 1024
+#: What a message, and a label, weigh in memory beside their bytes.
+MESSAGE_MEMORY = 512
+LABEL_MEMORY = 512
 #: Characters of an upstream's own words that are logged.
 WORDS_MAX = 200
 EPOCH = re.compile("[0-9a-f-]{36}")
@@ -52,7 +65,7 @@ class UpstreamLost(SseLabelsError):
 
 
 class Labels(NamedTuple):
-    """One `#labels` message: its seq, what can be stored, what cannot, and its bytes' number."""
+    """One `#labels` message: its seq, what can be stored, what cannot, and what it weighs."""
 
     seq: int
     labels: list[Label]
@@ -98,42 +111,57 @@ class Upstream:
         parts = urlsplit(self.url)
         asked = "&".join(filter(None, (parts.query, urlencode(query))))
         epochs: list[str] = []
+        async with aiohttp.ClientSession(
+            timeout=aiohttp.ClientTimeout(total=None),
+            headers={"User-Agent": f"sse-labels/{__version__}"},
+            middlewares=[_looking_at_answers(epochs)],
+        ) as session:
+            socket = await self._open(session, urlunsplit(parts._replace(query=asked)))
+            try:
+                yield Connection(self, socket, epochs[-1] if epochs else None)
+            finally:
+                # aiohttp waits for an answer anew after each message that comes instead.
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(CLOSE_SECONDS):
+                        await socket.close()
+
+    async def _open(
+        self, session: aiohttp.ClientSession, url: str
+    ) -> aiohttp.ClientWebSocketResponse:
         try:
-            async with (
-                aiohttp.ClientSession(
-                    timeout=aiohttp.ClientTimeout(total=None, connect=CONNECT_SECONDS),
-                    headers={"User-Agent": f"sse-labels/{__version__}"},
-                    trace_configs=[_noting_epochs(epochs)],
-                ) as session,
-                session.ws_connect(
-                    urlunsplit(parts._replace(query=asked)),
+            async with asyncio.timeout(CONNECT_SECONDS):
+                return await session.ws_connect(
+                    url,
                     heartbeat=SILENCE_SECONDS,
                     max_msg_size=self._message_max_bytes,
                     timeout=aiohttp.ClientWSTimeout(ws_close=CLOSE_SECONDS),
-                ) as socket,
-            ):
-                yield Connection(self, socket, epochs[-1] if epochs else None)
+                    # aiohttp would answer all pings that came at once before anybody else's turn.
+                    autoping=False,
+                    autoclose=False,
+                )
         except aiohttp.WSServerHandshakeError as error:
             hint = error.headers.get("Retry-After", "") if error.headers else ""
             raise UpstreamLost(
                 f"it answered {error.status} instead of a WebSocket",
                 after_seconds=seconds_in(hint) or 0,
             ) from error
-        except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            raise UpstreamLost(str(error) or type(error).__name__) from error
+        except TimeoutError as error:
+            raise UpstreamLost(f"no WebSocket was open within {CONNECT_SECONDS:g} s") from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise UpstreamLost(words(str(error)) or type(error).__name__) from error
 
     def taken(self, seq: int, place: int, given: Any) -> Label | Aside | None:
         """Return one label of a message, or why it is set aside; None when it is left out."""
         try:
             label = self._parsed(xrpc.json_label(given))
         except InvalidLabel as error:
-            return Aside(seq, place, str(error), libipld.encode_dag_cbor(given))
+            return _aside(seq, place, str(error), given)
         if self.did is not None and label.src != self.did:
             self.left_out += 1
             return None
         if self._source_keys and self._source_keys.check(label) is Verdict.INVALID:
-            reason = f"sig: is not a signature of {label.src} for this label"
-            return Aside(seq, place, reason, libipld.encode_dag_cbor(given))
+            reason = f"sig: is not a signature of {words(label.src)} for this label"
+            return _aside(seq, place, reason, given)
         return label
 
     def _parsed(self, given: Any) -> Label:
@@ -164,19 +192,41 @@ class Connection:
         self.epoch = epoch
         #: The seq of its last message.
         self._seq = 0
+        self._turn = Turn()
+        self._chatter = Quota(CHATTER_MAX)
 
     async def next(self) -> Labels | News | None:
         """Return the next message, None for one of another kind; raise UpstreamLost at the end."""
-        message = await self._socket.receive()
+        try:
+            async with asyncio.timeout(FRAME_SECONDS):
+                message = await self._socket.receive()
+                self._turn.begin()
+                if message.type is aiohttp.WSMsgType.PING:
+                    await self._socket.pong(message.data)
+        except TimeoutError:
+            raise UpstreamLost(f"no whole frame came within {FRAME_SECONDS:g} s") from None
+        except (aiohttp.ClientError, OSError) as error:
+            raise UpstreamLost(words(str(error)) or type(error).__name__) from error
         match message.type:
             case aiohttp.WSMsgType.BINARY:
-                return await self._read(message.data)
+                found = await self._read(message.data)
+            case aiohttp.WSMsgType.PING | aiohttp.WSMsgType.PONG:
+                found = None
             case aiohttp.WSMsgType.TEXT:
                 raise UpstreamLost("it sent text, which is no message of an event stream")
             case aiohttp.WSMsgType.ERROR:
-                raise UpstreamLost(str(message.data) or type(message.data).__name__)
-        code = self._socket.close_code
-        raise UpstreamLost("it closed the connection" + (f" with {code}" if code else ""))
+                raise UpstreamLost(words(str(message.data)) or type(message.data).__name__)
+            case _:
+                code = self._socket.close_code
+                raise UpstreamLost("it closed the connection" + (f" with {code}" if code else ""))
+        if not isinstance(found, Labels):
+            weight = 1 + len(message.data) // 1024
+            if self._chatter.take(weight) < weight:
+                raise UpstreamLost(
+                    f"it sent more than {CHATTER_MAX} messages, or KiB, without labels in a minute"
+                )
+        await self._turn.end()
+        return found
 
     async def _read(self, payload: bytes) -> Labels | News | None:
         try:
@@ -206,34 +256,56 @@ class Connection:
             raise UpstreamLost(f"it sent {len(given)} labels in seq {seq}, expected {most} at most")
         self._seq = seq
         labels, aside = [], []
+        weight = nbytes + MESSAGE_MEMORY
         for place, each in enumerate(given):
-            if place % TAKEN_AT_ONCE == TAKEN_AT_ONCE - 1:
-                # Other upstreams get their turn: a signature takes 40 µs to check.
-                await asyncio.sleep(0)
+            # A signature takes 40 µs to check.
+            await self._turn.end()
             taken = self._upstream.taken(seq, place, each)
             if isinstance(taken, Label):
                 labels.append(taken)
+                weight += LABEL_MEMORY
             elif taken is not None:
                 aside.append(taken)
-        return Labels(seq, labels, aside, nbytes)
+                weight += LABEL_MEMORY + len(taken.label)
+        return Labels(seq, labels, aside, weight)
 
 
-def _noting_epochs(epochs: list[str]) -> aiohttp.TraceConfig:
-    """Return what notes the epoch that a handshake's answer tells; a WebSocket hides its head."""
+def _aside(seq: int, place: int, reason: str, given: Any) -> Aside:
+    """Return what is kept of a label: itself, unless it is larger than any right one."""
+    try:
+        label = libipld.encode_dag_cbor(given)
+    except (ValueError, RecursionError):
+        return Aside(seq, place, f"{reason}; it cannot be encoded", b"")
+    if len(label) > ASIDE_MAX_BYTES:
+        return Aside(seq, place, f"{reason}; {len(label)} bytes are not kept", b"")
+    return Aside(seq, place, reason, label)
 
-    async def note(
-        _session: object, _context: object, ended: aiohttp.TraceRequestEndParams
-    ) -> None:
-        epoch = ended.response.headers.get("Sse-Labels-Epoch", "")
+
+def _looking_at_answers(epochs: list[str]) -> aiohttp.ClientMiddlewareType:
+    """Return what notes the epoch that a handshake tells, and refuses to be redirected.
+
+    A WebSocket of aiohttp hides its head; and `ws_connect` would follow, into this network or from
+    wss to ws.
+    """
+
+    async def look(
+        request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
+    ) -> aiohttp.ClientResponse:
+        answer = await handler(request)
+        if 300 <= answer.status < 400:
+            answer.close()
+            where = words(answer.headers.get("Location"))
+            raise UpstreamLost(f"it redirects ({answer.status}) to {where}, which is not followed")
+        epoch = answer.headers.get("Sse-Labels-Epoch", "")
         # A UUID; anything else, which another server may say, could not even be stored.
         if EPOCH.fullmatch(epoch):
             epochs.append(epoch)
+        return answer
 
-    trace = aiohttp.TraceConfig()
-    trace.on_request_end.append(note)
-    return trace
+    return look
 
 
 def words(said: object) -> str:
-    """Return what an upstream said, in one line of bounded length."""
-    return "".join(char if char.isprintable() else "?" for char in str(said)[:WORDS_MAX])
+    """Return what an upstream said, in one line of bounded length; nothing when it is no text."""
+    text = said[:WORDS_MAX] if isinstance(said, str) else ""
+    return "".join(char if char.isprintable() else "?" for char in text)

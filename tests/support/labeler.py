@@ -119,7 +119,7 @@ async def mirroring(database: TestDatabase, url: str, **more: Any) -> AsyncItera
         database.dsn, connect_timeout_seconds=10, query_timeout_seconds=10, max_connections=1
     )
     connect = more.pop("connect", None) or edge.connect
-    mirror_of = {key: more.pop(key) for key in ("first_cursor",) if key in more}
+    mirror_of = {key: more.pop(key) for key in ("first_cursor", "clock") if key in more}
     upstream = Upstream(url, **{"message_max_bytes": 1 << 20, **more})
     mirror = Mirror(upstream, connect, **mirror_of)
     running = asyncio.create_task(mirror.run())

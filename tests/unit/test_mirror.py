@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import sys
+import tracemalloc
+from typing import Any
 
+import aiohttp
 import pytest
 from click.testing import CliRunner
 
@@ -12,8 +16,11 @@ from sse_labels.config import Expected
 from sse_labels.errors import ConfigError
 from sse_labels.labels import Label
 from sse_labels.mirror.following import Waiting
-from sse_labels.mirror.upstream import Labels, UpstreamLost
+from sse_labels.mirror.storing import Aside
+from sse_labels.mirror.upstream import Connection, Labels, Upstream, UpstreamLost
 from sse_labels.xrpc import SUBSCRIBE_PATH
+
+from support.labeler import labels_message, wire_label
 
 LABEL = Label("did:web:a.example", "at://x", "", "spam", None, "now", None, None)
 
@@ -61,6 +68,49 @@ async def test_the_end_is_raised_behind_what_came_before_it() -> None:
     with pytest.raises(UpstreamLost, match="over"):
         await waiting.batch(50)
     assert waiting.empty()
+
+
+class Saying:
+    """A WebSocket that brings messages."""
+
+    def __init__(self, *payloads: bytes) -> None:
+        self._left = list(payloads)
+
+    async def receive(self) -> aiohttp.WSMessage:
+        return aiohttp.WSMessage(aiohttp.WSMsgType.BINARY, self._left.pop(0), None)
+
+
+async def read(*payloads: bytes) -> list[Any]:
+    upstream = Upstream("ws://a.example", message_max_bytes=1 << 20)
+    connection = Connection(upstream, Saying(*payloads), None)  # type: ignore[arg-type]
+    return [await connection.next() for _ in payloads]
+
+
+@pytest.mark.parametrize("labels", [0, 1, 50])
+@pytest.mark.parametrize("val", ["spam", ""], ids=["stored", "set aside"])
+async def test_what_waits_takes_no_more_memory_than_is_counted(labels: int, val: str) -> None:
+    payloads = [
+        labels_message(seq, *[wire_label(seq + each, val=val) for each in range(labels)])
+        for seq in range(1, 2000 // (labels + 1))
+    ]
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        found = await read(*payloads)
+        held = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    assert held <= sum(message.nbytes for message in found)
+
+
+async def test_a_label_that_is_nested_too_deeply_is_set_aside_without_itself() -> None:
+    deep: Any = []
+    for _ in range(5 * sys.getrecursionlimit()):
+        deep = [deep]
+    taken = Upstream("ws://a.example", message_max_bytes=1024).taken(1, 0, {"deep": deep})
+    assert isinstance(taken, Aside)
+    assert taken.label == b""
+    assert taken.reason.endswith("it cannot be encoded")
 
 
 @pytest.mark.parametrize(
