@@ -3,7 +3,8 @@
 Promises: immutable; its bytes are the frames of exactly the events with
 `start < seq <= end`, increasing, each whole; `after(cursor)` is a slice, never
 a new encoding; `select(narrowed)` keeps `start` and `end`, because a filter
-hides events and not positions.
+hides events and not positions. A chunk made of another one owns all that it
+needs: it does not keep the other one in memory, and `nbytes` is what it holds.
 Stands in the corridor between the store, which makes chunks out of rows, and
 everything behind it, which only hands them on.
 Does not belong here: where rows come from, who receives a chunk and when.
@@ -13,27 +14,28 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_right
-from collections.abc import Sequence
-from itertools import pairwise
-from sys import intern
+from collections.abc import Iterable, Sequence
+from itertools import accumulate, pairwise
+from sys import getsizeof
 from typing import Any, NamedTuple
+from weakref import ref
 
 from sse_labels.errors import BrokenPromise
 from sse_labels.filters import Filter
 from sse_labels.labels import label_json
-from sse_labels.sse import decode_frame, encode_frame
-from sse_labels.xrpc import encode_labels
+from sse_labels.sse import encode_frame
 
 #: One row as the SQL blocks return it: id, src, uri, cid, val, neg, cts, exp, sig.
 Row = tuple[Any, ...]
 
-#: What an event costs in memory beside its bytes and its URI: seq and offset
-#: (8 each), the key's tuple (64) and the URI's string header (49), by
-#: `sys.getsizeof` on CPython 3.11; src and val are interned.
-EVENT_OVERHEAD_BYTES = 129
-#: What a cache spends on an entry beside the chunk's events and the filter: the chunk itself, the
-#: key and its place. Without it, pages of which a filter hides all would cost nothing.
-KEPT_BYTES = 1024
+#: What a chunk takes beside its events: itself, two arrays, two numbers, the headers of its bytes
+#: and of its list; and an event beside its bytes: seq and offset, and for `select` the key's tuple
+#: and its place in the list. Measured on CPython 3.11 by `tracemalloc`, as the tests do.
+CHUNK_BYTES = 448
+EVENT_BYTES = 16
+KEY_BYTES = 72
+#: What a cache spends on an entry beside the chunk and the filter: the key and its place.
+KEPT_BYTES = 512
 
 
 class Key(NamedTuple):
@@ -52,7 +54,7 @@ class Chunk:
     """
 
     __slots__ = (
-        "_chosen", "_keys", "_messages", "_offsets", "_whole", "end", "seqs", "start", "wire",
+        "__weakref__", "_keys", "_nbytes", "_offsets", "_origin", "end", "seqs", "start", "wire",
     )  # fmt: skip
 
     def __init__(
@@ -67,19 +69,11 @@ class Chunk:
         self.end = end
         self.seqs = seqs
         self._keys = keys
-        #: The events as WebSocket messages, and where each begins, once somebody has asked.
-        self._messages: tuple[bytes, array[int]] | None = None
-        #: What this is a part of, and the place of its first event there.
-        self._whole: tuple[Chunk, int] | None = None
-        #: What this was chosen from by a filter, and the places of its events there.
-        self._chosen: tuple[Chunk, list[int]] | None = None
-        offsets = array("q", [0])
-        total = 0
-        for frame in frames:
-            total += len(frame)
-            offsets.append(total)
+        self._nbytes = 0
+        #: What this was made of by `after` and `select`.
+        self._origin: ref[Chunk] | None = None
         #: Where each frame begins, and where the last one ends; the first need not be at 0.
-        self._offsets = offsets
+        self._offsets = array("q", list(accumulate(map(len, frames), initial=0)))
         # HTTP/1.1 chunked coding (RFC 9112, section 7.1) is made here, once, not per connection.
         if frames and isinstance(frames[0], str):
             data = "".join(frames).encode("ascii")  # type: ignore[arg-type]
@@ -99,49 +93,22 @@ class Chunk:
         return bytes(self._view())
 
     @property
-    def messages(self) -> bytes:
-        """The events as WebSocket messages of `subscribeLabels`.
-
-        Encoded out of the frames when the first consumer asks, once for all of them and for all
-        parts: whoever reads Server-Sent Events alone pays nothing, and both carry the same.
-        """
-        if self._whole is not None:
-            whole, first = self._whole
-            data, offsets = whole._encoded()
-            return data[offsets[first] : offsets[first + len(self)]]
-        return self._encoded()[0]
-
-    def _all_messages(self) -> tuple[bytes, array[int]]:
-        """Return the messages of all events and where each begins, a part's from its whole."""
-        if self._whole is None:
-            return self._encoded()
-        whole, first = self._whole
-        data, begins = whole._encoded()
-        return data, begins[first : first + len(self) + 1]
-
-    def _encoded(self) -> tuple[bytes, array[int]]:
-        if self._messages is None:
-            offsets, messages, total = array("q", [0]), [], 0
-            if self._chosen is None:
-                messages = [
-                    encode_labels(*decode_frame(frame)) for frame in self._frames(0, len(self))
-                ]
-            else:
-                # Encoded once for all filters, too.
-                whole, places = self._chosen
-                data, begins = whole._all_messages()
-                messages = [data[begins[place] : begins[place + 1]] for place in places]
-            for message in messages:
-                total += len(message)
-                offsets.append(total)
-            self._messages = b"".join(messages), offsets
-        return self._messages
+    def origin(self) -> Chunk | None:
+        """The chunk of which this is a part, while somebody else keeps it."""
+        return None if self._origin is None else self._origin()
 
     @property
     def nbytes(self) -> int:
         """The memory that this chunk holds, in bytes, near enough to bound a ring by it."""
-        uris = 0 if self._keys is None else sum(len(key.uri) for key in self._keys)
-        return len(self.wire) + uris + EVENT_OVERHEAD_BYTES * (len(self) + 1)
+        if not self._nbytes:
+            # Once: a string grows when it is wanted in UTF-8, and a ring's sum must stay right.
+            keys = self._keys or ()
+            texts = [key.uri for key in keys]
+            # As `_keys_of` makes them: one object for all events of a source, or of a value.
+            texts += {key.src for key in keys} | {key.val for key in keys}
+            each = EVENT_BYTES * len(self) + KEY_BYTES * len(keys)
+            self._nbytes = CHUNK_BYTES + len(self.wire) + each + sum(map(getsizeof, texts))
+        return self._nbytes
 
     def after(self, cursor: int, max_events: int | None = None) -> Chunk:
         """Return the part that a consumer at `cursor` has not seen, its first `max_events`.
@@ -153,10 +120,8 @@ class Chunk:
         if cursor <= self.start and last == len(self):
             return self
         part = Chunk.__new__(Chunk)
-        part._messages = part._chosen = None
-        part._whole = (self, first) if self._whole is None else (
-            self._whole[0], self._whole[1] + first
-        )  # fmt: skip
+        part._nbytes = 0
+        part._origin = self._as_origin()
         part.start = start = min(max(cursor, self.start), self.end)
         part.end = self.end
         if last < len(self):
@@ -192,19 +157,22 @@ class Chunk:
             [bytes(view[offsets[i] - base : offsets[i + 1] - base]) for i in kept],
             [self._keys[i] for i in kept],
         )
-        part._chosen = self, kept
+        part._origin = self._as_origin()
         return part
+
+    def _as_origin(self) -> ref[Chunk]:
+        """Return what a part of this is a part of, the first of all if it still exists."""
+        origin = self.origin
+        return ref(self if origin is None else origin)
 
     def _view(self) -> memoryview:
         head = self.wire.find(b"\n") + 1
         return memoryview(self.wire)[head : head + self._offsets[-1] - self._offsets[0]]
 
-    def _frames(self, first: int, last: int) -> list[bytes]:
+    def frames(self) -> list[bytes]:
+        """Return the frame of each event."""
         view, base = self._view(), self._offsets[0]
-        return [
-            bytes(view[begin - base : end - base])
-            for begin, end in pairwise(self._offsets[first : last + 1])
-        ]
+        return [bytes(view[begin - base : end - base]) for begin, end in pairwise(self._offsets)]
 
 
 def _framed(data: bytes | memoryview) -> bytes:
@@ -232,7 +200,7 @@ def encode_rows(
         end,
         array("q", [row[0] for row in rows]),
         [encode_frame(row[0], label_json(*row[1:])) for row in rows],
-        [Key(intern(row[1]), row[2], intern(row[4])) for row in rows] if with_keys else None,
+        _keys_of((row[1], row[2], row[4]) for row in rows) if with_keys else None,
     )
 
 
@@ -243,15 +211,28 @@ def merge(chunks: Sequence[Chunk]) -> Chunk:
     for left, right in pairwise(chunks):
         if left.end != right.start:
             raise BrokenPromise(f"{right!r} does not continue {left!r}")
-    seqs = array("q")
-    frames: list[bytes] = []
     keys: list[Key] = []
     for chunk in chunks:
-        seqs.extend(chunk.seqs)
-        frames.extend(chunk._frames(0, len(chunk)))
-        keys.extend(chunk._keys or ())
+        keys += chunk._keys or ()
     with_keys = all(chunk._keys is not None for chunk in chunks)
-    return Chunk(chunks[0].start, chunks[-1].end, seqs, frames, keys if with_keys else None)
+    return Chunk(
+        chunks[0].start,
+        chunks[-1].end,
+        array("q", [seq for chunk in chunks for seq in chunk.seqs]),
+        [frame for chunk in chunks for frame in chunk.frames()],
+        _keys_of(keys) if with_keys else None,
+    )
+
+
+def _keys_of(columns: Iterable[tuple[str, str, str]]) -> list[Key]:
+    """Return keys of (src, uri, val) that share one object for each source and value.
+
+    Not interned: CPython 3.12 never frees interned strings, and these are strangers'.
+    """
+    one: dict[str, str] = {}
+    return [
+        Key(one.setdefault(src, src), uri, one.setdefault(val, val)) for src, uri, val in columns
+    ]
 
 
 def kept_nbytes(chunk: Chunk, narrowed: Filter | None) -> int:

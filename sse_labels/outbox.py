@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from sse_labels.backoff import Backoff
-from sse_labels.chunk import Chunk
+from sse_labels.chunk import Chunk, merge
 from sse_labels.errors import BrokenPromise, ConsumerTooSlow, DatabaseUnavailable, StreamClosed
 from sse_labels.expiry_reader import ExpiryReader
 from sse_labels.filters import Filter
@@ -398,7 +398,7 @@ class ChunkQueue(asyncio.Queue[Chunk]):
     """An `asyncio.Queue` of chunks whose size and bound are counted in events.
 
     A put that finds it full raises QueueFull, so it holds less than `maxsize` events plus one
-    chunk. A chunk without events counts as one, else they were unbounded.
+    chunk. Chunks without events become one, else a filter that hides all made them unbounded.
     """
 
     _queue: deque[Chunk]
@@ -408,18 +408,18 @@ class ChunkQueue(asyncio.Queue[Chunk]):
         self._events = 0
 
     def _put(self, item: Chunk) -> None:
+        if not item.seqs and self._queue:
+            last = self._queue[-1]
+            if not last.seqs and last.end == item.start:
+                item = merge([self._queue.pop(), item])
         self._queue.append(item)
-        self._events += _weight(item)
+        self._events += len(item)
 
     def _get(self) -> Chunk:
         item = self._queue.popleft()
-        self._events -= _weight(item)
+        self._events -= len(item)
         return item
 
     def qsize(self) -> int:
         """Return the number of events that wait."""
         return self._events
-
-
-def _weight(item: Chunk) -> int:
-    return max(1, len(item))

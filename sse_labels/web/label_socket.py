@@ -14,9 +14,15 @@ what the client has to know comes as an error message and a close with 1008.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
-from typing import Any
+from array import array
+from bisect import bisect_left
+from collections import OrderedDict
+from collections.abc import Callable, Coroutine, Iterable
+from itertools import accumulate
+from sys import getsizeof
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
+from weakref import ref
 
 from aiohttp import WSMsgType, hdrs, web
 from aiohttp.abc import AbstractStreamWriter
@@ -27,22 +33,74 @@ from sse_labels.errors import InvalidRequest, RequestError, ServerStopping
 from sse_labels.metrics import Metrics
 from sse_labels.notice import Notice
 from sse_labels.outbox import Outbox
+from sse_labels.sse import decode_frame
 from sse_labels.web.connection import Connection, LongAnswer
 from sse_labels.web.delivery import Delivery
-from sse_labels.xrpc import CLOSE_POLICY, HEARTBEAT, encode_error, encode_info
+from sse_labels.xrpc import CLOSE_POLICY, HEARTBEAT, encode_error, encode_info, encode_labels
 
 #: Clients have nothing to say; a control frame has 125 bytes at most (RFC 6455, 5.5).
 MAX_MESSAGE_BYTES = 4096
 #: How long a client has to answer a close with its own.
 CLOSE_SECONDS = 5.0
+#: What the messages of a chunk take beside the messages: tuple, references, and their place.
+ENCODED_BYTES = 512
+
+
+class Encoded(NamedTuple):
+    """The events of a chunk as messages; where each begins, and where the last one ends."""
+
+    data: bytes
+    begins: array[int]
+    #: Its call forgets the messages when the chunk is gone.
+    chunk: ref[Chunk]
+
+    @property
+    def nbytes(self) -> int:
+        """The memory that this holds, in bytes, with its place among the others."""
+        return ENCODED_BYTES + getsizeof(self.data) + getsizeof(self.begins)
 
 
 class Messages:
-    """The wire: one message for each event, pings while all is quiet."""
+    """The wire: one message for each event, pings while all is quiet.
+
+    Messages are encoded out of the frames when the first consumer asks: whoever reads
+    Server-Sent Events alone pays nothing, and both carry the same. They are kept for the other
+    consumers while their chunk exists, the newest ones up to `max_bytes`, or one chunk's when
+    that alone is more.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        #: By the chunk's `id`.
+        self._kept: OrderedDict[int, Encoded] = OrderedDict()
+        self.nbytes = 0
 
     def events(self, chunk: Chunk) -> bytes:
         """Return one message for each event."""
-        return chunk.messages
+        encoded = self._kept.get(id(chunk))
+        return self._encode(chunk).data if encoded is None else encoded.data
+
+    def _encode(self, chunk: Chunk) -> Encoded:
+        """Encode the chunk's messages, or cut them out of those of which it is a part."""
+        origin = chunk.origin
+        if origin is None:
+            messages = [encode_labels(*decode_frame(frame)) for frame in chunk.frames()]
+        else:
+            # Once for all filters and all places in it.
+            messages = _cut_out(chunk, origin, self._kept.get(id(origin)) or self._encode(origin))
+        begins = array("q", list(accumulate(map(len, messages), initial=0)))
+        key = id(chunk)
+        encoded = Encoded(b"".join(messages), begins, ref(chunk, lambda _: self._forget(key)))
+        self._kept[key] = encoded
+        self.nbytes += encoded.nbytes
+        while self.nbytes > self._max_bytes and len(self._kept) > 1:
+            self._forget(next(iter(self._kept)))
+        return encoded
+
+    def _forget(self, key: int) -> None:
+        encoded = self._kept.pop(key, None)
+        if encoded is not None:
+            self.nbytes -= encoded.nbytes
 
     def position(self, seq: int) -> bytes:
         """Return nothing: the lexicon's cursor moves by events alone."""
@@ -61,7 +119,16 @@ class Messages:
         return notice.message
 
 
-MESSAGES = Messages()
+def _cut_out(part: Chunk, origin: Chunk, whole: Encoded) -> list[bytes]:
+    if not part.seqs:
+        return []
+    data, begins = whole.data, whole.begins
+    first, count = bisect_left(origin.seqs, part.seqs[0]), len(part)
+    if origin.seqs[first + count - 1] == part.seqs[-1]:
+        places: Iterable[int] = range(first, first + count)
+    else:
+        places = [bisect_left(origin.seqs, seq, first) for seq in part.seqs]
+    return [data[begins[place] : begins[place + 1]] for place in places]
 
 
 class LabelSocket(web.WebSocketResponse, LongAnswer):
@@ -71,13 +138,14 @@ class LabelSocket(web.WebSocketResponse, LongAnswer):
         self,
         request: web.Request,
         outbox: Outbox,
+        messages: Messages,
         metrics: Metrics,
         settings: Settings,
         *,
         start: int,
         ended: Callable[[str], None],
     ) -> None:
-        """Stream from cursor `start`; `ended` as for an event stream."""
+        """Stream from cursor `start` by `messages`; `ended` as for an event stream."""
         super().__init__(
             timeout=CLOSE_SECONDS, autoping=True, compress=False, max_msg_size=MAX_MESSAGE_BYTES
         )
@@ -86,7 +154,7 @@ class LabelSocket(web.WebSocketResponse, LongAnswer):
         self._transport = request.transport
         self._listening: asyncio.Task[None] | None = None
         self.delivery = Delivery(
-            request.transport, outbox, MESSAGES, metrics, settings, start=start, ended=ended
+            request.transport, outbox, messages, metrics, settings, start=start, ended=ended
         )
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter:

@@ -49,7 +49,13 @@ from sse_labels.web.addresses import PerAddress, TrustedProxies
 from sse_labels.web.auth import Grant, StreamAuth, narrow
 from sse_labels.web.delivery import retry_ms
 from sse_labels.web.event_stream import HEADERS, EventStream
-from sse_labels.web.label_socket import LabelSocket, page_elsewhere, refuse, wants_socket
+from sse_labels.web.label_socket import (
+    LabelSocket,
+    Messages,
+    page_elsewhere,
+    refuse,
+    wants_socket,
+)
 from sse_labels.web.parameters import expired_since, request_filter, stream_cursor, wants_state
 
 log = logging.getLogger(__name__)
@@ -62,6 +68,8 @@ BUSY_RETRY_FACTOR = 10
 #: have come since: its pages are read once for all of them.
 SNAPSHOT_SHARED_SECONDS = 30.0
 SNAPSHOT_SHARED_EVENTS = 10_000
+#: What share of `ring_max_bytes` events may hold that were encoded for WebSockets.
+MESSAGES_SHARE = 8
 #: What operators may have streams sorted by; the first unless they say.
 SORTS = ("lag", "since")
 
@@ -111,6 +119,7 @@ class StreamHandler:
             settings.max_per_address, proxies.trusts, share.streams_by_address if share else None
         )
         self._places = share.streams if share else Tally.alone()
+        self._messages = Messages(settings.ring_max_bytes // MESSAGES_SHARE)
         self._open: dict[str, Visit] = {}
         #: The state that new consumers begin with, and when it was the newest, since 1970.
         self._shared: tuple[Snapshot, float] | None = None
@@ -349,8 +358,9 @@ class StreamHandler:
     def _label_socket(self, request: web.Request, visit: Visit, start: int) -> LabelSocket:
         ended = partial(self._ended, visit)
         socket = LabelSocket(
-            request, visit.outbox, self._metrics, self._settings, start=start, ended=ended
-        )
+            request, visit.outbox, self._messages, self._metrics, self._settings,
+            start=start, ended=ended,
+        )  # fmt: skip
         self._add_headers(socket)
         return socket
 

@@ -14,7 +14,7 @@ import pytest
 from aiohttp import WSMsgType
 
 from sse_labels import xrpc
-from sse_labels.chunk import Chunk
+from sse_labels.web import label_socket
 from sse_labels.web.connection import CHATTER_MAX_BYTES
 
 from support.database import TestDatabase, until
@@ -251,14 +251,12 @@ async def test_messages_are_encoded_once_for_all_sockets(
     server: Server, database: TestDatabase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoded: list[int] = []
-    encode = Chunk._encoded
 
-    def counted(chunk: Chunk) -> Any:
-        if chunk._messages is None:
-            encoded.extend(chunk.seqs)
-        return encode(chunk)
+    def counted(seq: int, label: dict[str, Any]) -> bytes:
+        encoded.append(seq)
+        return xrpc.encode_labels(seq, label)
 
-    monkeypatch.setattr(Chunk, "_encoded", counted)
+    monkeypatch.setattr(label_socket, "encode_labels", counted)
     async with subscribed(server) as one, subscribed(server) as two, subscribed(server) as three:
         await until(lambda: server.app.metrics.gauges["streams"]() == 3)
         database.insert(5)

@@ -236,16 +236,16 @@ class Delivery(RuleBasedStateMachine):
             outbox = consumer.outbox
             if outbox.caught_up and not consumer.ahead and consumer.steps is not None:
                 # Cut off exactly when a chunk found the queue full, neither earlier nor later.
-                shown = any(map(consumer.wants, seqs))
-                full = weight >= consumer.max_events and (weight > 0 or shown)
+                full = weight >= consumer.max_events
                 assert isinstance(outbox.closed, ConsumerTooSlow) == full
 
     def weight_of_waiting(self, consumer: Consumer) -> int:
         """The events that were published for a consumer and not yet handed to it."""
         return sum(
-            max(1, sum(start < seq <= end and consumer.wants(seq) for seq in self.published))
+            start < seq <= end and consumer.wants(seq)
             for start, end in self.chunks
             if end > consumer.outbox.position
+            for seq in self.published
         )
 
     @rule(part=st.sampled_from([0, 0.2, 0.5, 0.9, 1]), deletes=st.booleans())

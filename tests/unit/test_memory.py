@@ -1,0 +1,215 @@
+"""A cache or queue holds the memory that it counts, as `tracemalloc` sees it, and little more."""
+
+from __future__ import annotations
+
+import gc
+import tracemalloc
+from collections.abc import Callable, Iterator
+from typing import Any
+from weakref import ref
+
+import pytest
+
+from sse_labels.chunk import Chunk, Row, encode_rows, kept_nbytes
+from sse_labels.filters import Filter
+from sse_labels.metrics import Metrics
+from sse_labels.outbox import CaughtUp, Outbox
+from sse_labels.ring import PAGES_SHARE, Ring
+from sse_labels.sequencer import Sequencer
+from sse_labels.web.label_socket import Messages
+
+#: What the caches are allowed here, in bytes.
+BOUND = 2**18
+#: What is held may be more than what is counted: by this factor, for lists that have room to grow,
+FACTOR = 1.25
+#: and by so much for what is there once: dicts, deques, and the interpreter's own caches.
+ONCE = 32 * 1024
+
+#: By what is hidden: nothing, 99 of 100, all.
+VALUES = ("", "rare", "nobody")
+
+
+def make_row(seq: int, src: str = "did:plc:ewvi7nxzyoun6zhxrhs64oiz") -> Row:
+    """A row as the driver makes one: no string is shared with another row."""
+    uri = f"at://did:plc:{seq:024}/app.bsky.feed.post/3jwdwj2ctlk26"
+    val = str(b"rare" if seq % 100 == 0 else b"spam", "ascii")
+    return (seq, str(src.encode(), "ascii"), uri, "", val, None, "2026-01-01T00:00:00Z", None, None)
+
+
+def make_chunk(start: int, events: int, *, with_keys: bool = True) -> Chunk:
+    end = start + events
+    rows = [make_row(seq) for seq in range(start + 1, end + 1)]
+    return encode_rows(rows, start=start, end=end, with_keys=with_keys)
+
+
+def make_filter(value: str, number: int) -> Filter | None:
+    """Each number is another filter, which hides the same."""
+    return Filter(values=frozenset({value, f"unused-{number}"})) if value else None
+
+
+def fill(ring: Ring, chunks: int, events: int) -> None:
+    for _ in range(chunks):
+        ring.append(make_chunk(ring.end, events))
+
+
+@pytest.fixture
+def held() -> Iterator[Callable[[], int]]:
+    """How many bytes have been allocated in this test and not been freed."""
+    # What is made once per process is not what a cache holds.
+    make_chunk(0, 1).select(make_filter("rare", 0))
+    gc.collect()
+    tracemalloc.start()
+    try:
+        yield lambda: (gc.collect(), tracemalloc.get_traced_memory()[0])[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(("chunks", "events"), [(1500, 1), (15, 100), (3, 1000)])
+def test_ring_at_its_bound(held: Callable[[], int], chunks: int, events: int) -> None:
+    ring = Ring(0, BOUND)
+    fill(ring, chunks, events)
+    assert ring.nbytes <= BOUND or len(ring) == 1
+    assert ring.nbytes >= BOUND / 2
+    assert held() <= FACTOR * ring.nbytes + ONCE
+
+
+def test_ring_of_labels_that_share_nothing(held: Callable[[], int]) -> None:
+    ring = Ring(0, BOUND)
+    while ring.start == 0:
+        start = ring.end
+        rows = [make_row(seq, f"did:plc:{seq:x>1000}") for seq in range(start + 1, start + 101)]
+        ring.append(encode_rows(rows, start=start, end=start + 100, with_keys=True))
+    del rows
+    assert held() <= FACTOR * ring.nbytes + ONCE
+
+
+@pytest.mark.parametrize("value", VALUES)
+@pytest.mark.parametrize("events", [1, 100, 500])
+def test_pages_of_a_ring_at_their_bound(held: Callable[[], int], value: str, events: int) -> None:
+    ring = Ring(0, 2 * BOUND)
+    fill(ring, 700 // events, events)
+    for number in range(60):
+        ring.page(ring.start + number, 50, make_filter(value, number))
+    counted = ring._pages_nbytes
+    assert BOUND / PAGES_SHARE <= counted <= 2 * BOUND / PAGES_SHARE
+    assert counted == sum(kept_nbytes(page, key[2]) for key, page in ring._pages.items())
+    # When all that they were cut out of has left.
+    fill(ring, 1000 // events, events)
+    assert held() <= FACTOR * (counted + ring.nbytes) + ONCE
+
+
+@pytest.mark.parametrize("value", VALUES)
+def test_entries_of_the_page_cache(held: Callable[[], int], value: str) -> None:
+    cache: dict[Any, Chunk] = {}
+    counted = 0
+    for number in range(60):
+        start, narrowed = 100 * number, make_filter(value, number)
+        if number % 2:
+            rows = [make_row(seq) for seq in range(start + 1, start + 101)]
+            chunk = encode_rows(rows, start=start, end=start + 100, narrowed=narrowed)
+            del rows
+        else:
+            chunk = make_chunk(start, 100).select(narrowed)
+        cache[start, narrowed, None] = chunk
+        counted += kept_nbytes(chunk, narrowed)
+    assert held() <= FACTOR * counted + ONCE
+
+
+@pytest.mark.parametrize("value", VALUES)
+def test_slices_whose_chunk_has_left(held: Callable[[], int], value: str) -> None:
+    chunk = make_chunk(0, 2000)
+    narrowed = make_filter(value, 0)
+    parts = [chunk.after(1998), chunk.after(900, 20), chunk.after(500, 200).select(narrowed)]
+    parts += [part.after(part.start + 1) for part in parts]
+    whole = ref(chunk)
+    del chunk
+    assert whole() is None
+    assert held() <= FACTOR * sum(part.nbytes for part in parts) + ONCE
+
+
+async def lagging_outbox(sequencer: Sequencer, narrowed: Filter | None, max_events: int) -> Outbox:
+    """An outbox of a consumer that is live, and does not read."""
+    pages: Any = None
+    outbox = Outbox(
+        sequencer, pages, Metrics(), narrowed=narrowed, page_max_events=500,
+        max_events=max_events, heartbeat_seconds=15,
+    )  # fmt: skip
+    steps = outbox.events(sequencer.head)
+    while not isinstance(await anext(steps), CaughtUp):
+        pass
+    return outbox
+
+
+@pytest.mark.parametrize("value", VALUES)
+async def test_queue_of_a_lagging_outbox_at_its_bound(held: Callable[[], int], value: str) -> None:
+    store: Any = None
+    sequencer = Sequencer(
+        store, Metrics(), page_max_events=500, ring_max_bytes=BOUND, poll_seconds=1,
+        gather_seconds=0,
+    )  # fmt: skip
+    outbox = await lagging_outbox(sequencer, make_filter(value, 0), max_events=61)
+    # Something waits, whatever the filter hides.
+    first = make_chunk(0, 1)
+    outbox.push(first)
+    sequencer.publish(first)
+    del first
+    # Of these 60 are seen, or 1 in 100, or none.
+    for _ in range(1 if not value else 60):
+        sequencer.publish(make_chunk(sequencer.head, 100))
+    assert outbox.closed is None
+    assert outbox._queue is not None
+    counted = sum(chunk.nbytes for chunk in outbox._queue._queue)
+    assert held() <= FACTOR * (counted + sequencer.ring.nbytes) + ONCE
+    await outbox.aclose()
+    del outbox
+    assert held() <= FACTOR * sequencer.ring.nbytes + ONCE
+
+
+async def test_what_a_filter_hides_takes_no_memory_behind_an_event_that_waits(
+    held: Callable[[], int],
+) -> None:
+    store: Any = None
+    sequencer = Sequencer(
+        store, Metrics(), page_max_events=500, ring_max_bytes=1, poll_seconds=1, gather_seconds=0
+    )
+    narrowed = Filter(values=frozenset({"rare"}))
+    outbox = await lagging_outbox(sequencer, narrowed, max_events=10)
+    sequencer.publish(make_chunk(0, 100))
+    before = held()
+    for _ in range(1000):
+        start = sequencer.head
+        sequencer.publish(encode_rows([make_row(101)], start=start, end=start + 1, with_keys=True))
+    assert outbox.queued == 1
+    assert outbox.closed is None
+    assert held() <= before + 4096
+    [step] = [await anext(outbox)]
+    assert [list(chunk.seqs) for chunk in step.chunks] == [[100], []]  # type: ignore[union-attr]
+    assert outbox.position == sequencer.head == 1100
+    await outbox.aclose()
+
+
+@pytest.mark.parametrize("value", VALUES)
+@pytest.mark.parametrize("max_bytes", [BOUND // 4, 16 * BOUND])
+def test_messages_for_sockets_at_their_bound(
+    held: Callable[[], int], value: str, max_bytes: int
+) -> None:
+    ring = Ring(0, 2 * BOUND)
+    fill(ring, 10, 100)
+    messages = Messages(max_bytes)
+    parts = []
+    for chunk in ring.after(ring.start):
+        # A consumer of everything, one with a filter, and some that come from different places.
+        parts += [chunk.select(make_filter(value, 0))]
+        parts += [chunk.after(chunk.start + n) for n in range(0, 100, 20)]
+    for part in parts:
+        if part.seqs:
+            messages.events(part)
+    assert BOUND / 8 <= messages.nbytes <= max_bytes
+    counted = sum(part.nbytes for part in parts) + ring.nbytes
+    assert held() <= FACTOR * (counted + messages.nbytes) + ONCE
+    # They are for those who read the same chunk: when that has gone, so have they.
+    del parts, part, chunk
+    fill(ring, 20, 100)
+    assert (messages.nbytes, len(messages._kept)) == (0, 0)
+    assert held() <= FACTOR * ring.nbytes + ONCE
