@@ -1,17 +1,20 @@
 """`POST /labels`: who may publish, and what a publish request looks like.
 
 Promises: an answer of 4xx has stored nothing, one of 201 everything; a token is compared in
-constant time and never logged.
+constant time and never logged; however many publish at once, streams have their turn in between,
+and memory is bounded.
 Stands at the door of the corridor, in front of the publisher.
 Does not belong here: what makes a label valid (`labels`), SQL.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+from collections import defaultdict
 
 import ujson
-from aiohttp import web
+from aiohttp import hdrs, web
 
 from sse_labels.errors import InvalidRequest, PayloadTooLarge
 from sse_labels.publish_tokens import PUBLISH, PublishTokens
@@ -23,6 +26,14 @@ from sse_labels.web.rate import PublishRate
 
 IDEMPOTENCY_KEY = "Idempotency-Key"
 KEY_MAX_CHARS = 255
+#: A body of so many bytes is read at once: aiohttp keeps as much of it unasked.
+SMALL_BODY_BYTES = 64 * 1024
+#: Labels take about ten times their body's size while they are checked and stored. So many bodies
+#: of each size are at it at the same time, and no more of the large ones are read; the rest waits.
+SMALL_AT_ONCE = 64
+LARGE_AT_ONCE = 4
+#: Of one publisher: whoever sends many leaves the others their share.
+LARGE_OF_ONE_AT_ONCE = 2
 OFF = "publishing is off: this server was started without a publish token"
 
 
@@ -43,18 +54,38 @@ class PublishHandler:
         self._rate = rate
         self._max_labels = max_labels
         self._body_seconds = body_seconds
+        self._small = asyncio.Semaphore(SMALL_AT_ONCE)
+        self._large = asyncio.Semaphore(LARGE_AT_ONCE)
+        #: By publisher, of which there are as many as tokens.
+        self._of_publisher: dict[str, asyncio.Semaphore] = defaultdict(
+            lambda: asyncio.Semaphore(LARGE_OF_ONE_AT_ONCE)
+        )
 
     async def handle(self, request: web.Request) -> web.Response:
         """Answer `201 {"seqs": […]}`, in the order of the labels given."""
         publisher = self._authorize(request)
         key = idempotency_key(request, publisher)
+        if is_small(request):
+            body = await self._read(request)
+            async with self._small:
+                seqs = await self._publish(body, publisher, key)
+        else:
+            # What waits here stays with its sender, but for what the kernel and aiohttp take.
+            async with self._of_publisher[publisher], self._large:
+                seqs = await self._publish(await self._read(request), publisher, key)
+        return json_response({"seqs": seqs}, status=201)
+
+    async def _read(self, request: web.Request) -> bytes:
         try:
-            body = await read_body(request, self._body_seconds)
+            return await read_body(request, self._body_seconds)
         except web.RequestPayloadError as error:
             raise InvalidRequest(f"the body cannot be decoded: {error}") from None
-        labels = self._labels(body)
+
+    async def _publish(self, body: bytes, publisher: str, key: bytes | None) -> list[int]:
+        async with self._publisher.turn():
+            labels = self._labels(body)
         self._rate.take(publisher, len(labels))
-        return json_response({"seqs": await self._publisher.publish(labels, key)}, status=201)
+        return await self._publisher.publish(labels, key)
 
     def _authorize(self, request: web.Request) -> str:
         """Return the name of who publishes."""
@@ -78,6 +109,16 @@ class PublishHandler:
         if len(labels) > self._max_labels:
             raise PayloadTooLarge(f"labels: got {len(labels)}, expected at most {self._max_labels}")
         return labels
+
+
+def is_small(request: web.Request) -> bool:
+    """Say whether the body is known to be small, also when it is decoded."""
+    length = request.content_length
+    return (
+        length is not None
+        and length <= SMALL_BODY_BYTES
+        and hdrs.CONTENT_ENCODING not in request.headers
+    )
 
 
 def idempotency_key(request: web.Request, publisher: str) -> bytes | None:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import Any
 
 import httpx
+import ujson
 
-from support.database import TestDatabase
+from sse_labels.publish_tokens import add_token
+from sse_labels.web.publish import LARGE_OF_ONE_AT_ONCE, SMALL_BODY_BYTES
+
+from support.database import TestDatabase, until
 from support.reading import reading
 from support.server import PUBLISH_TOKEN, RunServer, Server
 
@@ -80,3 +87,86 @@ async def test_publisher_over_its_rate_is_told_when_to_come_back(
         assert 1 <= int(refused.headers["retry-after"]) <= 5
         assert (await publish(server, 11)).status_code == 413
         assert len(database.stored()) == 10
+
+
+class LargeBody:
+    """A request body of 16 MiB, most of it blanks, that stops in the middle until it may go on."""
+
+    SIZE = 16 * 1024**2
+
+    def __init__(self) -> None:
+        self.go_on = asyncio.Event()
+        self.sent = 0
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        labels = ujson.dumps({"labels": [LABEL]}).encode()
+        block = b" " * 65536
+        while self.sent < self.SIZE:
+            if self.sent >= self.SIZE // 2:
+                await self.go_on.wait()
+            self.sent += len(block)
+            yield block
+        yield labels
+
+
+async def test_large_bodies_wait_for_their_share_unread_and_hold_up_nobody_else(
+    run_server: RunServer, tmp_path: Path
+) -> None:
+    tokens = {name: add_token(tmp_path / "tokens", name, ["publish"]) for name in ("ada", "bob")}
+
+    async def send(name: str, content: Any) -> int:
+        answer = await client.post(
+            f"{server.url}/labels",
+            content=content,
+            headers={"Authorization": f"Bearer {tokens[name]}"},
+        )
+        return answer.status_code
+
+    async with (
+        run_server(
+            publish_tokens_file=tmp_path / "tokens", body_max_bytes=2 * LargeBody.SIZE
+        ) as server,
+        httpx.AsyncClient(timeout=60) as client,
+        asyncio.TaskGroup() as tasks,
+    ):
+        slow = [LargeBody() for _ in range(LARGE_OF_ONE_AT_ONCE)]
+        sending = [tasks.create_task(send("ada", body)) for body in slow]
+        await until(lambda: all(body.sent >= body.SIZE // 2 for body in slow))
+        waits = LargeBody()
+        waits.go_on.set()
+        waiting = tasks.create_task(send("ada", waits))
+        await until(lambda: waits.sent)
+        # Her small ones pass, and another's large ones, which came later.
+        assert await send("ada", ujson.dumps({"labels": [LABEL]})) == 201
+        other = LargeBody()
+        other.go_on.set()
+        assert await send("bob", other) == 201
+        assert other.sent == other.SIZE
+        assert waits.sent < waits.SIZE
+        assert not waiting.done()
+        for body in slow:
+            body.go_on.set()
+        assert [await task for task in (*sending, waiting)] == [201] * 3
+
+
+async def test_large_bodies_that_do_not_come_give_their_share_back(run_server: RunServer) -> None:
+    authorization = f"Authorization: Bearer {PUBLISH_TOKEN}"
+    head = f"POST /labels HTTP/1.1\r\nHost: x\r\n{authorization}\r\nContent-Length: 999999\r\n\r\n"
+    async with run_server(request_seconds=0.3) as server, AsyncExitStack() as stack:
+        port = int(server.url.rpartition(":")[2])
+        answers = []
+        for _ in range(2 * LARGE_OF_ONE_AT_ONCE):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            stack.callback(writer.close)
+            writer.write(head.encode() + b" " * 1000)
+            answers.append(reader.readline())
+        body = ujson.dumps({"labels": [LABEL]}) + " " * SMALL_BODY_BYTES
+        async with httpx.AsyncClient(timeout=60) as client:
+            last = await client.post(
+                f"{server.url}/labels",
+                content=body,
+                headers={"Authorization": f"Bearer {PUBLISH_TOKEN}"},
+            )
+        assert last.status_code == 201
+        # Their time began when they had their share.
+        assert {line.split()[1] for line in await asyncio.gather(*answers)} == {b"408"}

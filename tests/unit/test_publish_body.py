@@ -5,6 +5,7 @@ The store is a list; everything in front of it is the real thing, without the so
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -14,9 +15,9 @@ from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 
 from sse_labels.errors import InvalidLabel, InvalidRequest, PayloadTooLarge, RequestError
-from sse_labels.labels import Label, label_json
+from sse_labels.labels import Label, label_json, parse_label
 from sse_labels.metrics import Metrics
-from sse_labels.publisher import Publisher
+from sse_labels.publisher import CHECKED_AT_ONCE, Publisher
 from sse_labels.web.answers import error_response
 from sse_labels.web.publish import PublishHandler
 
@@ -62,9 +63,11 @@ def publish(body: bytes) -> tuple[list[Label], RequestError | None]:
     """Return what this body stores, and what it is answered; any other error is a 500."""
     store: Any = Stored()
     answer = None
-    # Nothing waits here, so a coroutine ends with its first step.
+    # Nobody else has a turn here, so nothing waits for long.
     try:
-        Publisher(store, Metrics()).publish(handler()._labels(body)).send(None)
+        publishing = Publisher(store, Metrics()).publish(handler()._labels(body))
+        while True:
+            publishing.send(None)
     except StopIteration:
         pass
     except RequestError as error:
@@ -182,3 +185,37 @@ def test_each_kind_of_wrong_body_has_its_status(body: bytes, status: int) -> Non
     assert labels == []
     assert refused is not None
     assert refused.status == status
+
+
+async def test_requests_that_are_checked_at_once_leave_streams_their_turns(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    checked: list[int] = [0]
+
+    def counting(obj: object) -> Label:
+        checked[-1] += 1
+        return parse_label(obj)
+
+    monkeypatch.setattr("sse_labels.publisher.parse_label", counting)
+    store: Any = Stored()
+    publisher = Publisher(store, Metrics())
+    requests, labels = 5, 4 * CHECKED_AT_ONCE + 1
+    async with asyncio.TaskGroup() as tasks:
+        for _ in range(requests):
+            tasks.create_task(publisher.publish([GOOD] * labels, b"key"))
+        # What has its turn here has it as a stream would.
+        while len(store.labels) < requests * labels:
+            await asyncio.sleep(0)
+            checked.append(0)
+    assert sum(checked) == requests * labels
+    assert max(checked) == CHECKED_AT_ONCE
+
+
+async def test_request_of_one_label_does_not_wait_for_large_ones() -> None:
+    store: Any = Stored()
+    publisher = Publisher(store, Metrics())
+    async with asyncio.TaskGroup() as tasks:
+        large = tasks.create_task(publisher.publish([GOOD] * (100 * CHECKED_AT_ONCE)))
+        await asyncio.sleep(0)
+        assert await publisher.publish([GOOD]) == [0]
+        assert not large.done()
