@@ -244,6 +244,12 @@ class App:
         await self.store.check()
         await self.store.claim_epoch()
         self._check_retention()
+        did = self.settings.signing_did
+        if did is not None and not self.store.attached and not await self.store.note_own(did):
+            log.warning(
+                "a mirror is not kept from labels of --signing-did until one is published: did=%s;"
+                " migrate, and GRANT SELECT, INSERT ON label_own_source TO the role", did,
+            )  # fmt: skip
         if self.signing_key is not None:
             log.info(
                 "published labels are signed: did=%s key=%s",

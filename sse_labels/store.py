@@ -325,6 +325,13 @@ class Store:
             return rows
         return [(*row[:5], row[5] or None, *row[6:]) for row in rows]
 
+    async def note_own(self, src: str) -> bool:
+        """Keep mirrors from labels of `src`, which is made here; say whether this role may."""
+        [(may,)] = await self._database.fetch("may_note_own_source")
+        if may:
+            await self._database.fetch("note_own_source", src=src)
+        return bool(may)
+
     async def publish(
         self, labels: Sequence[Label], key: bytes | None, fingerprint: bytes
     ) -> list[int] | None:

@@ -7,7 +7,15 @@ SELECT bool_and(has_table_privilege(to_regclass(place), needed) IS TRUE)
   FROM (VALUES ('label', 'SELECT'), ('label', 'INSERT'), ('label_set_aside', 'SELECT'),
                ('label_set_aside', 'INSERT'), ('label_set_aside', 'DELETE'),
                ('label_upstream', 'SELECT'), ('label_upstream', 'INSERT'),
-               ('label_upstream', 'UPDATE')) AS wanted (place, needed);
+               ('label_upstream', 'UPDATE'), ('label_own_source', 'SELECT')) AS wanted (place, needed);
+
+-- name: own_sources
+-- Rows (source): those of these that are this database's own.
+SELECT DISTINCT src FROM label_own_source WHERE src = ANY (%(sources)s::varchar[]);
+
+-- name: store_as_mirror
+-- Nothing of use; what this session stores makes no source this database's own.
+SELECT set_config('sse_labels.mirror', 'on', false);
 
 -- name: lock_upstream
 -- One row: whether this session is now the one that follows this upstream.
@@ -36,7 +44,7 @@ UPDATE label_upstream SET cursor = 0, epoch = NULL, rewound = true
 
 -- name: store_mirrored
 -- One row: did the cursor stand where it was thought to, else nothing is stored; how many labels
--- were. One statement is one transaction: a connection that dies before the answer leaves all of
+-- were; how many were left out, as their source is this database's own. One statement is one transaction: a connection that dies before the answer leaves all of
 -- it or nothing. Since a rewind a label is known, and not stored, when it is the newest of its key:
 -- of those before it in this batch, else of the table. So what is in force here is what is in
 -- force there, whatever the upstream forgot meanwhile.
@@ -67,6 +75,7 @@ WITH moved AS (
            unnest(%(src)s::varchar[], %(uri)s::varchar[], %(cid)s::varchar[], %(val)s::varchar[],
                   %(neg)s::boolean[], %(cts)s::varchar[], %(exp)s::varchar[], %(sig)s::bytea[])
            WITH ORDINALITY AS each (src, uri, cid, val, neg, cts, exp, sig, place)
+     WHERE NOT EXISTS (SELECT FROM label_own_source AS own WHERE own.src = each.src)
 ), stored AS (
     INSERT INTO label (src, uri, cid, val, neg, cts, exp, sig)
     SELECT src, uri, cid, val, neg, cts, exp, sig
@@ -92,4 +101,5 @@ WITH moved AS (
                   OFFSET greatest(0, %(aside_max)s - cardinality(%(aside_seq)s::bigint[]))
                    LIMIT 1)
 )
-SELECT EXISTS (SELECT FROM moved), (SELECT count(*) FROM stored);
+SELECT EXISTS (SELECT FROM moved), (SELECT count(*) FROM stored),
+       cardinality(%(src)s::varchar[]) - (SELECT count(*) FROM given);

@@ -4,3 +4,14 @@ SELECT label_publish(
     %(key)s::bytea, %(fingerprint)s::bytea,
     %(src)s::varchar[], %(uri)s::varchar[], %(cid)s::varchar[], %(val)s::varchar[],
     %(neg)s::boolean[], %(cts)s::varchar[], %(exp)s::varchar[], %(sig)s::bytea[]);
+
+-- name: may_note_own_source
+-- One row: may this role say that a source is this database's own.
+SELECT (has_table_privilege(to_regclass('label_own_source'), 'SELECT')
+        AND has_table_privilege(to_regclass('label_own_source'), 'INSERT')) IS TRUE;
+
+-- name: note_own_source
+-- Nothing; no mirror takes labels of this source from an upstream. Publishing does it by a trigger.
+INSERT INTO label_own_source (src)
+SELECT %(src)s::varchar
+ WHERE NOT EXISTS (SELECT FROM label_own_source WHERE src = %(src)s::varchar);

@@ -18,14 +18,14 @@ import click
 
 from sse_labels import migrations
 from sse_labels.cli.layout import Command
-from sse_labels.cli.options import key_of, named_as_given, option, settings_options
+from sse_labels.cli.options import key_of, named_as_given, option, settings_options, switch
 from sse_labels.cli.serve import Ready, database_at, database_of, interruptible, until_told
 from sse_labels.config import Expected, Settings, did, integer, load, seconds, size
 from sse_labels.database import Connection, Database
 from sse_labels.errors import ConfigError, SchemaError
 from sse_labels.logs import configure_logging
 from sse_labels.mirror.following import Mirror
-from sse_labels.mirror.storing import may_mirror
+from sse_labels.mirror.storing import may_mirror, own_sources
 from sse_labels.mirror.upstream import Upstream
 from sse_labels.seq import SEQ_MAX
 from sse_labels.signatures import SourceKeys
@@ -117,6 +117,10 @@ def upstreams(
     "retry_longest_seconds", seconds(0.05, 86_400), "Longest wait before an upstream, or the "
     "database, is tried again.", metavar="SECONDS", default="60",
 )  # fmt: skip
+@switch(
+    "any_source", "Let an upstream speak for every source, without a signature too: one that is "
+    "trusted with all of them.",
+)  # fmt: skip
 @settings_options(
     "dsn", "data_dir", "migrate", "connect_timeout_seconds", "query_timeout_seconds",
     "source_keys_file", "log_level", "log_format",
@@ -128,14 +132,17 @@ def mirror(
     message_max_labels: int,
     report_seconds: float,
     retry_longest_seconds: float,
+    any_source: bool,
     **options: str | None,
 ) -> None:
     """Follow the subscribeLabels of other labelers, and store their labels here.
 
-    URL is a labeler's address, wss://labeler.example; DID=wss://… takes the
-    labels of that source alone. `serve`, on the same --dsn or --data-dir, streams
-    them with its own. Signatures are kept; with --source-keys-file labels that
-    are signed wrongly are set aside.
+    URL is DID=wss://labeler.example, a source and its labeler's address: labels
+    of that source alone are taken. An address alone needs --source-keys-file, and
+    then speaks for the sources whose signatures are right, or --any-source. No
+    upstream speaks for sources whose labels are published here. `serve`, on the
+    same --dsn or --data-dir, streams all of them. Signatures are kept; with
+    --source-keys-file labels that are signed wrongly are set aside.
 
     How far an upstream was followed is kept in the database, in the transaction
     that stores its labels: whatever dies, none is lost and none doubled. Two such
@@ -145,11 +152,21 @@ def mirror(
         settings = load(options)
         configure_logging(settings.log_level, settings.log_format)
         keys = None if settings.source_keys_file is None else SourceKeys(settings.source_keys_file)
+        for each in wanted:
+            if each.did is None and keys is None and not any_source:
+                raise ConfigError(
+                    "URL",
+                    each.url,
+                    "whose labels it may bring: name their source, DID=wss://…; or give "
+                    "--source-keys-file, for the sources whose signatures are right; or, if it is "
+                    "trusted with every source, --any-source",
+                )
         found = [
             Upstream(
                 each.url,
                 did=each.did,
                 source_keys=keys,
+                any_source=any_source,
                 message_max_bytes=message_max_bytes,
                 message_max_labels=message_max_labels,
             )
@@ -172,7 +189,7 @@ def following(
     async def follow(stop: asyncio.Event, up: Ready) -> None:
         database = database_at(settings, dsn)
         try:
-            await prepare(database, settings)
+            await prepare(database, settings, [each.did for each in found if each.did])
             mirrors = [make(each, database.connect) for each in found]
             async with asyncio.TaskGroup() as tasks:
                 running = [
@@ -190,8 +207,11 @@ def following(
     return follow
 
 
-async def prepare(database: Database, settings: Settings) -> None:
-    """Bring the database to where labels can be stored in it; raise SchemaError or the like."""
+async def prepare(database: Database, settings: Settings, sources: list[str]) -> None:
+    """Bring the database to where labels of `sources` can be stored in it.
+
+    Raises SchemaError, or ConfigError for a source that is the database's own.
+    """
     store = Store(database)
     await store.find_source()
     if store.attached:
@@ -206,4 +226,12 @@ async def prepare(database: Database, settings: Settings) -> None:
             "--dsn",
             "a role that may not mirror, or a schema that is too old",
             "tables made by `sse-labels migrate`, and the rights that the README's table lists",
+        )
+    for own in await own_sources(database, sources):
+        raise ConfigError(
+            "URL",
+            f"{own}=…",
+            "a source that is not this database's own: its labels are published here, and no "
+            "upstream speaks for it. If that has ended, DELETE FROM label_own_source WHERE src = "
+            f"'{own}'",
         )

@@ -10,6 +10,7 @@ Does not belong here: refusing to start (`store.check`); the way to a reader (`w
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Awaitable, Callable
 
@@ -35,6 +36,7 @@ SEQUENCE_FULL = 0.8
 TRIGGERS = {
     "label_notify": "labels are found by polling alone, up to --poll-seconds later",
     "label_refuse_change": "what consumers have read can be changed behind them",
+    "label_note_source": "mirrors may take labels of sources that are published here",
     "label_refuse_delete": "labels that consumers have not read can be deleted silently",
 }
 
@@ -124,7 +126,12 @@ class DatabaseChecks:
         settings = self._settings
         deletes = settings.retention_max_age_seconds or settings.retention_max_labels
         publishes = settings.publish_token or settings.publish_tokens_file or self._embedded
-        tasks = {"stream": True, "publish": publishes, "delete old labels": deletes}
+        tasks = {
+            "stream": True,
+            "publish": publishes,
+            "sign": settings.signing_did,
+            "delete old labels": deletes,
+        }
         found = []
         if hidden:
             found.append(
@@ -237,6 +244,12 @@ class DatabaseChecks:
             function: enabled for _, function, enabled in await self._database.fetch("triggers")
         }
         found = []
+        made_by = {
+            function: f"{step.number:04}_{step.name}.sql"
+            for step in migrations()
+            for function in TRIGGERS
+            if re.search(rf"TRIGGER {function}\s", step.sql)
+        }
         for function, without in TRIGGERS.items():
             if not works.get(function):
                 state = "is switched off" if function in works else "is missing"
@@ -246,7 +259,7 @@ class DatabaseChecks:
                         f"{function} {state}: {without}",
                         f"say ALTER TABLE label ENABLE TRIGGER {function}"
                         if function in works
-                        else "make it as sql/migrations/0001_labels.sql does",
+                        else f"make it as sql/migrations/{made_by[function]} does",
                     )
                 )
         return found or [ok("triggers", f"{', '.join(TRIGGERS)} are on")]

@@ -132,10 +132,10 @@ class Mirror:
     def _report(self, sentence: str) -> None:
         log.info(
             sentence + ": upstream=%s cursor=%s stored=%s known=%s set_aside=%s left_out=%s"
-            " repeated=%s reconnects=%s lines_left_out=%s",
+            " own=%s repeated=%s reconnects=%s lines_left_out=%s",
             self._upstream.url, self.cursor, self.tally["stored"], self.tally["known"],
-            self.tally["set_aside"], self._upstream.left_out, self.tally["repeated"],
-            self.tally["reconnects"], self.tally["lines_left_out"],
+            self.tally["set_aside"], self._upstream.left_out, self.tally["own"],
+            self.tally["repeated"], self.tally["reconnects"], self.tally["lines_left_out"],
         )  # fmt: skip
 
     def _say(self, level: int, sentence: str, *fields: object) -> None:
@@ -248,13 +248,19 @@ class Mirror:
         if stored is None:
             raise CursorMoved(f"it stands no longer at {self.cursor}")
         self.cursor = until
-        self.tally["stored"] += stored
-        self.tally["known"] += len(labels) - stored
+        self.tally["stored"] += stored.new
+        self.tally["own"] += stored.own
+        self.tally["known"] += len(labels) - stored.new - stored.own
         self.tally["set_aside"] += len(aside)
         self._denied = 0
         if self._waited and self._quick_tries.take():
             self._waited = False
             self._backoff.reset()
+        if stored.own:
+            self._say(
+                logging.WARNING, "labels of this database's own sources are left out:"
+                " upstream=%s seq=%s labels=%s", url, until, stored.own,
+            )  # fmt: skip
         for each in aside:
             self._say(
                 logging.WARNING, "a label is set aside: upstream=%s seq=%s place=%s reason=%s",

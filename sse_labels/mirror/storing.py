@@ -37,6 +37,18 @@ async def may_mirror(database: Database) -> bool:
     return bool(may)
 
 
+async def own_sources(database: Database, sources: Sequence[str]) -> list[str]:
+    """Return those of `sources` that are this database's own: no upstream speaks for them."""
+    return [src for (src,) in await database.fetch("own_sources", sources=list(sources))]
+
+
+class Stored(NamedTuple):
+    """How many labels were new, and how many were of the database's own sources."""
+
+    new: int
+    own: int
+
+
 class UpstreamStore:
     """One upstream's cursor and labels, through the one session that has its lock."""
 
@@ -47,6 +59,7 @@ class UpstreamStore:
 
     async def try_lock(self) -> bool:
         """Say whether this session may follow it now; it keeps the right until it is closed."""
+        await self._connection.fetch("store_as_mirror")
         [(locked,)] = await self._connection.fetch("lock_upstream", **self._name)
         return bool(locked)
 
@@ -77,11 +90,12 @@ class UpstreamStore:
         aside: Sequence[Aside],
         aside_count: int,
         aside_max: int,
-    ) -> int | None:
-        """Store what came after `cursor` and move it to `until`; return how many labels were new.
+    ) -> Stored | None:
+        """Store what came after `cursor` and move it to `until`.
 
-        None, and nothing is stored, when the cursor stands elsewhere. `aside_count` labels were set
-        aside; of those that are kept, only the newest `aside_max` of an upstream stay.
+        Labels of this database's own sources are left out. None, and nothing is stored, when the
+        cursor stands elsewhere. `aside_count` labels were set aside; of those that are kept, only
+        the newest `aside_max` of an upstream stay.
         """
         columns: dict[str, Any] = {
             name: [getattr(label, name) for label in labels]
@@ -91,7 +105,7 @@ class UpstreamStore:
             f"aside_{name}": [getattr(each, name) for each in aside]
             for name in ("seq", "place", "reason", "label")
         }
-        [(moved, stored)] = await self._connection.fetch(
+        [(moved, new, own)] = await self._connection.fetch(
             "store_mirrored",
             cursor=cursor,
             until=until,
@@ -101,4 +115,4 @@ class UpstreamStore:
             aside_count=aside_count,
             aside_max=aside_max,
         )
-        return int(stored) if moved else None
+        return Stored(new, own) if moved else None

@@ -89,16 +89,19 @@ class Upstream:
         *,
         did: str | None = None,
         source_keys: SourceKeys | None = None,
+        any_source: bool = False,
         message_max_bytes: int,
         message_max_labels: int = 10_000,
     ) -> None:
         """With `did`, labels of that source alone are taken; those of others are left out.
 
-        With `source_keys` labels whose signature is wrong are set aside.
+        Without it, labels of every source with `any_source`, else those whose signature is right
+        by `source_keys`. With `source_keys` labels whose signature is wrong are set aside.
         """
         self.url = url
         self.did = did
         self._source_keys = source_keys
+        self._any_source = any_source
         self._message_max_bytes = message_max_bytes
         self.message_max_labels = message_max_labels
         #: Labels of other sources.
@@ -156,12 +159,16 @@ class Upstream:
             label = self._parsed(xrpc.json_label(given))
         except InvalidLabel as error:
             return _aside(seq, place, str(error), given)
-        if self.did is not None and label.src != self.did:
+        if self.did not in (None, label.src):
             self.left_out += 1
             return None
-        if self._source_keys and self._source_keys.check(label) is Verdict.INVALID:
+        verdict = self._source_keys.check(label) if self._source_keys else Verdict.UNKNOWN
+        if verdict is Verdict.INVALID:
             reason = f"sig: is not a signature of {words(label.src)} for this label"
             return _aside(seq, place, reason, given)
+        if self.did is None and not self._any_source and verdict is not Verdict.VALID:
+            self.left_out += 1
+            return None
         return label
 
     def _parsed(self, given: Any) -> Label:

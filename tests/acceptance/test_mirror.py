@@ -21,6 +21,7 @@ from support.labelers import (
     Skyware,
     mirror_program,
     mirrored,
+    named,
     verdict,
 )
 from support.node import PACKAGES
@@ -64,7 +65,7 @@ async def test_ozone_and_skyware_are_mirrored_through_kills_on_both_sides(
     labelers = (real_ozone, skyware)
     numbers = itertools.count(1)
     kills = 0
-    with mirror_program(database, real_ozone.url, skyware.url) as mirror:
+    with mirror_program(database, *map(named, labelers)) as mirror:
         await mirror.start()
         for _ in range(6):
             for _ in range(chance.randrange(4, 12)):
@@ -120,7 +121,7 @@ async def test_a_skyware_labeler_that_lost_its_database_is_read_from_its_beginni
 ) -> None:
     for number in range(1, 6):
         await skyware.publish(number)
-    with mirror_of(database, skyware.url) as mirror:
+    with mirror_of(database, f"{SKYWARE_DID}={skyware.url}") as mirror:
         mirror.wait_for("cursor=5 stored=5")
         await skyware.kill()
         skyware.forget()
@@ -148,6 +149,33 @@ async def test_a_wrong_key_sets_labels_aside_and_says_so(
 def test_ozones_database_is_not_mirrored_into(empty_database: TestDatabase) -> None:
     for table in ("label", "moderation_event", "signing_key"):
         empty_database.execute(f"CREATE TABLE {table} (id bigserial PRIMARY KEY)")
-    program = ran("mirror", "wss://labeler.example", "--dsn", empty_database.dsn)
+    program = ran("mirror", "did:web:a.example=wss://a.example", "--dsn", empty_database.dsn)
     assert program.process.returncode == 2
     assert "Ozone's is never written" in program.err[-1]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "said"),
+    [
+        ("wss://a.example", "DID=wss://…; or give --source-keys-file"),
+        ("{src}=wss://a.example", "DELETE FROM label_own_source WHERE src = '{src}'"),
+    ],
+    ids=["no source is named", "its source is published here"],
+)
+def test_an_upstream_that_may_not_speak_is_refused_at_start(
+    database: TestDatabase, wanted: str, said: str
+) -> None:
+    database.insert(1)
+    src = database.stored()[0]["labels"][0]["src"]
+    program = ran("mirror", wanted.format(src=src), "--dsn", database.dsn)
+    assert program.process.returncode == 2
+    assert said.format(src=src) in program.err[-1]
+
+
+async def test_with_any_source_an_upstream_speaks_for_all(
+    database: TestDatabase, skyware: Skyware
+) -> None:
+    await skyware.publish(1)
+    with mirror_of(database, skyware.url, "--any-source") as mirror:
+        mirror.wait_for("cursor=1 stored=1")
+    assert mirrored(database, SKYWARE_DID) == skyware.published

@@ -320,11 +320,12 @@ async def test_signing(lines: list[str], shell: Shell, to_serve: dict[str, str])
 
 
 @block(
-    "sse-labels mirror wss://labeler.example did:plc:ewvi7nxzyoun6zhxrhs64oiz=wss://ozone.example"
+    "sse-labels mirror did:web:labeler.example=wss://labeler.example"
+    " did:plc:ewvi7nxzyoun6zhxrhs64oiz=wss://ozone.example"
 )
 async def test_mirroring(lines: list[str], home: Path, database: TestDatabase) -> None:
     async with labeler() as one, labeler() as two:
-        one.add(wire_label(1))
+        one.add(wire_label(1, src="did:web:labeler.example"))
         two.add(wire_label(2), wire_label(3, src="did:plc:ewvi7nxzyoun6zhxrhs64oiz"))
         places = {"wss://labeler.example": one.url, "wss://ozone.example": two.url}
         variables = {

@@ -148,6 +148,13 @@ class TestRights:
         failed(finding, "to publish, the role lacks INSERT on label, USAGE on", "GRANT INSERT")
         assert "secret" not in str(finding)
 
+    async def test_rights_to_name_what_is_signed_are_asked_for_where_a_did_is(
+        self, database: TestDatabase
+    ) -> None:
+        with role(database, *STREAM) as dsn:
+            finding = await found(dsn, "rights", signing_did="did:web:a.example")
+        failed(finding, "to sign, the role lacks SELECT on label_own_source", "GRANT INSERT on")
+
     async def test_rights_to_delete_are_asked_for_where_retention_is(
         self, database: TestDatabase
     ) -> None:

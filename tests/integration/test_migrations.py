@@ -335,3 +335,55 @@ async def test_absence_that_was_stored_as_false_becomes_absence_where_it_is_sign
     assert rows == [(None,), (True,), (False,)]
     with pytest.raises(psycopg2.Error, match="append-only"):
         empty_database.execute("UPDATE label SET neg = NULL")
+
+
+UPSTREAM = "INSERT INTO label_upstream (url, source, cursor) VALUES ('wss://a.example', %s, 1)"
+
+
+@pytest.mark.parametrize(
+    ("upstreams", "own"),
+    [
+        ([], {"did:web:a", "did:web:b"}),
+        (["did:web:b"], {"did:web:a"}),
+        (["did:web:b", ""], set()),
+    ],
+    ids=["nothing was mirrored", "a source was mirrored", "an upstream was mirrored whole"],
+)
+async def test_what_was_stored_before_is_this_databases_own_unless_it_may_be_mirrored(
+    empty: Database,
+    empty_database: TestDatabase,
+    monkeypatch: pytest.MonkeyPatch,
+    upstreams: list[str],
+    own: set[str],
+) -> None:
+    known = migrations()
+    [at] = [index for index, step in enumerate(known) if step.name == "own_sources"]
+    monkeypatch.setattr("sse_labels.migrations.migrations", lambda: known[:at])
+    await migrate(empty)
+    empty_database.insert(2, src="did:web:a")
+    empty_database.insert(2, src="did:web:b")
+    for source in upstreams:
+        empty_database.execute(UPSTREAM, (source,))
+    monkeypatch.undo()
+    await migrate(empty)
+    rows = empty_database.execute("SELECT src FROM label_own_source")
+    assert sorted(rows) == sorted((src,) for src in own)
+
+
+async def test_of_what_was_set_aside_before_the_newest_stay_and_all_are_counted(
+    empty: Database, empty_database: TestDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = migrations()
+    [at] = [index for index, step in enumerate(known) if step.name == "set_aside_bounded"]
+    monkeypatch.setattr("sse_labels.migrations.migrations", lambda: known[:at])
+    await migrate(empty)
+    empty_database.execute(UPSTREAM, ("",))
+    empty_database.execute(
+        "INSERT INTO label_set_aside (url, seq, place, reason, label)"
+        " SELECT 'wss://a.example', n, 0, 'bad', '' FROM generate_series(1, 1500) AS n"
+    )
+    monkeypatch.undo()
+    await migrate(empty)
+    assert empty_database.execute("SELECT set_aside FROM label_upstream") == [(1500,)]
+    rows = empty_database.execute("SELECT min(seq), max(seq), count(*) FROM label_set_aside")
+    assert rows == [(501, 1500, 1000)]

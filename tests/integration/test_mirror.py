@@ -6,7 +6,9 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import libipld
+import psycopg2
 import pytest
 from aiohttp import web
 
@@ -17,7 +19,7 @@ from sse_labels.mirror import following
 from sse_labels.mirror.storing import UpstreamStore
 from sse_labels.signatures import SigningKey, SourceKeys
 
-from support.database import TestDatabase, until
+from support.database import TestDatabase, insert_with, role, until
 from support.labeler import (
     SRC,
     Labeler,
@@ -30,7 +32,7 @@ from support.labeler import (
     wire_label,
 )
 from support.program import free_port
-from support.server import RunServer
+from support.server import PUBLISH_TOKEN, RunServer
 
 OTHER = "did:plc:" + "t" * 24
 SIG = bytes(range(64))
@@ -552,7 +554,7 @@ async def test_wrong_signatures_are_set_aside_and_right_ones_kept(
     upstream.add(wire_label(2, sig=signed.sig))
     upstream.add(wire_label(3, sig=SIG, src=OTHER))
     keys = SourceKeys(tmp_path / "keys")
-    async with mirroring(database, upstream.url, source_keys=keys) as mirror:
+    async with mirroring(database, upstream.url, source_keys=keys, any_source=True) as mirror:
         await until(lambda: mirror.cursor == 3)
     [row, other] = database.execute("SELECT src, sig FROM label ORDER BY id")
     assert (row[0], bytes(row[1])) == (SRC, signed.sig)
@@ -571,6 +573,121 @@ async def test_labels_of_other_sources_are_left_out_when_one_is_named(
         await until(lambda: mirror.cursor == 2)
     assert stored(database) == [wire_label(1)]
     assert set_aside(database) == []
+
+
+async def test_by_keys_only_labels_with_a_right_signature_are_taken(
+    upstream: Labeler, database: TestDatabase, tmp_path: Path
+) -> None:
+    key = SigningKey(b"\x1f" * 32)
+    (tmp_path / "keys").write_text(f"{SRC} {key.did_key}\n")
+    signed = wire_label(1, sig=key.sign(parse_label(wire_label(1))).sig)
+    upstream.add(signed, wire_label(2), wire_label(3, src=OTHER), wire_label(4, sig=SIG, src=OTHER))
+    upstream.add(wire_label(5, sig=SIG))
+    keys = SourceKeys(tmp_path / "keys")
+    async with mirroring(database, upstream.url, source_keys=keys) as mirror:
+        await until(lambda: mirror.cursor == 2)
+        assert mirror.tally["stored"] == 1
+    [(uri, sig)] = database.execute("SELECT uri, sig FROM label")
+    assert (uri, bytes(sig)) == (signed["uri"], signed["sig"])
+    # Unsigned, and of sources without a key: ignored. A wrong signature: set aside.
+    assert [seq for seq, *_ in set_aside(database)] == [2]
+
+
+def own(database: TestDatabase) -> set[str]:
+    return {src for (src,) in database.execute("SELECT src FROM label_own_source")}
+
+
+async def test_a_label_that_was_published_here_is_not_negated_by_an_upstream(
+    upstream: Labeler,
+    run_server: RunServer,
+    database: TestDatabase,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    upstream.add(wire_label(1, neg=True), wire_label(1, neg=True, src=OTHER))
+    async with run_server() as server:
+        async with aiohttp.request(
+            "POST",
+            f"{server.url}/labels",
+            headers={"Authorization": f"Bearer {PUBLISH_TOKEN}"},
+            json={"labels": [wire_label(1)]},
+        ) as answer:
+            assert answer.status == 201
+        async with mirroring(database, upstream.url) as mirror:
+            await until(lambda: mirror.cursor == 1)
+            assert (mirror.tally["stored"], mirror.tally["own"]) == (1, 1)
+            # It becomes this database's own while it is mirrored, by whoever stores it.
+            assert own(database) == {SRC}
+            database.insert(1, src=OTHER)
+            upstream.add(wire_label(2, src=OTHER))
+            upstream.add(wire_label(3, src="did:web:third.example"))
+            await until(lambda: mirror.cursor == 3)
+            assert (mirror.tally["stored"], mirror.tally["own"]) == (2, 2)
+    assert own(database) == {SRC, OTHER}
+    assert [(label["src"], label["uri"][-1], "neg" in label) for label in stored(database)] == [
+        (SRC, "1", False),
+        (OTHER, "1", True),
+        (OTHER, "0", False),
+        ("did:web:third.example", "3", False),
+    ]
+    assert any("own sources are left out" in line for line in caplog.messages)
+
+
+async def test_the_source_that_a_server_signs_for_is_its_databases_own(
+    upstream: Labeler, run_server: RunServer, database: TestDatabase, tmp_path: Path
+) -> None:
+    (tmp_path / "key").write_text("1f" * 32)
+    async with run_server(signing_key_file=tmp_path / "key", signing_did=SRC):
+        pass
+    upstream.add(wire_label(1), wire_label(2, src=OTHER))
+    async with mirroring(database, upstream.url) as mirror:
+        await until(lambda: mirror.cursor == 1)
+    assert own(database) == {SRC}
+    assert stored(database) == [wire_label(2, src=OTHER)]
+
+
+async def test_a_server_that_may_not_say_what_it_signs_for_says_which_right_it_lacks(
+    run_server: RunServer,
+    database: TestDatabase,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    (tmp_path / "key").write_text("1f" * 32)
+    with role(database, "SELECT ON label, label_stream", "SELECT ON SEQUENCE label_id_seq") as dsn:
+        async with run_server(
+            dsn=dsn, migrate=False, signing_key_file=tmp_path / "key", signing_did=SRC
+        ):
+            pass
+    assert any("GRANT SELECT, INSERT ON label_own_source" in line for line in caplog.messages)
+
+
+async def test_two_writers_of_a_new_source_do_not_wait_for_each_other(
+    database: TestDatabase,
+) -> None:
+    first = database.connect().cursor()
+    first.execute("BEGIN")
+    insert_with(lambda sql, row: first.execute(sql, row) or first.fetchall())
+    database.execute("SET lock_timeout = '5s'")
+    database.insert(1)
+    first.execute("COMMIT")
+    [one, two] = database.stored()
+    assert own(database) == {one["labels"][0]["src"]} == {two["labels"][0]["src"]}
+
+
+async def test_who_may_store_labels_needs_no_right_to_have_their_source_noted(
+    database: TestDatabase,
+) -> None:
+    with role(database, "INSERT ON label", "USAGE ON SEQUENCE label_id_seq") as dsn:
+        connection = psycopg2.connect(dsn)
+        with connection, connection.cursor() as cursor:
+            # Nothing of the caller's is taken for the table.
+            cursor.execute("CREATE TEMP TABLE label_own_source (src varchar)")
+            for src in (SRC, "x" * 10_000):
+                cursor.execute(
+                    "INSERT INTO label (src, uri, cid, val, cts) VALUES (%s, 'at://x', '', '', '')",
+                    (src,),
+                )
+        connection.close()
+    assert own(database) == {SRC}
 
 
 async def test_an_upstream_that_is_not_there_yet_is_tried_again(

@@ -24,6 +24,7 @@ from support.labelers import (
     Unanswered,
     mirror_program,
     mirrored,
+    named,
     verdict,
 )
 
@@ -72,7 +73,7 @@ async def test_a_mirror_loses_and_doubles_nothing_in_a_long_run(
     publishing = {each: Publishing(each, numbers) for each in (ozone, skyware)}
     kills: Counter[str] = Counter()
     try:
-        with mirror_program(database, ozone.url, skyware.url) as mirror:
+        with mirror_program(database, named(ozone), named(skyware)) as mirror:
             for each in publishing:
                 await each.start()
                 publishing[each].up.set()

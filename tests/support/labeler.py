@@ -120,7 +120,8 @@ async def mirroring(database: TestDatabase, url: str, **more: Any) -> AsyncItera
     )
     connect = more.pop("connect", None) or edge.connect
     mirror_of = {key: more.pop(key) for key in ("first_cursor", "clock") if key in more}
-    upstream = Upstream(url, **{"message_max_bytes": 1 << 20, **more})
+    named = bool(more.keys() & {"did", "source_keys"})
+    upstream = Upstream(url, **{"message_max_bytes": 1 << 20, "any_source": not named, **more})
     mirror = Mirror(upstream, connect, **mirror_of)
     running = asyncio.create_task(mirror.run())
     try:

@@ -148,6 +148,11 @@ class Unanswered(Exception):
     """The labeler died before it said whether it published."""
 
 
+def named(labeler: RealLabeler) -> str:
+    """What a mirror is told to follow."""
+    return f"{labeler.did}={labeler.url}"
+
+
 def mirrored(database: TestDatabase, did: str) -> list[Said]:
     """What was mirrored of a source, in order."""
     rows = database.execute(

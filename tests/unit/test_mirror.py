@@ -156,6 +156,13 @@ def refused(*arguments: str) -> str:
     return str(raised.value)
 
 
+def test_an_upstream_without_a_source_is_refused_with_the_ways_to_give_one() -> None:
+    said = refused("did:web:b.example=wss://b.example", "wss://a.example")
+    assert f"wss://a.example{SUBSCRIBE_PATH}" in said
+    for way in ("DID=wss://", "--source-keys-file", "--any-source"):
+        assert way in said
+
+
 def test_a_password_in_an_address_is_never_shown() -> None:
     assert "secret" not in refused("wss://me:secret@a.example")
     assert "secret" not in refused("wss://a.example?access_token=secret")
