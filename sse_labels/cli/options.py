@@ -174,7 +174,7 @@ def _is_written(name: str) -> bool:
 
 def _shown(name: str, default: Any) -> str:
     if name == "data_dir":
-        return str(default_data_dir())
+        return shown_data_dir()
     if default is None:
         return "none"
     if isinstance(default, bool):
@@ -184,6 +184,14 @@ def _shown(name: str, default: Any) -> str:
     if name.endswith("_bytes"):
         return _shown_bytes(default)
     return f"{default:g}" if isinstance(default, float) else str(default)
+
+
+def shown_data_dir() -> str:
+    """Return the default of --data-dir as help shows it, which never fails."""
+    try:
+        return str(default_data_dir())
+    except ConfigError:
+        return "none, without a home"
 
 
 def _shown_bytes(number: int) -> str:

@@ -32,7 +32,7 @@ import ujson
 from sse_labels.backoff import Backoff
 from sse_labels.cli.layout import Command
 from sse_labels.cli.lines import Batch, NotJson, read_batches
-from sse_labels.cli.options import option, server_url, token_text
+from sse_labels.cli.options import option, server_url, shown_data_dir, token_text
 from sse_labels.config import integer, path, seconds, size
 from sse_labels.embedded import default_data_dir
 from sse_labels.errors import ConfigError, SseLabelsError
@@ -220,7 +220,7 @@ class Sender:
 )  # fmt: skip
 @option(
     "data_dir", path, "Data directory of the embedded server, where its token is.",
-    metavar="DIR", shown_default=str(default_data_dir()),
+    metavar="DIR", shown_default=shown_data_dir(),
 )  # fmt: skip
 @option("batch", integer(1, 1_000_000), "Most labels per request.", metavar="LABELS", default="500")
 @option(
@@ -259,7 +259,7 @@ def publish(
     A line:
       {"src":"did:…","uri":"at://…","val":"spam","cts":"2026-01-31T12:00:00Z"}
     """
-    token = publish_token or kept_token(data_dir or default_data_dir())
+    token = publish_token or kept_token(data_dir)
     if file.isatty():
         click.echo("reading labels from the terminal; Ctrl-D ends them", err=True)
     progress = Progress(from_line)
@@ -281,10 +281,10 @@ def publish(
     click.echo(f"{counted(progress.labels)} stored{last}")
 
 
-def kept_token(data_dir: Path) -> str:
+def kept_token(data_dir: Path | None) -> str:
     """Return the embedded server's token; raise ConfigError when it cannot be read."""
     try:
-        return read_token(data_dir / FILE_NAME)
+        return read_token((data_dir or default_data_dir()) / FILE_NAME)
     except ConfigError as error:
         raise ConfigError(
             "--publish-token",

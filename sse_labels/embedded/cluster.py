@@ -31,6 +31,8 @@ _LOG_MAX_BYTES = 10_000_000
 
 #: What strerror(3) says when the place is at fault and not the server.
 _PLACE_COMPLAINTS = ("No space left", "quota exceeded", "Read-only file", "Permission denied")
+#: What initdb says where a container's user has no name; the server itself asks for none.
+_NO_SUCH_USER = "could not look up effective user ID"
 
 
 class Cluster:
@@ -80,6 +82,12 @@ class Cluster:
                 how = ("--username=postgres", "--encoding=UTF8", "--no-locale", "--auth=trust")
                 sync = () if self._durable else ("--no-sync",)
                 code, said = self.run("initdb", *how, *sync, f"--pgdata={new.name}")
+                if _NO_SUCH_USER in said:
+                    raise ConfigError(
+                        "user ID", os.geteuid(),
+                        "one with an entry in /etc/passwd, which PostgreSQL's initdb looks up "
+                        "(add one, or give --dsn)",
+                    )  # fmt: skip
                 if code != 0:
                     raise self.failure("make its data directory", said)
         elif (made_by := version.read_text().strip()) != ours:

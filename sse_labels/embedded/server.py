@@ -24,7 +24,7 @@ from sse_labels.backoff import Backoff
 from sse_labels.embedded.cluster import DATABASE, PORT, Cluster
 from sse_labels.embedded.files import locked
 from sse_labels.embedded.postmaster import POLL_SECONDS, START_SECONDS, Postmaster
-from sse_labels.errors import DatabaseUnavailable, SseLabelsError
+from sse_labels.errors import ConfigError, DatabaseUnavailable, SseLabelsError
 
 logger = logging.getLogger(__name__)
 
@@ -253,7 +253,12 @@ class EmbeddedPostgres:
 
 
 def default_data_dir() -> Path:
-    """Return the place for the data when none is given."""
+    """Return the place for the data when none is given; raise `ConfigError` when there is none."""
     if os.geteuid() == 0:
         return Path("/var/lib/sse-labels")  # The system user reaches it, unlike root's home.
-    return platformdirs.user_data_path("sse-labels")
+    # Without HOME and without an entry in /etc/passwd it raises; earlier releases return "~/…".
+    with contextlib.suppress(RuntimeError):
+        place = platformdirs.user_data_path("sse-labels")
+        if place.is_absolute():
+            return place
+    raise ConfigError("--data-dir", None, "a directory: this user has no home to keep one in")

