@@ -1,8 +1,9 @@
 """Connections to PostgreSQL, and the one edge at which the driver's errors are translated.
 
-Promises: what leaves this file is rows, a `DatabaseUnavailable` with the
-driver's error as its cause, or a genuine cancellation; every statement runs by
-itself (autocommit, READ COMMITTED) and has a time-out.
+Promises: what leaves this file is rows, a `DatabaseUnavailable` or a
+`DatabaseRefused` with the driver's error as its cause, or a genuine
+cancellation; every statement runs by itself (autocommit, READ COMMITTED) and
+has a time-out.
 Stands in the corridor under the store.
 Does not belong here: SQL, what a row means, when to try again.
 
@@ -19,6 +20,7 @@ import contextlib
 import errno
 import logging
 import os
+import re
 import select
 import socket
 import time
@@ -30,7 +32,13 @@ import aiopg.connection
 import psycopg2
 from psycopg2.extensions import QueryCanceledError, make_dsn, parse_dsn
 
-from sse_labels.errors import ConfigError, DatabaseUnavailable, SchemaError
+from sse_labels.errors import (
+    ConfigError,
+    DatabaseRefused,
+    DatabaseUnavailable,
+    SchemaError,
+    SseLabelsError,
+)
 from sse_labels.queries import block
 
 log = logging.getLogger(__name__)
@@ -69,6 +77,18 @@ PINNED = {
 #: Labels are Unicode, and a database of another encoding refuses some of them, or (SQL_ASCII) takes
 #: bytes that are no text.
 ENCODING = "UTF8"
+
+#: Classes of SQLSTATE (appendix A of PostgreSQL's manual) after which trying again helps: a lost
+#: connection, a deadlock, no room, an object in use, a shutdown, a system error, an old snapshot,
+#: an internal error.
+AWAY = frozenset(("08", "40", "53", "55", "57", "58", "72", "XX"))
+#: A read-only transaction (a primary that has become a standby, a provider whose disk is full), and
+#: two of the server's time-outs.
+AWAY_STATES = frozenset(("25006", "25P03", "25P04"))
+#: The other classes that do not speak of values: what was asked for is not there, or not allowed.
+#: All that is left is a value, a constraint, or a trigger with a code of its own choosing.
+ASKED_WRONGLY = frozenset(("0A", "25", "26", "28", "2B", "34", "3B", "3D", "3F", "42", "F0"))
+NO_RIGHT = "42501"
 
 
 class SelectByPoll:
@@ -301,8 +321,18 @@ class Connection:
         """Run one statement text (migrations are such); several in one text share a transaction."""
         timeout = self._timeout if timeout_seconds is None else timeout_seconds
         try:
+            return await self._execute(sql, parameters, timeout)
+        except DatabaseRefused as error:
+            if getattr(error.__cause__, "pgcode", None) != NO_RIGHT:
+                raise
+            raise DatabaseRefused(await self._with_grants(str(error))) from error.__cause__
+
+    async def _execute(
+        self, sql: str, parameters: Mapping[str, Any] | Sequence[Any] | None, seconds: float
+    ) -> list[tuple[Any, ...]]:
+        try:
             async with self._raw.cursor() as cursor:
-                await keep_cancellation(cursor.execute(sql, parameters or None, timeout=timeout))
+                await keep_cancellation(cursor.execute(sql, parameters or None, timeout=seconds))
                 if cursor.description is None:
                     return []
                 rows: list[tuple[Any, ...]] = await cursor.fetchall()
@@ -312,15 +342,43 @@ class Connection:
             # would take it for a cancellation. Guarded by test_statement_timeout_is_translated.
             self.close()
             if isinstance(error.__context__, QueryCanceledError):
-                raise DatabaseUnavailable("the server cancelled the query") from error.__context__
+                said = _words(error.__context__)
+                raise DatabaseUnavailable(f"the server cancelled the query: {said}") from (
+                    error.__context__
+                )
             raise
         except TimeoutError as error:
             self.close()
-            raise DatabaseUnavailable(f"no answer within {timeout:g} s") from error
+            raise DatabaseUnavailable(f"no answer within {seconds:g} s") from error
         except psycopg2.Error as error:
-            if not isinstance(error, psycopg2.ProgrammingError | psycopg2.IntegrityError):
-                self.close()
+            if not _is_away(error):
+                raise _refusal(error) from error
+            self.close()
             raise DatabaseUnavailable(str(error).strip() or type(error).__name__) from error
+
+    async def _with_grants(self, said: str) -> str:
+        """Return what PostgreSQL says of a missing right, and what grants it, if that is known.
+
+        The names of what it is about stand in every language.
+        """
+        try:
+            # A migration is a transaction, and this would fail in it.
+            await self._execute("ROLLBACK", None, self._timeout)
+            rights = await self._execute(block("rights"), None, self._timeout)
+        except SseLabelsError:
+            return said
+        names = set(re.findall(r"[\w$]+", said))
+        missing = [
+            (task, right, thing)
+            for task, right, thing, held in rights
+            if not held and task != "nothing" and thing and thing.split(".")[-1].strip('"') in names
+        ]
+        if not missing:
+            return f"{said}; the README lists the rights that each task needs"
+        task, _, thing = missing[0]
+        needed = ", ".join(right for of, right, on in missing if (of, on) == (task, thing))
+        kind = "SCHEMA " if task == "migrate" else ""
+        return f"{said}: GRANT {needed} ON {kind}{thing} TO {self._raw.raw.info.user}"
 
     async def notified(self, timeout_seconds: float) -> bool:
         """Wait for a notification; say whether one came. All that wait are taken at once."""
@@ -341,6 +399,28 @@ class Connection:
     def close(self) -> None:
         """Close at once; a statement under way is abandoned."""
         self._raw.close()
+
+
+def _is_away(error: psycopg2.Error) -> bool:
+    """Say whether trying again helps; without a code the connection is lost."""
+    code = error.pgcode
+    if code is None:
+        return not isinstance(error, psycopg2.ProgrammingError)
+    return code[:2] in AWAY or code in AWAY_STATES
+
+
+def _refusal(error: psycopg2.Error) -> DatabaseRefused:
+    code = error.pgcode or "42"
+    return DatabaseRefused(
+        f"the database refuses: {_words(error)}", of_values=code[:2] not in ASKED_WRONGLY
+    )
+
+
+def _words(error: psycopg2.Error) -> str:
+    """Return what PostgreSQL says in one line, without the statement and the row."""
+    said = error.diag.message_primary or str(error).strip() or type(error).__name__
+    hint = error.diag.message_hint
+    return " ".join((f"{said} ({hint})" if hint else said).split())
 
 
 async def keep_cancellation(

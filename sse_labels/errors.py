@@ -8,19 +8,20 @@ Does not belong here: turning an error into bytes (`web.answers`, `sse`).
     SseLabelsError
     ├── ConfigError               names the setting, its value, what was expected
     │   └── SchemaError           the database is not one this program can serve from
-    ├── DatabaseUnavailable       the driver's error is its __cause__
+    ├── DatabaseUnavailable       away: wait and try again; the driver's error is its __cause__
+    ├── DatabaseRefused           it said no (a right, a value, a trigger), and will again
     ├── BrokenPromise             an order or a completeness of ours did not hold
     ├── RequestError              has .status and .name, becomes the JSON answer
     │   ├── InvalidRequest 400, FutureCursor 400
     │   ├── AuthRequired 401, Forbidden 403, PayloadTooLarge 413
     │   ├── NoSuchStream 404
-    │   ├── EpochChanged 409, InvalidLabel 422, IdempotencyKeyReused 422
+    │   ├── EpochChanged 409, InvalidLabel 422, IdempotencyKeyReused 422, LabelsRefused 422
     │   ├── RequestTimeout 408, HeadTooLarge 431
     │   ├── ComeBackLater 429         says when
     │   │   └── TooManyFromAddress, RateLimited
     │   └── TooManyConnections 503, NotReady 503
     └── StreamClosed              has .name, becomes the stream's last event
-        ├── ConsumerTooSlow, TokenExpired, StreamCut
+        ├── ConsumerTooSlow, TokenExpired, StreamCut, HistoryRefused
         └── ServerStopping
 """
 
@@ -50,7 +51,17 @@ class SchemaError(ConfigError):
 
 
 class DatabaseUnavailable(SseLabelsError):
-    """The database did not answer, or answered with an error; the driver's error is `__cause__`."""
+    """The database is away or too busy: wait, and try again; the driver's error is `__cause__`."""
+
+
+class DatabaseRefused(SseLabelsError):
+    """The database said no, and will again; the message names what and, if known, the remedy."""
+
+    def __init__(self, message: str, *, of_values: bool = False) -> None:
+        super().__init__(message)
+        #: Whether other values might have been taken (a constraint, a trigger), not a right that
+        #: is missing, say.
+        self.of_values = of_values
 
 
 class BrokenPromise(SseLabelsError):
@@ -128,6 +139,13 @@ class IdempotencyKeyReused(RequestError):
 
     status = 422
     name = "IdempotencyKeyReused"
+
+
+class LabelsRefused(RequestError):
+    """The database does not take these labels: a constraint or a trigger of its own says no."""
+
+    status = 422
+    name = "LabelsRefused"
 
 
 class EpochChanged(RequestError):
@@ -214,6 +232,17 @@ class StreamCut(StreamClosed):
     """An operator ended this stream."""
 
     name = "StreamCut"
+
+
+class HistoryRefused(StreamClosed):
+    """The database does not let this server read what the consumer is to get."""
+
+    name = "HistoryRefused"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the database does not let this server read on; its operator can see why in its log"
+        )
 
 
 class ServerStopping(StreamClosed):

@@ -14,7 +14,7 @@ import logging
 from collections.abc import Callable, Sequence
 
 from sse_labels.backoff import Backoff
-from sse_labels.errors import DatabaseUnavailable
+from sse_labels.errors import DatabaseRefused, DatabaseUnavailable, HistoryRefused
 from sse_labels.expiry import Expiry, Page
 from sse_labels.filters import Filter
 from sse_labels.notice import Notice
@@ -108,7 +108,13 @@ class ExpiryReader:
             self._live = True
         else:
             self._reading = asyncio.create_task(self._read(), name=f"expired after {self._mark.at}")
-            self._reading.add_done_callback(lambda _: self._on_news())
+            self._reading.add_done_callback(self._has_read)
+
+    def _has_read(self, reading: asyncio.Task[Page]) -> None:
+        if not reading.cancelled():
+            # Whoever leaves does not look at the error, and it is no surprise.
+            reading.exception()
+        self._on_news()
 
     async def _read(self) -> Page:
         """Read one page, as often as it takes: the stream outlives its database."""
@@ -116,6 +122,9 @@ class ExpiryReader:
         while True:
             try:
                 return await self._expiry.page(self._mark)
+            except DatabaseRefused as error:
+                log.error("expiries may not be read: error=%s", error)
+                raise HistoryRefused from error
             except DatabaseUnavailable as error:
                 wait = backoff.next()
                 log.info("expiries are not read yet: error=%s next_try_seconds=%.1f", error, wait)

@@ -19,7 +19,14 @@ from typing import NamedTuple
 
 from sse_labels.backoff import Backoff
 from sse_labels.chunk import Chunk, merge
-from sse_labels.errors import BrokenPromise, ConsumerTooSlow, DatabaseUnavailable, StreamClosed
+from sse_labels.errors import (
+    BrokenPromise,
+    ConsumerTooSlow,
+    DatabaseRefused,
+    DatabaseUnavailable,
+    HistoryRefused,
+    StreamClosed,
+)
 from sse_labels.expiry_reader import ExpiryReader
 from sse_labels.filters import Filter
 from sse_labels.metrics import Metrics
@@ -366,7 +373,10 @@ class Outbox:
         return page
 
     def _read(self, cursor: int) -> asyncio.Task[Page]:
-        return asyncio.create_task(self._read_patiently(cursor), name=f"backfill after {cursor}")
+        task = asyncio.create_task(self._read_patiently(cursor), name=f"backfill after {cursor}")
+        # When it fails the consumer may be gone; then nobody else would look at the error.
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return task
 
     async def _read_patiently(self, cursor: int) -> Page:
         """Read one page, as often as it takes: the stream outlives its database."""
@@ -374,6 +384,9 @@ class Outbox:
         while True:
             try:
                 return await self._pages.read(cursor, self._narrowed, self._snapshot)
+            except DatabaseRefused as error:
+                log.error("a backfill is refused: error=%s", error)
+                raise HistoryRefused from error
             except DatabaseUnavailable as error:
                 wait = backoff.next()
                 log.info("a backfill waits: error=%s next_try_seconds=%.1f", error, wait)

@@ -11,14 +11,23 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import logging
 from collections.abc import AsyncIterator, Sequence
 
-from sse_labels.errors import Forbidden, IdempotencyKeyReused, InvalidLabel
+from sse_labels.errors import (
+    DatabaseRefused,
+    Forbidden,
+    IdempotencyKeyReused,
+    InvalidLabel,
+    LabelsRefused,
+)
 from sse_labels.labels import Label, check_subject, label_json, parse_label
 from sse_labels.metrics import Metrics
 from sse_labels.signatures import SigningKey, SourceKeys, Verdict
 from sse_labels.sse import dumps
 from sse_labels.store import Store
+
+log = logging.getLogger(__name__)
 
 #: Labels checked in one step of the event loop, about 2 ms.
 CHECKED_AT_ONCE = 250
@@ -63,8 +72,9 @@ class Publisher:
         With a `key` the same labels are stored once, however often this is called within a day.
         Raises Forbidden when the database does not let this server publish, InvalidLabel for the
         first label that is wrong, IdempotencyKeyReused when the key belongs to other labels,
-        DatabaseUnavailable when nothing was stored, or when the connection was lost before the
-        database could say (then a key makes trying again safe).
+        LabelsRefused when the database does not take them, DatabaseUnavailable when nothing was
+        stored, or when the connection was lost before the database could say (then a key makes
+        trying again safe).
         """
         if self._store.attached:
             raise Forbidden("publishing is off: this server reads Ozone's labels; label in Ozone")
@@ -79,7 +89,16 @@ class Publisher:
             async with self.turn():
                 labels += await self._checked(given, start, None if key is None else digest)
         fingerprint = b"" if key is None else digest.digest()
-        seqs = await self._store.publish(labels, key, fingerprint)
+        try:
+            seqs = await self._store.publish(labels, key, fingerprint)
+        except DatabaseRefused as error:
+            self._metrics.count["labels_refused"] += len(given)
+            if error.of_values:
+                raise LabelsRefused(str(error)) from error
+            log.error("publishing is refused: error=%s", error)
+            raise Forbidden(
+                "publishing is off: the database does not let this server write; its log says why"
+            ) from error
         if seqs is None:
             raise IdempotencyKeyReused("this Idempotency-Key was used for other labels")
         self._metrics.count["publish_requests"] += 1

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 
 from sse_labels.database import Connection
-from sse_labels.errors import DatabaseUnavailable
+from sse_labels.errors import DatabaseRefused, DatabaseUnavailable
 from sse_labels.metrics import Metrics
 from sse_labels.store import State, Store
 
@@ -75,6 +75,9 @@ class Retention:
                     await self.sweep()
             except DatabaseUnavailable as error:
                 log.warning("retention waits for its next turn: error=%s", error)
+            except DatabaseRefused as error:
+                # Streams go on without it, and `sweep_age_seconds` tells.
+                log.error("nothing was deleted: error=%s", error)
             await asyncio.sleep(self._sweep_seconds)
 
     async def sweep(self) -> bool:

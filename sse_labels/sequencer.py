@@ -18,7 +18,7 @@ from typing import Protocol
 from sse_labels.backoff import Backoff
 from sse_labels.chunk import Chunk, Row
 from sse_labels.database import Connection
-from sse_labels.errors import BrokenPromise, DatabaseUnavailable
+from sse_labels.errors import BrokenPromise, DatabaseRefused, DatabaseUnavailable
 from sse_labels.filters import Filter
 from sse_labels.metrics import Metrics
 from sse_labels.ring import Ring
@@ -119,7 +119,11 @@ class Sequencer:
         self._wake.set()
 
     async def run(self) -> None:
-        """Follow the table until cancelled; wait for a lost database, raise a broken promise."""
+        """Follow the table until cancelled; wait for a lost database.
+
+        Raises BrokenPromise, and DatabaseRefused when this role may no longer read: whoever
+        follows without a right would keep its streams open and silent.
+        """
         backoff = Backoff()
         lost = False
         while True:
@@ -139,6 +143,10 @@ class Sequencer:
                 wait = backoff.next()
                 log.warning("the database is away: error=%s next_try_seconds=%.1f", error, wait)
                 await asyncio.sleep(wait)
+            except DatabaseRefused as error:
+                self.following = False
+                log.critical("the sequencer stops, it may not read: error=%s", error)
+                raise
             except BrokenPromise as error:
                 self.following = False
                 self._metrics.count["broken_promises"] += 1

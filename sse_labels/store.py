@@ -1,7 +1,7 @@
 """The store: what this service asks of its database, one typed method per question.
 
 Promises: rows become chunks here, and only here; each method names the SQL
-block it runs; every failure is a `DatabaseUnavailable` or a `SchemaError`.
+block it runs; every failure is one that `database` raises, or a `SchemaError`.
 Stands at the start of the corridor: label row -> store -> sequencer -> …
 Does not belong here: when to ask, how often to try again, what is settled.
 """

@@ -25,12 +25,16 @@ SELECT current_setting('server_version'),
 -- Rows (task, right, object, held): each right of the README's table, and what no task needs.
 SELECT task, needed, object,
        CASE WHEN kind = 'sequence' THEN has_sequence_privilege(object, needed)
+            WHEN kind = 'schema' THEN has_schema_privilege(object, needed)
             ELSE has_table_privilege(to_regclass(object), needed) END IS TRUE AS held
-  FROM (VALUES ('stream', 'SELECT', 'label', 'table'),
+  FROM (SELECT CASE WHEN to_regclass('label') IS NOT NULL
+                    THEN pg_get_serial_sequence('label', 'id') END AS sequence) AS id
+ CROSS JOIN LATERAL
+       (VALUES ('stream', 'SELECT', 'label', 'table'),
                ('stream', 'SELECT', 'label_stream', 'table'),
-               ('stream', 'SELECT', pg_get_serial_sequence('label', 'id'), 'sequence'),
+               ('stream', 'SELECT', sequence, 'sequence'),
                ('publish', 'INSERT', 'label', 'table'),
-               ('publish', 'USAGE', pg_get_serial_sequence('label', 'id'), 'sequence'),
+               ('publish', 'USAGE', sequence, 'sequence'),
                ('publish', 'SELECT', 'label_request', 'table'),
                ('publish', 'INSERT', 'label_request', 'table'),
                ('publish', 'UPDATE', 'label_request', 'table'),
@@ -42,6 +46,7 @@ SELECT task, needed, object,
                ('delete old labels', 'SELECT', 'label_clock', 'table'),
                ('delete old labels', 'INSERT', 'label_clock', 'table'),
                ('delete old labels', 'DELETE', 'label_clock', 'table'),
+               ('migrate', 'CREATE', current_schema(), 'schema'),
                ('nothing', 'UPDATE', 'label', 'table'),
                ('nothing', 'TRUNCATE', 'label', 'table')) AS wanted (task, needed, object, kind);
 

@@ -19,13 +19,13 @@ from sse_labels.doctor.database_checks import DatabaseChecks
 from sse_labels.doctor.findings import Finding, failure, unchecked
 from sse_labels.doctor.machine_checks import descriptors
 from sse_labels.doctor.way_checks import WayChecks
-from sse_labels.errors import DatabaseUnavailable, SchemaError
+from sse_labels.errors import DatabaseRefused, DatabaseUnavailable, SchemaError
 from sse_labels.store import Store
 
 Checks = Mapping[str, Callable[[], Awaitable[list[Finding]]]]
 
 #: No answer, or a refusal.
-UNANSWERED = (DatabaseUnavailable, SchemaError, httpx.HTTPError, OSError)
+UNANSWERED = (DatabaseUnavailable, DatabaseRefused, SchemaError, httpx.HTTPError, OSError)
 #: An answer that is not what sse-labels says: somebody else's, or that of another version.
 NOT_UNDERSTOOD = (httpx.InvalidURL, KeyError, TypeError, ValueError)
 
@@ -101,7 +101,7 @@ async def _run(checks: Checks, hint: str) -> AsyncIterator[Finding]:
 
 
 def _remedy(error: Exception, hint: str) -> str:
-    return "see the message" if isinstance(error, SchemaError) else hint
+    return "see the message" if isinstance(error, DatabaseRefused | SchemaError) else hint
 
 
 def _words(error: Exception) -> str:

@@ -18,7 +18,7 @@ from sse_labels.app import database_connections
 from sse_labels.config import Settings
 from sse_labels.database import Database
 from sse_labels.doctor.findings import Finding, failure, ok, unchecked, warning
-from sse_labels.errors import DatabaseUnavailable, SchemaError
+from sse_labels.errors import DatabaseRefused, SchemaError
 from sse_labels.queries import migrations
 from sse_labels.store import Store
 
@@ -95,7 +95,7 @@ class DatabaseChecks:
         newest = migrations()[-1].number
         try:
             [(version,)] = await self._database.fetch("schema_version")
-        except DatabaseUnavailable as error:
+        except DatabaseRefused as error:
             return [
                 unchecked(
                     "schema",
@@ -116,7 +116,8 @@ class DatabaseChecks:
 
     async def rights(self) -> list[Finding]:
         """Say what the role may do, too little and too much."""
-        held = await self._database.fetch("rights")
+        # Who may migrate is no question here: the owner, once.
+        held = [row for row in await self._database.fetch("rights") if row[0] != "migrate"]
         if await self._is_ozone():
             # It has none of our tables, and its sequence need not be read.
             held = [row for row in held if row[0] != "stream" or row[2] == "label"]

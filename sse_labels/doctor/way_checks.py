@@ -27,7 +27,7 @@ import ujson
 from sse_labels.doctor.database_checks import clock_finding
 from sse_labels.doctor.findings import Finding, failure, ok, unchecked, warning
 from sse_labels.doctor.proxies import UNKNOWN, Proxy, proxy_of
-from sse_labels.errors import DatabaseUnavailable
+from sse_labels.errors import DatabaseRefused, DatabaseUnavailable
 from sse_labels.labels import Label, parse_label
 from sse_labels.store import Store
 
@@ -300,7 +300,7 @@ class WayChecks:
                 began = time.monotonic()
                 try:
                     seqs = await self._store.publish([label], None, b"")
-                except DatabaseUnavailable as error:
+                except (DatabaseUnavailable, DatabaseRefused) as error:
                     return [unchecked(subject, f"publishing failed: {error}")]
                 assert seqs is not None  # noqa: S101 - without a key it always stores
                 if not await reader.label(seqs[0], LABEL_SECONDS):

@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable
 
 from sse_labels.backoff import Backoff
 from sse_labels.database import Connection
-from sse_labels.errors import DatabaseUnavailable
+from sse_labels.errors import DatabaseRefused, DatabaseUnavailable
 from sse_labels.mirror.bounds import Quota
 from sse_labels.mirror.storing import Place, UpstreamStore
 from sse_labels.mirror.upstream import WORDS_MAX, Labels, News, Upstream, UpstreamLost
@@ -101,6 +101,11 @@ class Mirror:
                 sentence, lost = "somebody else moved the cursor", str(error)
             except DatabaseUnavailable as error:
                 sentence, lost = "no database", " ".join(str(error).split())
+            except DatabaseRefused as error:
+                if not error.of_values:
+                    raise
+                # A constraint or a trigger says no to these labels; the others' go on.
+                sentence, lost = "the database takes no labels of this upstream", str(error)
             except Exception as error:
                 # Whatever one upstream makes of us, the others are followed on.
                 log.exception("following failed: upstream=%s", self._upstream.url)

@@ -14,6 +14,7 @@ from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
 from sse_labels.errors import (
+    DatabaseRefused,
     DatabaseUnavailable,
     NotReady,
     PayloadTooLarge,
@@ -80,6 +81,12 @@ def errors_as_json(metrics: Metrics) -> Middleware:
             log.warning("a request needs the database: path=%s error=%s", request.path, error)
             answer = error_response(NotReady("the database is away; try again soon"))
             name = NotReady.name
+        except DatabaseRefused as error:
+            # What it is about is the operator's to know, and no business of who asked.
+            log.error("the database refuses a request: path=%s error=%s", request.path, error)
+            name = type(error).__name__
+            message = "the database does not let this server do that; its log says why"
+            answer = json_response({"error": name, "message": message}, status=500)
         except web.HTTPException as error:
             if error.status < 400:
                 raise

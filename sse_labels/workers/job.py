@@ -22,6 +22,7 @@ from sse_labels.config import Settings
 from sse_labels.errors import (
     BrokenPromise,
     ConfigError,
+    DatabaseRefused,
     DatabaseUnavailable,
     SchemaError,
     SseLabelsError,
@@ -35,7 +36,7 @@ READY = b"ready\n"
 TURNING = b".\n"
 TURN_SECONDS = 1.0
 _LENGTH = struct.Struct("=I")
-_ERRORS = {each.__name__: each for each in (BrokenPromise, DatabaseUnavailable)}
+_ERRORS = {each.__name__: each for each in (BrokenPromise, DatabaseRefused, DatabaseUnavailable)}
 _CONFIG_ERRORS = {each.__name__: each for each in (ConfigError, SchemaError)}
 
 

@@ -24,7 +24,7 @@ from sse_labels.app import App, base_url, listening_sockets
 from sse_labels.backoff import Backoff
 from sse_labels.config import Settings
 from sse_labels.embedded import EmbeddedPostgres
-from sse_labels.errors import BrokenPromise, ConfigError, SseLabelsError
+from sse_labels.errors import BrokenPromise, ConfigError, DatabaseRefused, SseLabelsError
 from sse_labels.shared import Memory
 from sse_labels.workers.job import (
     GRACE_SECONDS,
@@ -144,8 +144,8 @@ class Supervisor:
 
     def _check(self, place: int, end: End) -> None:
         """Raise when no other worker shall take the place."""
-        if isinstance(end.error, BrokenPromise):
-            raise end.error  # all have streamed from the same database
+        if isinstance(end.error, BrokenPromise | DatabaseRefused):
+            raise end.error  # all have streamed from the same database, by the same role
         if place not in self._served:
             # The server only starts: to try again is for who started it, and can read why.
             raise end.error or SseLabelsError(f"worker {place + 1} did not start: {end}")

@@ -1,4 +1,4 @@
-"""What leaves the edge to PostgreSQL: rows, `DatabaseUnavailable`, or a genuine cancellation."""
+"""What leaves the edge to PostgreSQL: rows, an error of ours, or a genuine cancellation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from psycopg2.errors import QueryCanceled
 from psycopg2.extensions import make_dsn, parse_dsn
 
 from sse_labels.database import Database
-from sse_labels.errors import ConfigError, DatabaseUnavailable
+from sse_labels.errors import ConfigError, DatabaseRefused, DatabaseUnavailable
 
 from support.database import TestDatabase, until
 from support.reading import PATIENCE_SECONDS
@@ -191,7 +191,7 @@ class TestErrors:
     async def test_a_refused_statement_leaves_the_connection_usable(
         self, database: TestDatabase
     ) -> None:
-        with opened(database.dsn) as edge, pytest.raises(DatabaseUnavailable) as caught:
+        with opened(database.dsn) as edge, pytest.raises(DatabaseRefused) as caught:
             connection = await edge.connect()
             try:
                 await connection.execute("SELECT * FROM nothing_of_that_name")
@@ -199,6 +199,56 @@ class TestErrors:
                 assert await connection.fetch("ping") == [(1,)]
                 connection.close()
         assert isinstance(caught.value.__cause__, psycopg2.ProgrammingError)
+
+    @pytest.mark.parametrize(
+        ("state", "wanted"),
+        [
+            *((state, "away") for state in (
+                "08006", "25006", "25P03", "25P04", "40001", "40P01", "53100", "53200", "53300",
+                "55000", "55006", "55P03", "57014", "57P01", "57P03", "58030", "72000", "XX000",
+            )),
+            *((state, "refused") for state in (
+                "0A000", "25001", "28000", "2BP01", "34000", "3D000", "3F000", "42501", "42601",
+                "42703", "42883", "42P01",
+            )),
+            *((state, "values") for state in (
+                "21000", "22001", "22003", "22021", "22P05", "2200H", "23502", "23505", "23514",
+                "23P01", "44000", "54000", "P0001", "P0004", "38001", "39P01", "LB001", "99999",
+            )),
+        ],
+    )  # fmt: skip
+    async def test_a_code_says_whether_trying_again_helps(
+        self, database: TestDatabase, state: str, wanted: str
+    ) -> None:
+        with opened(database.dsn) as edge:
+            connection = await edge.connect()
+            with pytest.raises((DatabaseUnavailable, DatabaseRefused)) as caught:
+                await connection.execute(
+                    f"DO $$ BEGIN RAISE 'not %', 'now' USING ERRCODE = '{state}'; END $$"
+                )
+            error = caught.value
+            if isinstance(error, DatabaseRefused):
+                found = "values" if error.of_values else "refused"
+                # Nothing is wrong with the connection.
+                assert await connection.fetch("ping") == [(1,)]
+            else:
+                found = "away"
+                assert connection.closed
+            connection.close()
+        assert (found, "not now" in str(error)) == (wanted, True)
+        assert isinstance(error.__cause__, psycopg2.Error)
+
+    async def test_a_refusal_is_told_with_its_hint_in_one_line(
+        self, database: TestDatabase
+    ) -> None:
+        with opened(database.dsn) as edge:
+            connection = await edge.connect()
+            with pytest.raises(DatabaseRefused) as caught:
+                await connection.execute(
+                    "DO $$ BEGIN RAISE E'one\ntwo' USING HINT = 'Three.'; END $$"
+                )
+            connection.close()
+        assert str(caught.value) == "the database refuses: one two (Three.)"
 
     async def test_a_lost_connection_is_translated(self, database: TestDatabase) -> None:
         with opened(database.dsn) as edge:

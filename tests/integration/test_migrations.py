@@ -12,7 +12,7 @@ import pytest
 
 from sse_labels import queries
 from sse_labels.database import Database
-from sse_labels.errors import DatabaseUnavailable, SchemaError
+from sse_labels.errors import DatabaseRefused, SchemaError
 from sse_labels.migrations import migrate
 from sse_labels.queries import Migration, migrations
 from sse_labels.store import State, Store
@@ -146,7 +146,7 @@ class TestMigrate:
             changes = "CREATE TABLE extra (n int); DROP TRIGGER label_notify ON label"
             known = (*migrations(), Migration(NEWEST + 1, "fails", f"{changes}; {failure};"))
             monkeypatch.setattr("sse_labels.migrations.migrations", lambda known=known: known)
-            with pytest.raises(DatabaseUnavailable) as caught:
+            with pytest.raises(DatabaseRefused) as caught:
                 await migrate(migrated)
             assert isinstance(caught.value.__cause__, psycopg2.Error)
             assert schema(database) == before
@@ -164,7 +164,7 @@ class TestMigrate:
         before = schema(empty_database)
         broken = (Migration(1, "fails", "CREATE TABLE label (n int); SELECT 1 / 0;"),)
         monkeypatch.setattr("sse_labels.migrations.migrations", lambda: broken)
-        with pytest.raises(DatabaseUnavailable):
+        with pytest.raises(DatabaseRefused):
             await migrate(empty)
         assert schema(empty_database) == before
         monkeypatch.undo()
@@ -178,7 +178,7 @@ class TestMigrate:
     ) -> None:
         broken = (*migrations(), Migration(NEWEST + 1, "fails", "SELECT 1 / 0;"))
         monkeypatch.setattr("sse_labels.migrations.migrations", lambda: broken)
-        with pytest.raises(DatabaseUnavailable):
+        with pytest.raises(DatabaseRefused):
             await migrate(empty)
         assert applied(empty_database) == list(range(1, NEWEST + 1))
         await Store(empty).check()

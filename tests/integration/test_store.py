@@ -12,7 +12,7 @@ from psycopg2.extensions import make_dsn
 
 from sse_labels.chunk import Chunk
 from sse_labels.database import Database
-from sse_labels.errors import DatabaseUnavailable
+from sse_labels.errors import DatabaseRefused
 from sse_labels.filters import Filter, parse_filter
 from sse_labels.labels import Label, label_json
 from sse_labels.queries import block
@@ -457,7 +457,7 @@ class TestPublish:
         before = database.stored()
         labels = [label(number) for number in range(50)]
         labels[40] = labels[40]._replace(cts=None)  # type: ignore[arg-type]
-        with pytest.raises(DatabaseUnavailable) as caught:
+        with pytest.raises(DatabaseRefused) as caught:
             await store.publish(labels, None, b"")
         assert isinstance(caught.value.__cause__, psycopg2.IntegrityError)
         assert database.stored() == before

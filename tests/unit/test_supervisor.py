@@ -9,7 +9,13 @@ from dataclasses import dataclass, field
 import pytest
 
 from sse_labels.config import Settings
-from sse_labels.errors import BrokenPromise, ConfigError, DatabaseUnavailable, SchemaError
+from sse_labels.errors import (
+    BrokenPromise,
+    ConfigError,
+    DatabaseRefused,
+    DatabaseUnavailable,
+    SchemaError,
+)
 from sse_labels.workers.job import READY, TURNING, Job, decode_error, encode_error
 from sse_labels.workers.supervisor import (
     FIRST_WAIT_SECONDS,
@@ -157,6 +163,7 @@ async def test_waits_grow_while_it_dies_at_once_and_begin_anew_after_it_has_serv
         ConfigError("--port", 1, "x"),
         SchemaError("s", 3, "x"),
         DatabaseUnavailable("cannot connect"),
+        DatabaseRefused("permission denied"),
     ],
 )
 async def test_worker_that_ends_before_it_ever_served_ends_all(error: Exception) -> None:
@@ -186,8 +193,11 @@ async def test_process_that_ends_before_it_ever_served_is_named() -> None:
     ]
 
 
-async def test_broken_promise_ends_all_that_serve() -> None:
-    stage, error = Stage(), BrokenPromise("it went back")
+@pytest.mark.parametrize(
+    "error", [BrokenPromise("it went back"), DatabaseRefused("permission denied")]
+)
+async def test_what_is_true_of_all_workers_ends_all_that_serve(error: Exception) -> None:
+    stage = Stage()
     running = stage.run()
     await stage.serve()
     stage.launched[0].end.set_result(End(1, error))
@@ -326,6 +336,7 @@ def test_an_end_is_said_in_words(end: End, words: str) -> None:
         ConfigError("--data-dir", None, "a directory"),
         BrokenPromise("the database went back: é"),
         DatabaseUnavailable("cannot connect"),
+        DatabaseRefused("permission denied"),
     ],
 )
 def test_an_error_keeps_its_class_and_its_words(error: Exception) -> None:
