@@ -228,9 +228,14 @@ class Database:
             )
             raw = await keep_cancellation(connecting, undo=aiopg.Connection.close)
         connection = Connection(raw, self._query_timeout)
+        # psycopg2 quotes as it found the strings when it connected, and they must stay so.
+        dropped = {name: pinned[name] for name in pinned if name != "standard_conforming_strings"}
         try:
             [(standby, encoding, _)] = await connection.fetch(
-                "begin_session", timeout_seconds=self._connect_timeout
+                "begin_session",
+                timeout_seconds=self._connect_timeout,
+                names=list(dropped),
+                values=list(dropped.values()),
             )
         except BaseException:
             connection.close()

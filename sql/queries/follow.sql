@@ -46,14 +46,18 @@ SELECT to_regclass('label') IS NOT NULL AS has_label,
 -- One row: does this server follow another one; the encoding of the database. Sets what the
 -- connection's options cannot: a setting that PostgreSQL 13 does not know, one that only a superuser
 -- may set, and one that depends on what it was. A session that listens is idle for long. Labels that
--- were published are on the disk, and what an operator set beyond that stays. Triggers fire.
+-- were published are on the disk, and what an operator set beyond that stays. Triggers fire. What
+-- the options do say is set here where a pooler has dropped them.
 SELECT pg_is_in_recovery(), getdatabaseencoding(),
        (SELECT count(set_config(name, value, false))
           FROM (VALUES ('idle_session_timeout', '0', true),
                        ('synchronous_commit', 'local',
                         current_setting('synchronous_commit') = 'off'),
                        ('session_replication_role', 'origin',
-                        (SELECT rolsuper FROM pg_roles WHERE rolname = current_user)))
+                        (SELECT rolsuper FROM pg_roles WHERE rolname = current_user))
+                 UNION ALL
+                SELECT name, value, true
+                  FROM unnest(%(names)s::text[], %(values)s::text[]) AS given (name, value))
                AS pinned (name, value, possible)
          WHERE possible AND current_setting(name, true) <> value);
 

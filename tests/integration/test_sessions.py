@@ -21,6 +21,7 @@ from sse_labels.migrations import migrate
 
 from support.clock import Clock, at
 from support.database import TestDatabase, role
+from support.pgbouncer import pgbouncer
 from support.program import failure, ran
 from support.reading import reading
 from support.server import PUBLISH_TOKEN, QUICK, RunServer, until_head
@@ -40,6 +41,7 @@ HOSTILE = {
     "IntervalStyle": "sql_standard",
     "TimeZone": "Asia/Tokyo",
     "extra_float_digits": "-15",
+    "row_security": "on",
     "default_transaction_isolation": "serializable",
     "default_transaction_deferrable": "on",
     "synchronous_commit": "off",
@@ -177,6 +179,27 @@ async def settings_of(dsn: str) -> dict[str, str]:
 async def test_every_setting_that_is_pinned_wins(shown: dict[str, str]) -> None:
     pinned = {**PINNED, "client_encoding": "UTF8", "idle_session_timeout": "0"}
     assert {name: shown[name] for name in pinned} == pinned
+
+
+async def test_what_a_pooler_drops_is_set_all_the_same(
+    database: TestDatabase, run_server: RunServer
+) -> None:
+    for setting in PINNED:
+        database.execute(f"ALTER DATABASE {database.name} SET {setting} = '{HOSTILE[setting]}'")
+    with pgbouncer(database.dsn) as through:
+        shown = await settings_of(through)
+        async with run_server(through) as server, httpx.AsyncClient(verify=False) as client:
+            answer = await client.post(
+                f"{server.url}/labels",
+                json={"labels": [label(number) for number in range(5)]},
+                headers={"Authorization": f"Bearer {PUBLISH_TOKEN}"},
+            )
+            assert answer.status_code == 201, answer.text
+    pinned = {**PINNED, "standard_conforming_strings": "off"}
+    assert {name: shown[name] for name in pinned} == pinned
+    stored = [event["labels"][0] for event in database.stored()]
+    assert [each["val"] for each in stored] == list(VALUES)
+    assert not any("exp" in each for each in stored)
 
 
 async def test_what_is_published_is_on_the_disk_at_least(
