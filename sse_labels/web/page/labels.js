@@ -13,8 +13,9 @@
  * while some of them read history: a browser opens only six to a host over HTTP/1.1.
  *
  * `EventSource` would do neither: it hides the status and the body of a refusal, and each tab
- * would have its own. So the stream is read by `fetch`, in a SharedWorker. Where there is none (Chrome on Android, a page of another origin, a `token`), the page
- * reads for itself, and rests while it is hidden.
+ * would have its own. So the stream is read by `fetch`, in a SharedWorker. Where there is none
+ * (Chrome on Android, a page of another origin, a `token`), the page reads for itself, and rests
+ * while it is hidden.
  *
  * From the page to the wire: LabelStream -> Hub -> Connection -> Parser (`reading/`).
  *
@@ -66,7 +67,10 @@ import { Memory, isSeq } from "./reading/memory.js";
  * @property {string} [error]  the server's name for what is wrong, e.g. "TooManyConnections"
  * @property {number} [status]  HTTP status of a refusal
  * @property {number} [retryAt]  when it tries again, as `Date.now()`
- * @property {number} [head]  newest seq when the connection opened
+ * @property {string} [notReady]  the stream is open, and why labels may not come all the same,
+ *   such as a database that is away; with the option `health` alone
+ * @property {number} [head]  newest seq that the server has told: when the connection opened, and
+ *   with the option `health`
  * @property {string} [epoch]  the database's life; seqs of another one name other labels
  * @property {number} [readers]  how many streams in this browser share the connection
  */
@@ -86,6 +90,8 @@ import { Memory, isSeq } from "./reading/memory.js";
  *   connection is then not shared with other tabs
  * @property {boolean} [background]  go on while the page is hidden, also when the connection is
  *   not shared
+ * @property {boolean} [health]  ask the server every 5 s whether it is ready, at `health/ready`
+ *   beside the stream, once for all tabs and while the stream is open
  * @property {RequestCredentials} [credentials]  as in `fetch`: "include" sends cookies elsewhere
  */
 /** @typedef {Settings & Filter} Options */
@@ -119,6 +125,9 @@ export class LabelStream extends EventTarget {
   /** @type {string | null} */ #epoch = null;
   /** @type {MessagePort | null} */ #port = null;
   #shared = true;
+  /** Of a connection that is not shared. Kept, with when the server may be asked again, while the
+   * page rests. @type {Map<string, import("./reading/hub.js").Hub>} */
+  #hubs = new Map();
   /** @type {ReturnType<typeof setTimeout> | undefined} */ #resting;
 
   /**
@@ -156,7 +165,7 @@ export class LabelStream extends EventTarget {
     return String(streamUrl(this.#url, this.position, null, this.#filter));
   }
 
-  /** Try again at once. */
+  /** Try again now, because a person wants it: not sooner than 0.5 s after the last try. */
   retry() {
     if (this.state.name === "closed") return;
     if (this.#port) this.#port.postMessage({ type: "retry" });
@@ -184,6 +193,7 @@ export class LabelStream extends EventTarget {
       cursor: this.position,
       epoch: this.#epoch,
       filter: this.#filter,
+      health: this.#options.health ?? false,
     });
   }
 
@@ -207,7 +217,7 @@ export class LabelStream extends EventTarget {
 
   #ownPort() {
     const { port1, port2 } = new MessageChannel();
-    new Reader(port2, new Map(), this.#options.token);
+    new Reader(port2, this.#hubs, this.#options.token);
     return port1;
   }
 

@@ -1,14 +1,17 @@
 // @ts-check
 /**
- * One connection to the server: opens it, reads it to its end, and waits until the next try.
+ * One connection to the server: opens it when it is its turn, and reads it to its end.
  *
  * Promises: its readers get every event after its position, once and in order; it reads no
  * faster than they do; how it ended is told in the server's words.
- * Does not belong here: which reader has which connection (`hub.js`).
+ * Does not belong here: which reader has which connection (`hub.js`), when it is whose turn
+ * (`backoff.js`).
  */
 
-import { Parser } from "./parser.js";
+import { RETRY_MAX_MS } from "./backoff.js";
 import { covers, streamUrl, union } from "./filter.js";
+import { isSeq } from "./memory.js";
+import { Parser, isEventStream } from "./parser.js";
 
 /** @typedef {import("../labels.js").Filter} Filter */
 /** @typedef {import("../labels.js").LabelEvent} LabelEvent */
@@ -23,10 +26,6 @@ const PATIENCE_MS = 2000;
 /** Silence after which a connection is taken for dead: three heartbeats, if the server says. */
 const HEARTBEAT_SECONDS = 15;
 const HEARTBEATS_MISSED = 3;
-/** How long until the next try, when the server does not say; doubled each time … */
-const RETRY_MS = 2000;
-/** … up to here. */
-const RETRY_MAX_MS = 30_000;
 
 /** How a connection ended, or did not begin.
  * @typedef {object} End
@@ -34,7 +33,7 @@ const RETRY_MAX_MS = 30_000;
  * @property {string} message
  * @property {string} [error]
  * @property {number} [status]
- * @property {number} [retryMs]  what the server asked for
+ * @property {number} [askedMs]  how long the server asks to wait
  */
 
 /** Errors of the stream that do not only mean "come back". @type {Record<string, End["how"]>} */
@@ -53,16 +52,15 @@ export class Connection {
   /** @type {string | null} */ #epoch;
   /** What the server is asked for; null: not yet. @type {Required<Filter> | null} */
   #filter = null;
-  /** @type {AbortController} */ #abort = new AbortController();
+  /** Ends one answer. @type {AbortController} */ #abort = new AbortController();
+  /** Ends the connection. */ #close = new AbortController();
   /** @type {End | null} */ #ended = null;
   isOpen = false;
-  #closed = false;
+  #openedAt = 0;
   #head = 0;
-  #failures = 0;
-  #retryMs = RETRY_MS;
   #heartbeatMs = 1000 * HEARTBEAT_SECONDS;
-  /** @type {number | undefined} */ #retryAt;
-  /** Ends what it waits for. @type {() => void} */ #wake = () => {};
+  /** Lets whoever waits for readers, or for a person, look again. @type {() => void} */
+  #wake = () => {};
 
   /**
    * @param {Hub} hub
@@ -92,14 +90,15 @@ export class Connection {
     } else if (this.#filter && !covers(this.#filter, reader.filter)) {
       this.#again("more is wanted");
     }
-    if (this.#ended?.how === "refused") this.retry();
+    // Somebody new wants it: it is tried once more, when it may be.
+    if (this.#ended?.how === "refused") this.#forgetRefusal();
     this.tellState();
   }
 
   /** @param {Reader} reader */
   remove(reader) {
     this.readers.delete(reader);
-    if (this.readers.size === 0) this.#close();
+    if (this.readers.size === 0) this.#end();
     this.#wake();
   }
 
@@ -107,12 +106,16 @@ export class Connection {
     this.#wake();
   }
 
-  /** Stop waiting for the next try. */
+  /** A person wants the next try now. */
   retry() {
-    this.#failures = 0;
+    this.#hub.backoff.cut();
+    if (this.#ended?.how === "refused") this.#forgetRefusal();
+    this.#hub.tellAll();
+  }
+
+  #forgetRefusal() {
     this.#ended = null;
     this.#wake();
-    this.tellState();
   }
 
   tellState() {
@@ -122,24 +125,33 @@ export class Connection {
 
   /** Read until nobody is left who wants it. */
   async run() {
-    while (!this.#closed) {
+    const { backoff } = this.#hub;
+    const { signal } = this.#close;
+    while (await backoff.turn(signal)) {
       const end = await this.#read();
+      // An idle stream brings nothing: that it lasted is good enough.
+      if (this.isOpen && performance.now() - this.#openedAt > RETRY_MAX_MS) backoff.delivered();
       this.isOpen = false;
-      if (this.#closed) break;
-      if (end.how === "again") continue;
+      if (signal.aborted || end.how === "again") {
+        backoff.settled(signal);
+        continue;
+      }
+      this.#ended = end;
+      const answered = end.error !== undefined || end.status !== undefined;
+      const final = end.how === "refused" || end.how === "epoch";
+      backoff.failed(signal, { askedMs: end.askedMs, answered, final });
       if (end.how === "epoch") {
         for (const reader of [...this.readers]) this.#tellEpochChanged(reader, end.message);
         break;
       }
-      this.#ended = end;
-      if (end.how === "refused") await this.#whileRefused();
-      else await this.#untilNextTry(end);
+      this.#hub.tellAll();
+      while (!signal.aborted && this.#ended?.how === "refused") await this.#woken();
     }
-    this.#close();
+    this.#end();
   }
 
-  #close() {
-    this.#closed = true;
+  #end() {
+    this.#close.abort();
     this.#abort.abort();
     this.#hub.forget(this);
     this.#wake();
@@ -148,6 +160,7 @@ export class Connection {
   /** Open the connection anew, because of what its readers want. @param {string} message */
   #again(message) {
     this.#filter = null;
+    this.isOpen = false;
     this.#abort.abort({ how: "again", message });
     this.#wake();
   }
@@ -156,46 +169,31 @@ export class Connection {
   #state() {
     const more = { readers: this.#hub.readers.size, epoch: this.#epoch ?? undefined };
     if (this.isOpen) {
-      const head = Math.max(this.#head, this.position ?? 0);
-      return this.isLive
-        ? { name: "live", message: "connected", head, ...more }
-        : { name: "catching-up", message: "reading what was published before", head, ...more };
+      const { health } = this.#hub;
+      const head = Math.max(this.#head, health.head, this.position ?? 0);
+      const { notReady } = health;
+      /** @type {StateName} */
+      const name = this.isLive ? "live" : "catching-up";
+      const message = this.isLive ? "connected" : "reading what was published before";
+      return { name, message: notReady ?? message, head, notReady, ...more };
     }
     const end = this.#ended;
-    if (end === null) return { name: "connecting", message: "connecting …", ...more };
+    const { retryAt } = this.#hub.backoff;
+    if (end === null) return { name: "connecting", message: "connecting …", retryAt, ...more };
     const { message, error, status } = end;
+    if (end.how === "refused") return { name: "refused", message, error, status, ...more };
     /** @type {StateName} */
-    const name = end.how === "refused" || end.how === "too-slow" ? end.how : "reconnecting";
-    return { name, message, error, status, retryAt: this.#retryAt, ...more };
+    const name = end.how === "too-slow" ? "too-slow" : "reconnecting";
+    return { name, message, error, status, retryAt, ...more };
   }
 
-  /** @param {End} end */
-  async #untilNextTry(end) {
-    const asked = end.retryMs ?? Math.min(RETRY_MAX_MS, this.#retryMs * 2 ** this.#failures);
-    this.#failures += 1;
-    // Never less than asked for, and never all at once: a server that comes back has many readers.
-    const wait = asked * (1 + Math.random() / 2);
-    this.#retryAt = Math.round(Date.now() + wait);
-    this.tellState();
-    const wake = () => this.#wake();
-    addEventListener("online", wake);
-    await this.#sleep(wait);
-    removeEventListener("online", wake);
-    this.#retryAt = undefined;
-  }
-
-  async #whileRefused() {
-    this.tellState();
-    while (!this.#closed && this.#ended !== null) await this.#sleep(RETRY_MAX_MS);
-  }
-
-  /** Sleep, at most until somebody wakes it. @param {number} ms */
-  async #sleep(ms) {
+  /** Wait until somebody wakes it, at most `ms` if they are given. @param {number} [ms] */
+  async #woken(ms) {
     /** @type {ReturnType<typeof setTimeout> | undefined} */
     let timer;
     await new Promise((resolve) => {
-      timer = setTimeout(resolve, ms);
       this.#wake = () => resolve(undefined);
+      if (ms !== undefined) timer = setTimeout(this.#wake, ms);
     });
     clearTimeout(timer);
     this.#wake = () => {};
@@ -221,22 +219,25 @@ export class Connection {
       const headers = token ? { Authorization: `Bearer ${await token()}` } : {};
       const response = await fetch(url, { cache: "no-store", credentials, headers, signal });
       const type = response.headers.get("Content-Type") ?? "";
-      if (!response.ok || !response.body || !type.startsWith("text/event-stream")) {
+      if (!response.ok || !response.body || !isEventStream(type)) {
         return await refusal(response, type);
       }
-      const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+      const reader = response.body.getReader();
       const parser = new Parser();
       for (;;) {
         const { done, value } = await reader.read();
         if (done) return { how: "lost", message: "the connection ended" };
-        listen();
-        const end = this.#take(parser.push(value));
+        clearTimeout(silence);
+        const blocks = parser.push(value);
+        if (parser.retry !== null) this.#hub.backoff.hint(parser.retry);
+        const end = this.#understand(blocks);
         if (end) {
           this.#abort.abort();
           return end;
         }
         await this.#room();
         if (signal.aborted) return signal.reason;
+        listen();
       }
     } catch (error) {
       if (isEnd(signal.reason)) return signal.reason;
@@ -248,10 +249,20 @@ export class Connection {
     }
   }
 
+  /** @param {Block[]} blocks @returns {End | null} */
+  #understand(blocks) {
+    try {
+      return this.#take(blocks);
+    } catch (error) {
+      return { how: "refused", message: `this is no stream of labels: ${error}` };
+    }
+  }
+
   /**
    * Give the readers what came.
    * @param {Block[]} blocks
    * @returns {End | null}
+   * @throws {Error} when it is not what a stream of labels sends
    */
   #take(blocks) {
     /** @type {LabelEvent[]} */
@@ -261,23 +272,30 @@ export class Connection {
       for (const reader of this.readers) reader.give(events, this.position);
       events = [];
     };
-    for (const { id, event, data, retry } of blocks) {
-      if (retry !== null) this.#retryMs = retry;
+    for (const { id, event, data } of blocks) {
       if (event === "message" && data !== null) events.push(JSON.parse(data));
-      if (id !== null) this.position = Number(id);
+      // Without an id, or with an empty one, the last seq is still the best place to go on from.
+      if (id !== "") this.#moveTo(seqOf(id));
       if (event === "info" && data !== null) {
         flush();
         this.#hearInfo(JSON.parse(data));
       } else if (event === "error" && data !== null) {
         flush();
         const { error, message } = JSON.parse(data);
-        const retryMs = retry ?? undefined;
-        return { how: HOW[error] ?? "lost", message, error, retryMs };
+        return { how: HOW[error] ?? "lost", message, error };
       }
     }
     flush();
     this.lookWhere();
     return null;
+  }
+
+  /** @param {number} seq */
+  #moveTo(seq) {
+    if (this.isOpen && this.position !== null && seq > this.position) {
+      this.#hub.backoff.delivered();
+    }
+    this.position = seq;
   }
 
   /** @param {any} info */
@@ -291,7 +309,8 @@ export class Connection {
     }
     this.isOpen = true;
     this.#ended = null;
-    this.#failures = 0;
+    this.#openedAt = performance.now();
+    this.#hub.backoff.settled(this.#close.signal);
     this.#head = info.head;
     this.#epoch = info.epoch;
     if (info.heartbeatSeconds) this.#heartbeatMs = 1000 * info.heartbeatSeconds;
@@ -301,7 +320,7 @@ export class Connection {
       }
     }
     this.lookWhere();
-    this.tellState();
+    this.#hub.tellAll();
   }
 
   /** See whether history is done. */
@@ -325,7 +344,7 @@ export class Connection {
           return;
         }
       }
-      await this.#sleep(left > 0 ? left : RETRY_MAX_MS);
+      await this.#woken(left > 0 ? left : undefined);
     }
   }
 
@@ -335,6 +354,13 @@ export class Connection {
     this.remove(reader);
     reader.tellNews({ name: "EpochChanged", message });
   }
+}
+
+/** @param {string} id @throws {Error} */
+function seqOf(id) {
+  const seq = Number(id);
+  if (!/^\d+$/.test(id) || !isSeq(seq)) throw new Error(`its event id is ${JSON.stringify(id)}`);
+  return seq;
 }
 
 /** @param {unknown} reason @returns {reason is End} */
@@ -366,7 +392,12 @@ async function refusal(response, type) {
   if (status !== 408 && status !== 425 && status !== 429 && status < 500) {
     return { how: "refused", status, error, message };
   }
-  const seconds = Number(response.headers.get("Retry-After") ?? NaN);
-  const retryMs = seconds >= 0 ? 1000 * seconds : undefined;
-  return { how: "lost", status, error, message, retryMs };
+  const askedMs = retryAfterMs(response.headers.get("Retry-After") ?? "");
+  return { how: "lost", status, error, message, askedMs };
+}
+
+/** Seconds or a date (RFC 9110, section 10.2.3). @param {string} value */
+function retryAfterMs(value) {
+  if (/^\d+$/.test(value)) return 1000 * Number(value);
+  return value.endsWith("GMT") ? Math.max(0, Date.parse(value) - Date.now()) || 0 : 0;
 }

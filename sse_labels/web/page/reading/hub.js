@@ -8,8 +8,10 @@
  * Does not belong here: HTTP (`connection.js`), what a page is told (`../labels.js`).
  */
 
+import { Backoff } from "./backoff.js";
 import { Connection } from "./connection.js";
 import { filterOf, matches } from "./filter.js";
+import { Health } from "./health.js";
 
 /** @typedef {import("../labels.js").LabelEvent} LabelEvent */
 /** @typedef {import("../labels.js").Filter} Filter */
@@ -17,7 +19,7 @@ import { filterOf, matches } from "./filter.js";
 /** @typedef {import("../labels.js").State} State */
 
 /** Names the worker, and this version of what it and a page tell each other. */
-export const WORKER_NAME = "sse_labels 1";
+export const WORKER_NAME = "sse_labels 2";
 /** Events that a page may have before it; then it is waited for. */
 const WAITING_MAX = 5000;
 /** How often a page is asked whether it is still there, and how long it may owe the answer. */
@@ -29,6 +31,7 @@ const POSITION_MS = 500;
 /** All readers of one stream in this browser, and the connections that they share. */
 export class Hub {
   /** @type {Set<Reader>} */ readers = new Set();
+  backoff = new Backoff();
   /** Those whose page could not follow; they come back when they have read. @type {Set<Reader>} */
   #behind = new Set();
   /** @type {Set<Connection>} */ #connections = new Set();
@@ -43,6 +46,7 @@ export class Hub {
     this.url = url;
     this.credentials = credentials;
     this.token = token;
+    this.health = new Health(url, () => this.tellAll());
   }
 
   /** @param {Reader} reader */
@@ -50,7 +54,7 @@ export class Hub {
     this.readers.add(reader);
     this.#timer ??= setInterval(() => this.#beat(), BEAT_MS);
     this.attach(reader);
-    this.#tellAll();
+    this.tellAll();
   }
 
   /** @param {Reader} reader */
@@ -62,7 +66,7 @@ export class Hub {
       clearInterval(this.#timer);
       this.#timer = undefined;
     }
-    this.#tellAll();
+    this.tellAll();
   }
 
   /** @param {Reader} reader */
@@ -102,21 +106,24 @@ export class Hub {
   }
 
   /**
-   * Readers that have caught up go over to the live connection, if there is one, and theirs ends.
-   * @param {Connection} past
-   * @returns {boolean}  whether there is one; they may have to wait for it, or to come further
+   * Past and live become one: readers that have caught up go over to the live connection; while
+   * that one waits for its next try, its readers come here.
+   * @param {Connection} past  at its head
+   * @returns {boolean}  whether there is a live one still; `past` may have to come further
    */
   merge(past) {
     const live = this.#find((connection) => connection.isLive);
     if (!live) return false;
-    if (!live.isOpen) live.retry();
-    else if (Number(past.position) >= Number(live.position)) {
-      for (const reader of [...past.readers]) {
-        this.#detach(reader);
-        live.add(reader);
-      }
-    }
+    if (!live.isOpen) this.#moveReaders(live, past);
+    else if (Number(past.position) >= Number(live.position)) this.#moveReaders(past, live);
     return true;
+  }
+
+  /** @param {Connection} from  ends without them @param {Connection} to */
+  #moveReaders(from, to) {
+    const readers = [...from.readers];
+    for (const reader of readers) to.add(reader);
+    for (const reader of readers) from.remove(reader);
   }
 
   /** @param {Reader} reader  whose page does not follow, while others do */
@@ -130,6 +137,7 @@ export class Hub {
   /** @param {Connection} connection */
   forget(connection) {
     this.#connections.delete(connection);
+    this.#watchHealth();
     for (const other of this.#connections) other.lookWhere();
   }
 
@@ -156,8 +164,14 @@ export class Hub {
     }
   }
 
-  #tellAll() {
+  tellAll() {
+    this.#watchHealth();
     for (const connection of this.#connections) connection.tellState();
+  }
+
+  #watchHealth() {
+    const wanted = [...this.readers].some((reader) => reader.wantsHealth);
+    this.health.watch(wanted && this.#find(({ isOpen }) => isOpen) !== undefined);
   }
 }
 
@@ -166,6 +180,7 @@ export class Reader {
   /** @type {Required<Filter>} */ filter = filterOf({});
   /** What it has been sent up to; null: from now on. @type {number | null} */ cursor = null;
   /** @type {string | null} */ epoch = null;
+  wantsHealth = false;
   /** Events that were posted and not read. */
   waiting = 0;
   /** @type {Connection | null} */ connection = null;
@@ -263,6 +278,7 @@ export class Reader {
       this.filter = message.filter;
       this.cursor = message.cursor;
       this.epoch = message.epoch;
+      this.wantsHealth = message.health;
       const key = `${message.credentials} ${message.url}`;
       this.#hub = hubs.get(key) ?? new Hub(message.url, message.credentials, token);
       hubs.set(key, this.#hub);

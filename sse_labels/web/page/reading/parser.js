@@ -1,29 +1,40 @@
 // @ts-check
 /**
- * Cuts the text of an event stream into blocks, as the HTML standard says (9.2.6).
+ * Cuts an event stream into blocks, as the HTML standard interprets one (9.2.6).
  *
  * Does not belong here: what the blocks mean.
  */
 
-/** @typedef {{id: string | null, event: string, data: string | null, retry: number | null}} Block */
+/**
+ * `id` is the last event ID: it holds until another is sent. `event` is "message" when none is
+ * named. `data` is null where there is none: `EventSource` dispatches nothing then.
+ * @typedef {{id: string, event: string, data: string | null}} Block
+ */
 
 /** Unlike `EventSource` it tells of blocks without data, too: an id alone is a position. */
 export class Parser {
+  /** The last `retry:` in ms; it counts from its line on. @type {number | null} */
+  retry = null;
+
+  /** Always UTF-8, whatever the answer says; one byte order mark at the begin is no part of it. */
+  #decoder = new TextDecoder();
   #rest = "";
+  /** The last character was a CR: a LF after it belongs to the same end of a line. */
+  #afterCr = false;
   /** @type {string[]} */ #data = [];
   #event = "";
-  /** @type {string | null} */ #id = null;
-  /** @type {number | null} */ #retry = null;
+  #id = "";
 
-  /** @param {string} text @returns {Block[]} */
-  push(text) {
+  /** @param {Uint8Array} bytes @returns {Block[]} */
+  push(bytes) {
+    let text = this.#decoder.decode(bytes, { stream: true });
+    if (text === "") return [];
+    if (this.#afterCr && text.startsWith("\n")) text = text.slice(1);
+    this.#afterCr = text === "" ? false : text.endsWith("\r");
+    const lines = (this.#rest + text).split(/\r\n|\n|\r/);
+    this.#rest = lines.pop() ?? "";
     /** @type {Block[]} */
     const blocks = [];
-    const all = this.#rest + text;
-    // A CR at the end may be half of a CRLF.
-    const held = all.endsWith("\r") ? 1 : 0;
-    const lines = all.slice(0, all.length - held).split(/\r\n|\n|\r/);
-    this.#rest = lines.pop() + all.slice(all.length - held);
     for (const line of lines) {
       if (line !== "") this.#field(line);
       else blocks.push(this.#block());
@@ -39,18 +50,23 @@ export class Parser {
     const value = colon < 0 ? "" : line.slice(start);
     if (name === "data") this.#data.push(value);
     else if (name === "event") this.#event = value;
-    else if (name === "id" && /^\d+$/.test(value)) this.#id = value;
-    else if (name === "retry" && /^\d+$/.test(value)) this.#retry = Number(value);
+    else if (name === "id" && !value.includes("\0")) this.#id = value;
+    else if (name === "retry" && /^[0-9]+$/.test(value)) this.retry = Number(value);
   }
 
   /** @returns {Block} */
   #block() {
     const data = this.#data.length ? this.#data.join("\n") : null;
-    const block = { id: this.#id, event: this.#event || "message", data, retry: this.#retry };
+    const block = { id: this.#id, event: this.#event || "message", data };
     this.#data = [];
     this.#event = "";
-    this.#id = null;
-    this.#retry = null;
     return block;
   }
+}
+
+/** Whether a Content-Type is an event stream's: its parameters and its case do not matter.
+ * @param {string} type
+ */
+export function isEventStream(type) {
+  return type.split(";", 1)[0].trim().toLowerCase() === "text/event-stream";
 }
