@@ -11,7 +11,6 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import httpx
 import pytest
 import pytest_asyncio
 from aiohttp import web
@@ -29,8 +28,8 @@ AXE = Path(__file__).parents[1] / "javascript/node_modules/axe-core/axe.min.js"
 SECRET = "0123456789abcdef0123456789abcdef"
 #: Reconnects come soon.
 SOON = {"retry_min_seconds": 0.05, "retry_max_seconds": 0.1}
-#: How often a page asks for the server's health, and when one that is hidden ends its connection.
-ASKS_AFTER_MS = RESTS_AFTER_MS = 5000
+#: When a page that is hidden ends its connection.
+RESTS_AFTER_MS = 5000
 PHONE = {"width": 390, "height": 844}
 
 
@@ -106,19 +105,82 @@ async def test_filter_drops_what_does_not_pass_and_stands_in_the_address(
     await dashboard.shows(wanted)
 
 
-async def test_count_narrows_to_its_value_without_starting_anew(
-    server: Server, database: TestDatabase, context: BrowserContext
+@pytest.mark.parametrize("query", ["", "?from=left-off", "?from=290"])
+async def test_count_shows_what_the_address_it_makes_shows_when_it_is_loaded_again(
+    server: Server, database: TestDatabase, context: BrowserContext, query: str
 ) -> None:
-    dashboard = await Dashboard.open(context, server.url)
+    database.fill(300)
+    dashboard = await Dashboard.open(context, server.url, query)
+    page = dashboard.page
     await dashboard.says("Live")
-    database.fill(9)
-    await dashboard.shows(list(range(1, 10)))
-    await dashboard.page.locator("#by-value button", has_text="porn").click()
-    porn = [e["seq"] for e in database.stored() if e["labels"][0]["val"] == "porn"]
-    await dashboard.shows(porn)
-    [seq] = database.insert(1, val="porn")
-    database.insert(1, val="other")
-    await dashboard.shows([*porn, seq])
+    # More than the list keeps, so that older ones of the value are not in it any more.
+    database.insert(3, val="rare")
+    database.fill(250)
+    await expect(page.locator("#position")).to_have_text("553")
+    start = {"?from=everything": 0, "?from=290": 290}.get(query, 300)
+    rare = [event["seq"] for event in database.stored(start) if event["labels"][0]["val"] == "rare"]
+    await page.locator("#by-value button", has_text="rare").click()
+    await dashboard.shows(rare)
+    address = page.url
+    assert address.startswith(f"{server.url}/?from=")
+    await page.reload()
+    await dashboard.shows(rare)
+    assert page.url == address
+    [seq] = database.insert(1, val="rare")
+    await dashboard.shows([*rare, seq])
+
+
+@pytest.mark.parametrize(
+    ("query", "says"), [("?from=abc", "seq: got 'abc'"), ("?from=999999&values=spam", "Refused: ")]
+)
+async def test_show_all_leads_back_from_a_bad_start(
+    server: Server, database: TestDatabase, context: BrowserContext, query: str, says: str
+) -> None:
+    dashboard = await Dashboard.open(context, server.url, query)
+    page = dashboard.page
+    await expect(page.locator("#wrong, #state-words").filter(has_text=says)).to_be_visible()
+    await page.get_by_role("button", name="Show all").click()
+    await dashboard.says("Live")
+    await expect(page.locator("#wrong")).to_be_hidden()
+    await expect(page.get_by_role("combobox", name="Start from")).to_have_value("now")
+    assert page.url == f"{server.url}/"
+    await dashboard.shows(database.insert(2))
+
+
+async def test_rate_is_made_of_whole_seconds(server: Server, context: BrowserContext) -> None:
+    await context.clock.install(time=0)
+    await context.clock.pause_at(1000)
+    page = (await Dashboard.open(context, server.url)).page
+
+    async def rate(script: str) -> tuple[str, list[int]]:
+        """What is said of the last minute, and which bars of sixty stand, from the left."""
+        path = await page.evaluate(
+            f"""async () => {{
+              const {{ Rate }} = await import("/dashboard/rate.js");
+              globalThis.tested ??= new Rate();
+              {script};
+              tested.draw();
+              return document.getElementById("rate-path").getAttribute("d");
+            }}"""
+        )
+        bars = [bar for bar, each in enumerate(path.split("z")) if each and "v0" not in each]
+        return await page.locator("#rate-minute").inner_text(), bars
+
+    assert await rate("tested.start(); tested.add(60)") == ("0.0", [])
+    await page.clock.fast_forward(1000)
+    assert await rate("") == ("60.0", [59])
+    await page.clock.fast_forward(3000)
+    assert await rate("") == ("15.0", [59])
+    await page.clock.fast_forward(56_000)
+    assert await rate("") == ("1.0", [48])
+    await page.clock.fast_forward(1000)
+    assert await rate("") == ("0.0", [47])
+    # The second that was 300 ago is gone before the one that runs takes its place.
+    await page.clock.fast_forward(239_000)
+    assert await rate("tested.add(5)") == ("0.0", [0])
+    await page.clock.fast_forward(1000)
+    assert await rate("") == ("0.1", [59])
+    assert await rate("tested.clear()") == ("0.0", [])
 
 
 async def test_wrong_filter_is_named_and_the_stream_goes_on(
@@ -249,27 +311,23 @@ async def test_new_epoch_is_told_and_started_in(
 async def test_database_that_is_away_is_told_while_the_stream_is_open(
     run_server: RunServer, database: TestDatabase, context: BrowserContext
 ) -> None:
-    await context.clock.install()
-    async with run_server() as server, httpx.AsyncClient(verify=False) as client:
-
-        async def health() -> str:
-            return (await client.get(f"{server.url}/health/ready")).text
-
-        async def away_is_said() -> bool:
-            return "the database is away" in await health()
-
-        async def ready_is_said() -> bool:
-            return '"ready"' in await health()
-
-        dashboard = await Dashboard.open(context, server.url)
-        await dashboard.says("Live")
+    async with run_server() as server:
+        tabs = [await Dashboard.open(context, server.url) for _ in range(3)]
+        colours = []
+        for tab in tabs:
+            await tab.says("Live")
+            colours.append(await tab.colour())
         with away(database):
-            await until(away_is_said)
-            await context.clock.fast_forward(ASKS_AFTER_MS)
-            await dashboard.says("the database is away")
-        await until(ready_is_said)
-        await context.clock.fast_forward(ASKS_AFTER_MS)
-        await expect(dashboard.page.locator("#state-words")).to_have_text("Live")
+            for tab, green in zip(tabs, colours, strict=True):
+                await tab.says("The server is not ready: ")
+                await tab.says("the database is away")
+                assert await tab.colour() != green
+                await tab.happened("the database is away")
+        for tab, green in zip(tabs, colours, strict=True):
+            await tab.says("Live")
+            assert await tab.colour() == green
+            await tab.shows([])
+        await tabs[0].shows(database.insert(2))
 
 
 async def test_ten_tabs_share_one_connection_and_miss_nothing(

@@ -67,6 +67,11 @@ class Dashboard:
         """Wait until the state reads so."""
         await expect(self.page.locator("#state-words")).to_contain_text(words)
 
+    async def colour(self) -> str:
+        """The colour of the dot beside the state."""
+        dot = self.page.locator("#state .dot")
+        return str(await dot.evaluate("dot => getComputedStyle(dot).backgroundColor"))
+
     async def happened(self, words: str) -> None:
         """Wait until `What happened` tells of it."""
         await expect(self.page.locator("#happened")).to_contain_text(words)

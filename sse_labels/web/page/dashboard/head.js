@@ -1,26 +1,13 @@
 // @ts-check
 /**
  * Position against head: how far what is shown lies behind what the server has.
- *
- * The stream says the head only when it opens, so the server is asked while somebody looks. Its
- * answer also says when the database is away: then streams are open and silent.
  */
 
 import { byId, input, shown } from "./document.js";
 
-/** @typedef {import("./status.js").Status} Status */
-
-const ASK_MS = 5000;
-
 export class Head {
   #head = 0;
   /** Where what is left of history began. @type {number | null} */ #start = null;
-
-  /** @param {Status} status */
-  constructor(status) {
-    this.status = status;
-    setInterval(() => this.#ask(), ASK_MS);
-  }
 
   clear() {
     this.#start = null;
@@ -45,18 +32,5 @@ export class Head {
     progress.hidden = behind === 0 || byId("state").dataset.state !== "catching-up";
     progress.setAttribute("max", String(this.#head - this.#start || 1));
     progress.setAttribute("value", String(position - this.#start));
-  }
-
-  async #ask() {
-    if (document.visibilityState === "hidden") return;
-    try {
-      const answer = await fetch("/health/ready", { cache: "no-store" });
-      const { head, message } = await answer.json();
-      if (head !== undefined) this.raise(head);
-      this.status.hint(answer.ok ? "" : (message ?? ""));
-    } catch {
-      // The stream says that the server is away; a proxy may keep this address to itself.
-      this.status.hint("");
-    }
   }
 }

@@ -7,11 +7,9 @@
  * the newest `ROWS_MAX` of them.
  */
 
-import { matches } from "../labels.js";
 import { byId, element, on, shown } from "./document.js";
 
 /** @typedef {import("../labels.js").LabelEvent} LabelEvent */
-/** @typedef {import("../labels.js").Filter} Filter */
 
 const ROWS_MAX = 200;
 /** Rows are drawn so often at most: more often nobody could read. */
@@ -59,16 +57,6 @@ export class List {
     this.#came = 0;
     byId("empty").hidden = false;
     this.#tell(null);
-  }
-
-  /** Drop what the filter does not let through. @param {Filter} filter */
-  keep(filter) {
-    const passes = (/** @type {LabelEvent | undefined} */ event) =>
-      event?.labels.some((label) => matches(filter, label));
-    for (const row of [...this.#rows.children]) if (!passes(this.#events.get(row))) row.remove();
-    this.#held = this.#held.filter(passes);
-    this.#came = this.#held.length;
-    byId("empty").hidden = this.#rows.childElementCount > 0;
   }
 
   /** Why nothing may move now, in words; null: it may. */

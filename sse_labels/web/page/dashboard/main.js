@@ -26,47 +26,47 @@ const REMEMBERED = "dashboard";
 
 /** @type {LabelStream | null} */
 let stream = null;
+/** The seq after which what is shown began. @type {number | null} */
+let start = null;
 
-const detail = new Detail((name, entry) => view.narrow(name, entry));
+const detail = new Detail((name, entry) => view.narrow(name, entry, start));
 const list = new List((event) => detail.show(event));
 const rate = new Rate();
-const byValue = new Counts(byId("by-value"), (val) => view.narrow("values", val));
-const bySource = new Counts(byId("by-source"), (src) => view.narrow("sources", src));
+const byValue = new Counts(byId("by-value"), (val) => view.narrow("values", val, start));
+const bySource = new Counts(byId("by-source"), (src) => view.narrow("sources", src, start));
 const status = new Status();
-const head = new Head(status);
+const head = new Head();
 const snippets = new Snippets();
 const view = new View(open);
 
-/**
- * Show what the view says.
- * @param {boolean} anew  from where it says; else the same stream goes on, narrowed otherwise
- */
-function open(anew) {
-  const { filter } = view;
-  const position = stream?.position ?? null;
+/** Show what the view says, as a reload of its address would. */
+function open() {
   stream?.close();
-  if (anew) list.clear();
-  else list.keep(filter);
-  byValue.clear();
-  bySource.clear();
-  head.clear();
+  for (const part of [list, byValue, bySource, rate, head]) part.clear();
   stream = new LabelStream({
-    ...filter,
-    from: anew || position === null ? view.from : position,
+    ...view.filter,
+    from: view.from,
     remember: REMEMBERED,
+    health: true,
   });
   stream.addEventListener("labels", (event) => take(/** @type {CustomEvent} */ (event).detail));
   stream.addEventListener("state", (event) => {
     const { detail: state } = /** @type {CustomEvent} */ (event);
-    status.show(state, stream?.position ?? null);
+    const position = stream?.position ?? null;
+    start ??= position;
+    status.show(state, position);
+    if (state.name === "live") rate.start();
     if (state.head !== undefined) head.raise(state.head);
   });
   stream.addEventListener("news", (event) => {
     const { detail: news } = /** @type {CustomEvent} */ (event);
     status.news(news);
-    if (news.name === "EpochChanged") list.clear();
+    if (news.name !== "EpochChanged") return;
+    list.clear();
+    start = null;
   });
-  status.show(stream.state, position);
+  start = stream.position;
+  status.show(stream.state, start);
   snippets.show(stream.href);
 }
 
@@ -94,4 +94,4 @@ function draw() {
 
 on("retry", "click", () => stream?.retry());
 setInterval(draw, DRAW_MS);
-open(true);
+open();

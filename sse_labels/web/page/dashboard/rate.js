@@ -1,5 +1,9 @@
 // @ts-check
-/** Labels a second over the last five minutes, as they came live. */
+/**
+ * Labels a second over the last five minutes, as they came live.
+ *
+ * Promises: only whole seconds are shown; the one that runs counts when it is over.
+ */
 
 import { byId, shown } from "./document.js";
 
@@ -10,20 +14,32 @@ const WIDTH = 300;
 const HEIGHT = 60;
 
 export class Rate {
-  /** Labels in each of the last seconds, by second modulo SECONDS. */
-  #counts = new Uint32Array(SECONDS);
+  /** Labels in the second that runs and in each before it, by second modulo the array's length. */
+  #counts = new Uint32Array(SECONDS + 1);
   #second = now();
+  /** The second in which live labels began to come. @type {number | null} */ #since = null;
+
+  clear() {
+    this.#counts.fill(0);
+    this.#since = null;
+  }
+
+  /** Live labels come from now on. */
+  start() {
+    this.#since ??= now();
+  }
 
   /** @param {number} count */
   add(count) {
     this.#turn();
-    this.#counts[this.#second % SECONDS] += count;
+    this.#counts[this.#second % this.#counts.length] += count;
   }
 
   draw() {
     this.#turn();
     byId("rate").textContent = shown(this.#mean(1, 1));
-    byId("rate-minute").textContent = this.#mean(60, 1).toFixed(1);
+    const whole = this.#second - (this.#since ?? this.#second);
+    byId("rate-minute").textContent = this.#mean(Math.max(1, Math.min(60, whole)), 1).toFixed(1);
     const bars = Array.from({ length: BARS }, (_, bar) =>
       this.#mean(BAR_SECONDS, 1 + (BARS - 1 - bar) * BAR_SECONDS),
     );
@@ -40,15 +56,16 @@ export class Rate {
   #mean(seconds, ago) {
     let sum = 0;
     for (let second = ago; second < ago + seconds; second++) {
-      sum += this.#counts[(this.#second - second + 2 * SECONDS) % SECONDS];
+      sum += this.#counts.at((this.#second - second) % this.#counts.length) ?? 0;
     }
     return sum / seconds;
   }
 
   #turn() {
     const second = now();
-    const passed = Math.min(SECONDS, second - this.#second);
-    for (let each = 0; each < passed; each++) this.#counts[(second - each) % SECONDS] = 0;
+    const { length } = this.#counts;
+    const passed = Math.min(length, second - this.#second);
+    for (let each = 0; each < passed; each++) this.#counts[(second - each) % length] = 0;
     this.#second = second;
   }
 }

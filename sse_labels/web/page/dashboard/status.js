@@ -28,7 +28,6 @@ const WORDS = {
 export class Status {
   /** @type {State} */ #state = { name: "connecting", message: "" };
   /** @type {number | null} */ #position = null;
-  #hint = "";
   #last = "";
 
   constructor() {
@@ -39,8 +38,8 @@ export class Status {
   show(state, position) {
     this.#state = state;
     this.#position = position;
-    const { name, error } = state;
-    const what = `${name} ${error ?? ""}`;
+    const { name, error, notReady } = state;
+    const what = `${name} ${error ?? ""} ${notReady ?? ""}`;
     if (what !== this.#last) {
       this.#last = what;
       if (name !== "connecting") this.#note(this.#words(false));
@@ -53,15 +52,9 @@ export class Status {
     this.#note(`${name}: ${message}`);
   }
 
-  /** Why nothing comes although the stream is open. @param {string} text */
-  hint(text) {
-    this.#hint = text;
-    this.#draw();
-  }
-
   #draw() {
-    const { name } = this.#state;
-    byId("state").dataset.state = name;
+    const { name, notReady } = this.#state;
+    byId("state").dataset.state = notReady === undefined ? name : "not-ready";
     byId("retry").hidden = !["reconnecting", "too-slow", "refused"].includes(name);
     const words = this.#words(true);
     const place = byId("state-words");
@@ -70,19 +63,19 @@ export class Status {
 
   /** @param {boolean} now  with what changes by the second */
   #words(now) {
-    const { name, error, message, retryAt, readers } = this.#state;
+    const { name, error, message, notReady, retryAt, readers } = this.#state;
     const known = /** @type {Record<string, string>} */ (WORDS);
+    if (notReady !== undefined) return `${WORDS.NotReady}: ${notReady}${this.#resumes()}`;
     const words = [(error && known[error]) || known[name]];
     if (name === "live" || name === "catching-up") {
-      if (now && this.#hint) words.push(`: but ${this.#hint}`);
-      else if (now && readers && readers > 1) words.push(` · one connection for ${readers} tabs`);
+      if (now && readers && readers > 1) words.push(` · one connection for ${readers} tabs`);
     } else if (name !== "connecting") {
       words.push(`: ${message}`);
       if (name !== "refused") words.push(this.#resumes());
-      if (now && retryAt) {
-        const seconds = Math.max(0, Math.ceil((retryAt - Date.now()) / 1000));
-        words.push(seconds ? ` Next try in ${seconds} s.` : " Trying …");
-      }
+    }
+    if (now && retryAt) {
+      const left = Math.max(0, Math.ceil((retryAt - Date.now()) / 1000));
+      words.push(left ? ` Next try in ${time(left)}.` : " Trying …");
     }
     return words.join("");
   }
@@ -101,4 +94,9 @@ export class Status {
     list.prepend(item);
     while (list.childElementCount > HAPPENED_MAX) list.lastElementChild?.remove();
   }
+}
+
+/** @param {number} seconds */
+function time(seconds) {
+  return seconds < 120 ? `${seconds} s` : `${Math.ceil(seconds / 60)} min`;
 }

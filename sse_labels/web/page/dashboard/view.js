@@ -16,34 +16,46 @@ export class View {
   /** @type {From} */ from = "now";
   /** @type {Required<Filter>} */ filter = filterOf({});
 
-  /** @param {(anew: boolean) => void} changed  `anew`: it starts elsewhere */
+  /** @param {() => void} changed */
   constructor(changed) {
     this.changed = changed;
     on("view", "submit", (event) => {
       event.preventDefault();
-      this.#submit(true);
+      this.#submit();
     });
     on("view", "reset", (event) => {
       event.preventDefault();
-      for (const id of ["values", "sources", "prefix"]) input(id).value = "";
-      this.#submit(false);
+      for (const id of ["values", "sources", "prefix", "seq"]) input(id).value = "";
+      input("from").value = "now";
+      this.#showSeq();
+      this.#submit();
     });
     on("from", "change", () => this.#showSeq());
     addEventListener("popstate", () => {
       this.#read();
-      this.changed(true);
+      this.changed();
     });
     this.#read();
   }
 
-  /** Show only these, from here on. @param {"values" | "sources" | "prefix"} id @param {string} entry */
-  narrow(id, entry) {
+  /**
+   * Show only these, of all that was shown. "Now" and "where I left off" are other places by then,
+   * so the address names the place itself.
+   * @param {"values" | "sources" | "prefix"} id
+   * @param {string} entry
+   * @param {number | null} start  where what is shown began; null: nothing was shown
+   */
+  narrow(id, entry, start) {
     input(id).value = entry;
-    this.#submit(false);
+    if (start !== null && typeof this.from === "string" && this.from !== "everything") {
+      input("from").value = "seq";
+      input("seq").value = String(start);
+      this.#showSeq();
+    }
+    this.#submit();
   }
 
-  /** @param {boolean} anew */
-  #submit(anew) {
+  #submit() {
     const wrong = byId("wrong");
     wrong.hidden = true;
     try {
@@ -54,7 +66,7 @@ export class View {
       return;
     }
     history.pushState(null, "", this.#address());
-    this.changed(anew);
+    this.changed();
   }
 
   /** Take what the form says. @throws {TypeError} */
