@@ -19,7 +19,7 @@ from support.database import TestDatabase, role, until
 from support.labeler import labeler, mirroring, wire_label
 from support.program import failure, ran, running
 from support.reading import reading
-from support.server import PUBLISH_TOKEN, QUICK, RunServer, Server
+from support.server import PUBLISH_TOKEN, QUICK, Gate, RunServer, Server
 
 READ = (
     "SELECT ON label, label_stream, sse_labels_migration",
@@ -37,8 +37,6 @@ LABEL = {
     "val": "spam",
     "cts": "2026-01-01T00:00:00.000Z",
 }
-#: Nothing is polled by itself meanwhile.
-STILL: dict[str, Any] = {"poll_seconds": 3600.0}
 
 
 async def publish(server: Server, **fields: Any) -> httpx.Response:
@@ -144,15 +142,25 @@ async def test_a_right_to_publish_that_is_taken_away_is_named_in_the_log(
 
 
 async def test_whoever_asks_meanwhile_is_not_told_to_try_again(
-    database: TestDatabase, run_server: RunServer, caplog: pytest.LogCaptureFixture
+    database: TestDatabase,
+    run_server: RunServer,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     database.fill(3)
     name = f"role_{database.name}"
     with role(database, *READ) as dsn:
         async with (
-            run_server(dsn, **STILL) as server,
+            run_server(dsn) as server,
             httpx.AsyncClient(base_url=server.url, verify=False) as client,
         ):
+            # The sequencer, which would end the server, does not look meanwhile.
+            gate = Gate()
+            monkeypatch.setattr(
+                server.app.store, "rows_after", gate.before(server.app.store.rows_after)
+            )
+            server.app.sequencer.wake()
+            await gate.reached.wait()
             database.execute(f"REVOKE SELECT ON label FROM {name}")
             query = "/xrpc/com.atproto.label.queryLabels?uriPatterns=*"
             assert name not in refused(await client.get(query), 500, "DatabaseRefused")
