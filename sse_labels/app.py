@@ -126,7 +126,9 @@ class App:
             gather_seconds=settings.gather_seconds,
             watchers=watchers,
         )
-        self.listener = Listener(self.store, self.metrics, self.sequencer.wake)
+        self.listener = Listener(
+            self.store, self.metrics, self.sequencer.wake, self.sequencer.floor_raised
+        )
         self.pages = Pages(
             self.store,
             lambda: self.sequencer.head,
@@ -150,7 +152,7 @@ class App:
         self.retention = Retention(
             self.store,
             lambda: self.sequencer.head,
-            self.sequencer.expect,
+            self.sequencer.look_at_state,
             self.metrics,
             max_age_seconds=settings.retention_max_age_seconds,
             max_labels=settings.retention_max_labels,

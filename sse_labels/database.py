@@ -385,21 +385,22 @@ class Connection:
         kind = "SCHEMA " if task == "migrate" else ""
         return f"{said}: GRANT {needed} ON {kind}{thing} TO {self._raw.raw.info.user}"
 
-    async def notified(self, timeout_seconds: float) -> bool:
-        """Wait for a notification; say whether one came. All that wait are taken at once."""
+    async def notified(self, timeout_seconds: float) -> set[str]:
+        """Wait for a notification; return the payloads of all that wait, none if none came."""
+        payloads: set[str] = set()
         try:
             async with asyncio.timeout(timeout_seconds):
-                await self._raw.notifies.get()
+                payloads.add((await self._raw.notifies.get()).payload)
             with contextlib.suppress(asyncio.QueueEmpty):
                 while True:
                     # Raises the loss of the connection too, when it came with the notification.
-                    self._raw.notifies.get_nowait()
+                    payloads.add(self._raw.notifies.get_nowait().payload)
         except TimeoutError:
-            return False
+            return payloads
         except psycopg2.Error as error:
             self.close()
             raise DatabaseUnavailable(str(error).strip() or "the connection was lost") from error
-        return True
+        return payloads
 
     def close(self) -> None:
         """Close at once; a statement under way is abandoned."""

@@ -25,15 +25,27 @@ log = logging.getLogger(__name__)
 SILENCE_SECONDS = 10.0
 #: … within this time.
 ANSWER_SECONDS = 5.0
+#: What a notification carries when the floor was raised; that of new labels carries nothing.
+FLOOR = "floor"
 
 
 class Listener:
-    """Calls `wake` whenever labels may have been committed; `run` is its one task."""
+    """Calls `wake` whenever labels may have been committed; `run` is its one task.
 
-    def __init__(self, store: Store, metrics: Metrics, wake: Callable[[], None]) -> None:
+    And `floor_raised` whenever the floor may have been raised.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        metrics: Metrics,
+        wake: Callable[[], None],
+        floor_raised: Callable[[], None],
+    ) -> None:
         self._store = store
         self._metrics = metrics
         self._wake = wake
+        self._floor_raised = floor_raised
         #: Set while notifications are being received.
         self.listening = asyncio.Event()
 
@@ -49,10 +61,13 @@ class Listener:
                         self._metrics.count["database_reconnects"] += 1
                     await connection.fetch("listen")
                     self.listening.set()
+                    self._floor_raised()
                     self._wake()
                     backoff.reset()
                     while True:
-                        if await connection.notified(SILENCE_SECONDS):
+                        if heard := await connection.notified(SILENCE_SECONDS):
+                            if FLOOR in heard:
+                                self._floor_raised()
                             self._wake()
                         else:
                             await connection.fetch("ping", timeout_seconds=ANSWER_SECONDS)

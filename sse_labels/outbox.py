@@ -45,7 +45,7 @@ class Events(NamedTuple):
 
 
 class Outdated(NamedTuple):
-    """What follows starts at `floor`: events between the cursor and the floor are gone."""
+    """What follows starts at `floor`: events between the cursor and that seq are gone."""
 
     cursor: int
     floor: int
@@ -302,6 +302,9 @@ class Outbox:
 
         Returns None when others had their turn and one should look again.
         """
+        outdated = self._skip_what_is_gone()
+        if outdated is not None:
+            return outdated
         if self._snapshot is not None:
             return await self._fold(self._snapshot)
         waiting = self._cut_over()
@@ -333,11 +336,30 @@ class Outbox:
             return Silence()
         if self.closed is not None:
             raise self.closed
-        cursor, found = self.position, self._take_page()
-        if found.floor > cursor + 1:
-            self._next = Events([found.chunk])
-            return Outdated(cursor, found.floor)
-        return Events(self._advance([found.chunk]))
+        assert self._reading is not None  # noqa: S101 - `_page_arrived` started it
+        page, self._reading = self._reading.result(), None
+        # The floor may have risen since it was asked for; what is below it is cut off then.
+        outdated = self._skip_what_is_gone()
+        self._read_ahead(page)
+        if outdated is not None:
+            self._next = Events([page.chunk])
+            return outdated
+        return Events(self._advance([page.chunk]))
+
+    def _skip_what_is_gone(self) -> Outdated | None:
+        """Go on from the floor when the position is below it; return what to say, if anything."""
+        cursor, floor = self.position, self._sequencer.floor
+        if cursor + 1 >= floor:
+            return None
+        if self._reading is not None:
+            self._reading.cancel()
+            self._reading = None
+        if self._snapshot is not None and not self._snapshot.resumed:
+            # What a new consumer does not get is not missing.
+            self.position = min(floor - 1, self._snapshot.until)
+            return None
+        self.position = self._sequencer.oldest - 1
+        return Outdated(cursor, self._sequencer.oldest)
 
     def _cut_over(self) -> list[Chunk] | None:
         """Subscribe when the ring holds less than a page to come; return that rest, else None.
@@ -363,14 +385,15 @@ class Outbox:
         await asyncio.wait({self._reading}, timeout=self._heartbeat_seconds)
         return self._reading.done()
 
-    def _take_page(self) -> Page:
-        """Return the page that arrived; the next one is read while this one is being written."""
-        assert self._reading is not None  # noqa: S101 - `_page_arrived` started it
-        page = self._reading.result()
-        in_ring = self._snapshot is None and self._sequencer.ring.covers(page.chunk.end)
-        more = page.full and not in_ring
-        self._reading = self._read(page.chunk.end) if more else None
-        return page
+    def _read_ahead(self, page: Page) -> None:
+        """Read the next page while this one is being written."""
+        cursor = max(page.chunk.end, self.position)
+        if self._snapshot is None:
+            more = page.full and not self._sequencer.ring.covers(cursor)
+        else:
+            more = page.full and cursor < self._snapshot.until
+        if more:
+            self._reading = self._read(cursor)
 
     def _read(self, cursor: int) -> asyncio.Task[Page]:
         task = asyncio.create_task(self._read_patiently(cursor), name=f"backfill after {cursor}")
@@ -383,7 +406,9 @@ class Outbox:
         backoff = Backoff()
         while True:
             try:
-                return await self._pages.read(cursor, self._narrowed, self._snapshot)
+                page = await self._pages.read(cursor, self._narrowed, self._snapshot)
+                if page.floor > self._sequencer.floor:
+                    await self._sequencer.look_at_state()
             except DatabaseRefused as error:
                 log.error("a backfill is refused: error=%s", error)
                 raise HistoryRefused from error
@@ -391,6 +416,8 @@ class Outbox:
                 wait = backoff.next()
                 log.info("a backfill waits: error=%s next_try_seconds=%.1f", error, wait)
                 await asyncio.sleep(wait)
+            else:
+                return page
 
     def _advance(self, chunks: list[Chunk]) -> list[Chunk]:
         """Move the position over `chunks`; drop what lies before it (the cursor was ahead)."""

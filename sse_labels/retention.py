@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from sse_labels.database import Connection
 from sse_labels.errors import DatabaseRefused, DatabaseUnavailable
@@ -34,7 +34,7 @@ class Retention:
         self,
         store: Store,
         head: Callable[[], int],
-        expect: Callable[[State], None],
+        look: Callable[[], Awaitable[State]],
         metrics: Metrics,
         *,
         max_age_seconds: float | None,
@@ -43,9 +43,10 @@ class Retention:
         batch_labels: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`look` reads the state, and keeps what is below its floor from being served."""
         self._store = store
         self._head = head
-        self._expect = expect
+        self._look = look
         self._metrics = metrics
         self._max_age_seconds = max_age_seconds
         self._max_labels = max_labels
@@ -54,7 +55,6 @@ class Retention:
         self._clock = clock
         self._floor = 0
         self._swept = clock()
-        metrics.gauges["floor_seq"] = lambda: self._floor
         metrics.gauges["sweep_age_seconds"] = self.sweep_age_seconds
 
     def sweep_age_seconds(self) -> float:
@@ -67,10 +67,8 @@ class Retention:
         """Sweep until cancelled; while the database is away nothing is deleted."""
         while True:
             try:
-                state = await self._store.state()
-                self._floor = state.floor
-                # The sequencer would notice a new epoch only at its next connection.
-                self._expect(state)
+                # Whoever raises the floor, and a new epoch too, is noticed here at the latest.
+                self._floor = (await self._look()).floor
                 if self._store.may_delete or self._store.may_publish:
                     await self.sweep()
             except DatabaseUnavailable as error:
@@ -95,6 +93,7 @@ class Retention:
             horizon = await self._horizon(connection)
             if horizon > self._floor:
                 self._floor = await self._store.raise_floor(connection, horizon)
+                await self._look()
             deleted = await self._delete(connection)
             self._swept = self._clock()
             if deleted:

@@ -55,10 +55,24 @@ class Ring:
         if self._young == MERGE_COUNT:
             self._merge_young()
         while self.nbytes > self._max_bytes and len(self._chunks) > 1:
-            oldest = self._chunks.popleft()
-            self.nbytes -= oldest.nbytes
-            self.start = oldest.end
+            self._drop_oldest()
         self._young = min(self._young, len(self._chunks))
+
+    def forget_below(self, floor: int) -> None:
+        """Let go of everything below `floor`; the head stays."""
+        start = min(floor - 1, self.end)
+        if start <= self.start:
+            return
+        while self._chunks and self._chunks[0].end <= start:
+            self._drop_oldest()
+        if self._chunks:
+            oldest = self._chunks[0]
+            kept = self._chunks[0] = oldest.after(start)
+            self.nbytes += kept.nbytes - oldest.nbytes
+        self.start = start
+        self._young = min(self._young, len(self._chunks))
+        for key in [key for key in self._pages if key[0] < start]:
+            self._pages_nbytes -= kept_nbytes(self._pages.pop(key), key[2])
 
     def covers(self, cursor: int) -> bool:
         """Say whether everything after `cursor` is here; true for a cursor beyond the head."""
@@ -115,6 +129,11 @@ class Ring:
         first = max(0, bisect_right(self._chunks, cursor, key=_start) - 1)
         for index in range(first, len(self._chunks)):
             yield self._chunks[index]
+
+    def _drop_oldest(self) -> None:
+        oldest = self._chunks.popleft()
+        self.nbytes -= oldest.nbytes
+        self.start = oldest.end
 
     def _merge_young(self) -> None:
         young = [self._chunks.pop() for _ in range(self._young)][::-1]

@@ -77,13 +77,19 @@ class Sequencer:
         self._subscribers: dict[Filter | None, dict[Subscriber, None]] = {}
         self._rule: SettledRule | None = None
         self._sampled = -SAMPLE_SECONDS
+        self._look_at_floor = False
         self.ring = Ring(0, ring_max_bytes)
+        #: Nothing below it is served any more.
+        self.floor = 1
+        #: What a reader below the floor gets first.
+        self.oldest = 1
         #: Which seqs belong together; None when the database does not say.
         self.epoch: str | None = None
         self.started = asyncio.Event()
         #: Whether the last look at the table succeeded.
         self.following = False
         metrics.gauges["head_seq"] = lambda: self.head
+        metrics.gauges["floor_seq"] = lambda: self.floor
         metrics.gauges["following"] = lambda: self.following
         metrics.gauges["ring_bytes"] = lambda: self.ring.nbytes
         metrics.gauges["ring_chunks"] = lambda: len(self.ring)
@@ -117,6 +123,11 @@ class Sequencer:
     def wake(self) -> None:
         """Look at the table soon: something may be new there."""
         self._wake.set()
+
+    def floor_raised(self) -> None:
+        """Look at the floor soon: it may be higher."""
+        self._look_at_floor = True
+        self.wake()
 
     async def run(self) -> None:
         """Follow the table until cancelled; wait for a lost database.
@@ -153,30 +164,46 @@ class Sequencer:
                 log.critical("the sequencer stops, a promise is broken: error=%s", error)
                 raise
 
-    def expect(self, state: State) -> None:
-        """Raise BrokenPromise when the database is in another epoch than what is streamed."""
+    async def look_at_state(self) -> State:
+        """Read what readers must know beside the labels; serve nothing below its floor any more.
+
+        Raises DatabaseUnavailable, and BrokenPromise when the database is in another epoch than
+        what is streamed.
+        """
+        head = self.head
+        state = await self._store.state()
         if self.started.is_set() and state.epoch != self.epoch:
             raise BrokenPromise(
                 f"the database has begun epoch {state.epoch}, and {self.head} has been streamed in "
                 f"epoch {self.epoch}: restart, to stream the new one"
             )
+        self._forget_below(state, head)
+        return state
+
+    def _forget_below(self, state: State, head: int) -> None:
+        """Go on from the floor of a state that was read when `head` was settled."""
+        if state.floor >= self.floor:
+            self.floor, self.oldest = state.floor, state.oldest(head)
+            self.ring.forget_below(self.floor)
 
     async def _start(self, connection: Connection) -> None:
         """Find the head, or after a reconnect make sure that the rule still holds."""
         await self._store.check()
-        epoch = (await self._store.state()).epoch
+        head = self.head
+        state = await self._store.state()
         newest = await self._store.newest(connection)
         holders = await self._store.sequence_holders(connection)
         if self._rule is not None:
-            if newest < self.head or epoch != self.epoch:
+            if newest < self.head or state.epoch != self.epoch:
                 raise BrokenPromise(
                     f"the database went back or was rebuilt: its newest seq is {newest} in epoch "
-                    f"{epoch}, {self.head} has been streamed in epoch {self.epoch}"
+                    f"{state.epoch}, {self.head} has been streamed in epoch {self.epoch}"
                 )
+            self._forget_below(state, head)
             self._rule.renew(holders)
             self.following = True
             return
-        self.epoch = epoch
+        self.epoch = state.epoch
         # All that is at or below `newest` is settled once today's holders have ended.
         since, due = self._clock(), HOLE_LOG_SECONDS
         waiting = holders
@@ -191,8 +218,11 @@ class Sequencer:
             self._wake.clear()
             await self._pause(self._clock() - since)
             waiting &= await self._store.sequence_holders(connection)
+        # Once more: only now is all that it says settled.
+        state = await self._store.state()
         self._rule = SettledRule(newest, self._clock)
         self.ring = Ring(newest, self._ring_max_bytes)
+        self._forget_below(state, newest)
         self.following = True
         self.started.set()
         log.info("following: head=%s", newest)
@@ -201,6 +231,9 @@ class Sequencer:
         while True:
             # Cleared before the table is read: a wake that comes meanwhile is not lost.
             self._wake.clear()
+            if self._look_at_floor:
+                self._look_at_floor = False
+                await self.look_at_state()
             begun = self._clock()
             chunk, more = await self._look(connection)
             self.following = True
@@ -255,7 +288,8 @@ class Sequencer:
         It stays below the head of the server that deletes, and that may be ahead of this one.
         Read after the rows, as `Store.page` does: rows that it took show as a gap before them.
         """
-        floor = (await self._store.state()).floor
+        state = await self._store.state()
+        floor = state.floor
         if floor <= rule.head + 1:
             return False
         log.warning(
@@ -264,6 +298,7 @@ class Sequencer:
         # Whoever deletes has seen its own head settle, and that is true for all.
         rule.publish(floor - 1)
         self.ring = Ring(floor - 1, self._ring_max_bytes)
+        self._forget_below(state, floor - 1)
         for group in tuple(self._subscribers.values()):
             for subscriber in tuple(group):
                 subscriber.fall_back()

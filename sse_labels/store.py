@@ -51,10 +51,24 @@ class Snapshot(NamedTuple):
 
 
 class State(NamedTuple):
-    """The oldest seq still kept, and which seqs belong together (None: not kept here)."""
+    """What readers must know beside the labels.
+
+    Nothing below `floor` is kept; which seqs belong together (None: not kept here); and the first
+    label that is kept, settled or not.
+    """
 
     floor: int
     epoch: str | None
+    first: int | None = None
+
+    def oldest(self, head: int) -> int:
+        """Return the first seq that a reader below the floor can get.
+
+        `head` was settled when this was read; of what is above it smaller seqs may yet come.
+        """
+        if self.first is not None and self.first <= head:
+            return self.first
+        return max(self.floor, head + 1)
 
 
 class Store:
@@ -156,8 +170,8 @@ class Store:
         """Return what readers must know beside the labels."""
         if not self.has_state:
             return State(floor=1, epoch=None)
-        [(floor, epoch, _)] = await self._database.fetch("state")
-        return State(floor, epoch)
+        [(floor, epoch, _, first)] = await self._database.fetch("state")
+        return State(floor, epoch, first)
 
     async def claim_epoch(self) -> str | None:
         """Return the epoch; a new one when this database was rebuilt since it was last claimed.
@@ -166,7 +180,7 @@ class Store:
         """
         if not self.has_state:
             return None
-        [(_, before, known)] = await self._database.fetch("state")
+        [(_, before, known, _)] = await self._database.fetch("state")
         [(identity,)] = await self._database.fetch("identity")
         if known == identity or (known is None and not self.may_claim):
             return str(before)
@@ -369,7 +383,7 @@ class Store:
 
     async def raise_floor(self, connection: Connection, floor: int) -> int:
         """Raise the floor, committed when this returns; return where it stands."""
-        [(raised,)] = await connection.fetch("raise_floor", floor=floor)
+        [(raised, _)] = await connection.fetch("raise_floor", floor=floor)
         return int(raised)
 
     async def delete_below_floor(self, connection: Connection, limit: int) -> int:

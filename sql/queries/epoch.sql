@@ -1,6 +1,8 @@
 -- name: state
--- One row: the floor; the epoch; the identity it was last seen in, or null.
-SELECT floor, epoch::text, identity FROM label_stream;
+-- One row: the floor; the epoch; the identity it was last seen in, or null; the first label at or
+-- above the floor, settled or not, or null.
+SELECT floor, epoch::text, identity, (SELECT min(id) FROM label WHERE id >= floor)
+  FROM label_stream;
 
 -- name: identity
 -- One row: cluster, database and timeline. Each changes when a database is rebuilt from a backup.

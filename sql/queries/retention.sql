@@ -19,8 +19,9 @@ SELECT max(seq) + 1 FROM label_clock
 SELECT id FROM label WHERE id <= %(head)s ORDER BY id DESC OFFSET %(labels)s - 1 LIMIT 1;
 
 -- name: raise_floor
--- One row: the floor, which never sinks.
-UPDATE label_stream SET floor = greatest(floor, %(floor)s) RETURNING floor;
+-- One row: the floor, which never sinks. Every process that listens is told.
+UPDATE label_stream SET floor = greatest(floor, %(floor)s)
+RETURNING floor, pg_notify('label_channel', 'floor');
 
 -- name: delete_below_floor
 -- One row: how many labels below the floor were deleted, the oldest first.

@@ -71,7 +71,7 @@ class UpstreamStore:
 
     async def own_epoch(self) -> str:
         """Return the epoch of the database that labels are stored in."""
-        [(_, epoch, _)] = await self._connection.fetch("state")
+        [(_, epoch, *_)] = await self._connection.fetch("state")
         return str(epoch)
 
     async def note_epoch(self, epoch: str) -> None:

@@ -121,8 +121,8 @@ class StreamHandler:
         self._places = share.streams if share else Tally.alone()
         self._messages = Messages(settings.ring_max_bytes // MESSAGES_SHARE)
         self._open: dict[str, Visit] = {}
-        #: The state that new consumers begin with, and when it was the newest, since 1970.
-        self._shared: tuple[Snapshot, float] | None = None
+        #: The state that new consumers begin with, when it was new, since 1970, and the floor then.
+        self._shared: tuple[Snapshot, float, int] | None = None
         self._stopping = False
         self._worker = share.index + 1 if share else 1
         metrics.gauges["streams"] = lambda: len(self._open)
@@ -200,15 +200,18 @@ class StreamHandler:
             return Snapshot(head, resumed=True), since
         now = self._expiry.clock()
         if self._shared is None or not self._may_share(*self._shared, head, now):
-            self._shared = Snapshot(head, resumed=False), now
-        snapshot, begun = self._shared
+            self._shared = Snapshot(head, resumed=False), now, self._sequencer.floor
+        snapshot, begun, _ = self._shared
         return snapshot, None if since is None else min(since, begun)
 
-    def _may_share(self, snapshot: Snapshot, begun: float, head: int, now: float) -> bool:
+    def _may_share(
+        self, snapshot: Snapshot, begun: float, floor: int, head: int, now: float
+    ) -> bool:
         """Say whether a state that was the newest then is new enough."""
         # Either may be less than nothing: another database, a clock that was set.
         return (
-            0 <= head - snapshot.until <= SNAPSHOT_SHARED_EVENTS
+            floor == self._sequencer.floor
+            and 0 <= head - snapshot.until <= SNAPSHOT_SHARED_EVENTS
             and 0 <= now - begun <= SNAPSHOT_SHARED_SECONDS
         )
 

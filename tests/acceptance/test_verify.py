@@ -49,6 +49,7 @@ from support.program import (
     ran_all,
     running,
 )
+from support.reading import Reader, reading
 
 SRC = "did:plc:" + "s" * 24
 KEY = SigningKey(b"\x1f" * 32)
@@ -258,6 +259,44 @@ def test_retention_is_told_and_takes_nothing_from_soundness(database: TestDataba
     report = report_of(run)
     assert (report["events"], report["holes"]["count"]) == (10, 0)
     assert report["news"][0].startswith("OutdatedCursor: ")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_retention_took_is_in_no_ring(database: TestDatabase, workers: int) -> None:
+    retention = ("--retention-max-labels=100", "--retention-sweep-seconds=0.5")
+    with serving(database, *retention, f"--workers={workers}") as url:
+        for _ in range(18):
+            database.fill(100)
+        asyncio.run(until(lambda: len(database.stored()) == 100))
+        # The worker that does not delete has been told as well.
+        asyncio.run(until(lambda: floors(url) == ["1701"] * workers))
+        run = ran("verify", url, "--json")
+        assert run.process.returncode == 0, run.output
+        report = report_of(run)
+        # All that is kept, by the stream and by queries, whichever worker answers.
+        for _ in range(4 * workers):
+            again = asyncio.run(from_start(url, 1800))
+            assert [news["floor"] for _, news in again.news] == [1701]
+            assert again.events == database.stored()
+        queried = httpx.get(
+            f"{url}/xrpc/com.atproto.label.queryLabels", params={"uriPatterns": "*", "limit": 250}
+        )
+    assert len(queried.json()["labels"]) == 100
+    assert (report["events"], kinds(report)) == (100, {})
+    assert report["news"] == ["OutdatedCursor: cursor 0 is below the floor: going on from seq 1701"]
+
+
+def floors(url: str) -> list[str]:
+    """What each worker takes for the floor."""
+    text = httpx.get(f"{url}/metrics").text
+    return re.findall(r"^sse_labels_floor_seq\S* (\d+)", text, re.MULTILINE)
+
+
+async def from_start(url: str, seq: int) -> Reader:
+    """What a stream from the beginning brings up to a seq."""
+    async with reading(f"{url}/stream", cursor=0) as reader:
+        await reader.until_seq(seq)
+    return reader
 
 
 def test_a_protected_server_is_verified_with_a_token_that_nothing_shows(

@@ -11,9 +11,9 @@ from sse_labels.app import App
 from sse_labels.config import Settings
 from sse_labels.errors import ConfigError, DatabaseUnavailable
 from sse_labels.pages import Pages
-from sse_labels.store import Page
+from sse_labels.store import Page, State, Store
 
-from support.database import TestDatabase, insert_with
+from support.database import TestDatabase, insert_with, until
 from support.reading import reading
 from support.server import Gate, RunServer, Server
 
@@ -129,6 +129,172 @@ async def test_running_backfill_that_retention_overtakes_is_told_and_skips_nothi
     assert [name for name, _ in reader.news] == ["info"]
     assert reader.news[0][1]["floor"] == 71
     assert reader.events == before[:20] + database.stored()
+
+
+async def test_labels_that_are_gone_leave_the_ring_too(
+    server: Server, database: TestDatabase
+) -> None:
+    database.fill(300)
+    await at_head(server, 300)
+    async with reading(server.stream_url) as live:
+        await sweep(server, max_labels=100)
+        assert server.app.sequencer.ring.start == 200
+        async with reading(server.stream_url, cursor=0) as reader:
+            await reader.until_seq(300)
+        [after] = database.insert(1)
+        await live.until_seq(after)
+    assert [news["floor"] for _, news in reader.news] == [201]
+    assert reader.events == database.stored()[:-1]
+    # Who is live goes on and is told nothing.
+    assert (live.news, live.events) == ([], database.stored(300))
+
+
+async def test_servers_that_do_not_delete_hear_of_the_floor(
+    run_server: RunServer, database: TestDatabase
+) -> None:
+    async with run_server(retention_sweep_seconds=3600) as other, run_server() as deleting:
+        await other.app.listener.listening.wait()
+        database.fill(300)
+        await at_head(other, 300)
+        await at_head(deleting, 300)
+        await sweep(deleting, max_labels=100)
+        await until(lambda: other.app.sequencer.floor == 201)
+        async with reading(other.stream_url, cursor=0) as reader:
+            await reader.until_seq(300)
+    assert [news["floor"] for _, news in reader.news] == [201]
+    assert reader.events == database.stored()
+
+
+@pytest.mark.parametrize("listens", [False, True])
+async def test_floor_that_was_raised_by_hand_is_noticed_by_the_next_sweep_or_notification(
+    run_server: RunServer, database: TestDatabase, listens: bool
+) -> None:
+    async with run_server(retention_sweep_seconds=3600 if listens else 0.05) as server:
+        await server.app.listener.listening.wait()
+        database.fill(30)
+        await at_head(server, 30)
+        database.execute("UPDATE label_stream SET floor = 11")
+        if listens:
+            database.execute("NOTIFY label_channel, 'floor'")
+        await until(lambda: server.app.sequencer.floor == 11)
+        async with reading(server.stream_url, cursor=0) as reader:
+            await reader.until_seq(30)
+    assert [news["floor"] for _, news in reader.news] == [11]
+    assert [event["seq"] for event in reader.events] == list(range(11, 31))
+
+
+async def test_floor_that_was_raised_while_nobody_listened_is_noticed_then(
+    run_server: RunServer, database: TestDatabase
+) -> None:
+    async with run_server(retention_sweep_seconds=3600) as server:
+        await server.app.listener.listening.wait()
+        database.fill(30)
+        await at_head(server, 30)
+        database.execute("UPDATE label_stream SET floor = 11")
+        database.terminate(database.backends("LISTEN|^SELECT 1"))
+        await until(lambda: server.app.sequencer.floor == 11)
+
+
+async def test_nothing_below_the_floor_is_served_while_its_rows_are_there(
+    run_server: RunServer, database: TestDatabase
+) -> None:
+    database.fill(100)
+    async with run_server(page_max_events=10) as server:
+        # Its pages are kept, and so is a snapshot.
+        async with reading(server.stream_url, cursor=0) as reader:
+            await reader.until_seq(100)
+        async with reading(server.stream_url, snapshot="active") as reader:
+            await reader.until_news("info")
+        # As a sweep leaves it that was killed.
+        database.execute("UPDATE label_stream SET floor = 61")
+        await server.app.sequencer.look_at_state()
+        async with reading(server.stream_url, cursor=0) as reader:
+            await reader.until_seq(100)
+        async with reading(server.stream_url, snapshot="active") as new:
+            complete = await new.until_news("info")
+    # And one that starts now.
+    async with run_server() as server, reading(server.stream_url, cursor=0) as later:
+        await later.until_seq(100)
+    assert len(database.stored()) == 100
+    for told in (reader, later):
+        assert [news["floor"] for _, news in told.news] == [61]
+        assert told.events == database.stored(60)
+    assert (complete["name"], complete["seq"]) == ("SnapshotComplete", 100)
+    assert {event["seq"] for event in new.events} == {
+        event["seq"] for event in database.stored(60) if not event["labels"][0].get("neg")
+    }
+
+
+async def test_new_consumers_share_no_snapshot_of_before_the_floor(
+    server: Server, database: TestDatabase
+) -> None:
+    database.fill(20)
+    await at_head(server, 20)
+    async with reading(server.stream_url, snapshot="active") as reader:
+        await reader.until_news("info")
+    database.fill(20)
+    await at_head(server, 40)
+    await sweep(server, max_labels=10)
+    async with reading(server.stream_url, snapshot="active") as reader:
+        complete = await reader.until_news("info")
+    assert (complete["name"], complete["seq"]) == ("SnapshotComplete", 40)
+    assert [event["seq"] for event in reader.events] == [
+        event["seq"] for event in database.stored() if not event["labels"][0].get("neg")
+    ]
+
+
+@pytest.mark.parametrize("in_ring", [False, True])
+@pytest.mark.parametrize("query", [{}, {"values": "rude"}, {"values": "nobody"}])
+async def test_number_is_the_first_seq_that_follows(
+    run_server: RunServer, database: TestDatabase, in_ring: bool, query: dict[str, str]
+) -> None:
+    database.fill(10)
+    async with run_server() as server:
+        if not in_ring:
+            database.execute("SELECT setval('label_id_seq', 100)")
+            database.fill(10)
+            await at_head(server, 110)
+    async with run_server() as server:
+        if in_ring:
+            database.execute("SELECT setval('label_id_seq', 100)")
+            database.fill(10)
+            await at_head(server, 110)
+        database.execute("UPDATE label_stream SET floor = 50")
+        await server.app.sequencer.look_at_state()
+        async with reading(server.stream_url, cursor=5, **query) as below:
+            await below.until_seq(110)
+        # Of what comes after 49 nothing is gone.
+        async with reading(server.stream_url, cursor=49, **query) as above:
+            await above.until_seq(110)
+    [(_, news)] = below.news
+    assert (news["name"], news["floor"]) == ("OutdatedCursor", 101)
+    assert "going on from seq 101" in news["message"]
+    assert (above.news, above.events) == ([], below.events)
+
+
+async def test_looking_for_a_floor_costs_no_query_while_all_is_quiet(
+    run_server: RunServer, database: TestDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with run_server(poll_seconds=0.01, retention_sweep_seconds=3600) as server:
+        await server.app.listener.listening.wait()
+        database.fill(10)
+        await at_head(server, 10)
+        store, asked = server.app.store, []
+        rows_after = store.rows_after
+
+        async def counted(*arguments: Any) -> Any:
+            asked.append("rows")
+            return await rows_after(*arguments)
+
+        async def state() -> State:
+            asked.append("state")
+            return await Store.state(store)
+
+        monkeypatch.setattr(store, "state", state)
+        monkeypatch.setattr(store, "rows_after", counted)
+        database.insert(5)
+        await until(lambda: len(asked) >= 30)
+    assert set(asked) == {"rows"}
 
 
 async def test_deleting_does_not_wait_for_or_block_writers(

@@ -92,7 +92,8 @@ class Database:
             self.waiting.append(answer)
             await answer
         if name == "state":
-            return [(self.floor, "epoch", None)]
+            first = min((seq for seq in self.rows if seq >= self.floor), default=None)
+            return [(self.floor, "epoch", None, first)]
         assert name == "rows_after"
         return [self.rows[seq] for seq in sorted(self.rows) if seq > cursor][:limit]
 
@@ -117,6 +118,10 @@ class Consumer:
     caught_up: bool = False
     #: Readings that began when the stream had ended already.
     late_readings: int = 0
+    #: The floor that was known when the reading began.
+    known_floor: int = 1
+    #: A page that was read before it was told to be below the floor comes next.
+    holds_page: bool = False
     gone: bool = False
 
 
@@ -162,6 +167,8 @@ class Delivery(RuleBasedStateMachine):
             seq += gap
             self.database.rows[seq] = make_row(seq)
         self.sequencer.ring = Ring(seq, ring_max_bytes)
+        #: Every floor there was.
+        self.floors = [1]
         #: Every seq that was ever settled.
         self.published = sorted(self.database.rows)
         #: The chunks that were published: start, end.
@@ -253,9 +260,20 @@ class Delivery(RuleBasedStateMachine):
         """Retention says first what it takes, and takes it then or later."""
         head = self.sequencer.head
         self.database.floor = max(self.database.floor, round(part * (head + 1)))
+        self.floors.append(self.database.floor)
         if deletes:
             for seq in [seq for seq in self.database.rows if seq < self.database.floor]:
                 del self.database.rows[seq]
+
+    @rule()
+    def hear_of_the_floor(self) -> None:
+        """A notification, or the next sweep."""
+        looking = self.loop.create_task(self.sequencer.look_at_state())
+        self.turn(1)
+        while not looking.done():
+            self.answer(len(self.database.waiting) - 1, fails=False)
+        assert self.sequencer.floor == self.database.floor
+        assert self.sequencer.ring.start >= min(self.database.floor - 1, self.sequencer.head)
 
     @precondition(lambda self: self.database.waiting)
     @rule(number=st.integers(0, 5), fails=st.sampled_from([False, False, False, True]))
@@ -370,6 +388,7 @@ class Delivery(RuleBasedStateMachine):
     def start_reading(self, consumer: Consumer) -> None:
         if consumer.reading is None:
             consumer.late_readings += consumer.outbox.closed is not None
+            consumer.known_floor = self.sequencer.floor
             consumer.reading = self.loop.create_task(_next(consumer.steps))
 
     def leave(self, consumer: Consumer) -> None:
@@ -398,17 +417,30 @@ class Delivery(RuleBasedStateMachine):
             case Events(chunks):
                 # Whoever does not read holds a page of history at most.
                 assert consumer.caught_up or sum(map(len, chunks)) <= self.page_max_events
+                # Nothing below a floor that is known is read for it.
+                seqs = [seq for chunk in chunks for seq in chunk.seqs]
+                assert (
+                    consumer.caught_up
+                    or consumer.holds_page
+                    or min(seqs, default=consumer.known_floor) >= consumer.known_floor
+                )
                 for chunk in chunks:
                     self.receive(consumer, list(chunk.seqs), chunk.data)
             case Outdated(cursor, floor):
                 assert cursor == consumer.position
-                assert cursor + 1 < floor <= self.database.floor
+                # What follows is the first that is kept.
+                assert any(
+                    cursor + 1 < low <= floor
+                    and not any(low <= seq < floor for seq in self.published)
+                    for low in self.floors
+                )
                 consumer.outdated.append((cursor, floor))
             case CaughtUp():
                 assert not consumer.caught_up
                 consumer.caught_up = True
             case Silence():
                 pass
+        consumer.holds_page = isinstance(step, Outdated)
         # A reconnect starts from here: it never goes back, and nothing up to it may be missing.
         assert consumer.outbox.position >= consumer.position
         consumer.position = consumer.outbox.position

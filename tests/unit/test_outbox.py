@@ -35,11 +35,12 @@ from sse_labels.outbox import (
     Outbox,
     Outdated,
     Silence,
+    SnapshotComplete,
     Step,
 )
 from sse_labels.ring import Ring
 from sse_labels.sequencer import Sequencer
-from sse_labels.store import Page
+from sse_labels.store import Page, Snapshot, State
 
 from support.virtual_time import virtual_time
 
@@ -73,9 +74,9 @@ class Bench:
         """`history` events stand in the table before the ring begins."""
         self.page_max_events = page_max_events
         self.metrics = Metrics()
-        nowhere: Any = None
+        store: Any = self
         self.sequencer = Sequencer(
-            nowhere,
+            store,
             self.metrics,
             page_max_events=page_max_events,
             ring_max_bytes=ring_max_bytes,
@@ -122,6 +123,11 @@ class Bench:
         """Retention: the floor rises first, then the rows go."""
         self.floor = floor
         self.table = [row for row in self.table if row[0] >= floor]
+
+    async def state(self) -> State:
+        """As `Store.state` does."""
+        kept = [row[0] for row in self.table if row[0] >= self.floor]
+        return State(self.floor, None, kept[0] if kept else None)
 
     async def read(self, cursor: int, narrowed: Filter | None, _snapshot: None = None) -> Page:
         """As `Pages.read` does, from the list."""
@@ -956,6 +962,102 @@ class TestRetention:
         assert await until_caught_up(steps) == []
         bench.publish(11)
         assert seqs_of(await anext(steps)) == [11]
+        await steps.aclose()
+
+    @virtual_time
+    async def test_a_reader_of_the_ring_that_falls_below_the_floor_is_told(self) -> None:
+        bench = Bench(page_max_events=4)
+        for seq in range(1, 31):
+            bench.publish(seq)
+        steps = bench.outbox().events(0)
+        assert seqs_of(await anext(steps)) == [1, 2, 3, 4]
+        bench.retire(floor=11)
+        await bench.sequencer.look_at_state()
+        assert await anext(steps) == Outdated(cursor=4, floor=11)
+        assert await until_caught_up(steps) == list(range(11, 31))
+        assert bench.reads == []
+        await steps.aclose()
+
+    @pytest.mark.parametrize("history", [0, 20])
+    @virtual_time
+    async def test_what_it_is_told_is_the_first_seq_that_follows(self, history: int) -> None:
+        bench = Bench(history=history)
+        bench.publish(21, 22, 27, 28, end=30)
+        bench.retire(floor=25)
+        await bench.sequencer.look_at_state()
+        steps = bench.outbox().events(5)
+        assert await anext(steps) == Outdated(cursor=5, floor=27)
+        assert await until_caught_up(steps) == [27, 28]
+        bench.publish(31)
+        bench.retire(floor=30)
+        bench.publish(33)
+        await bench.sequencer.look_at_state()
+        assert await next_seqs(steps, 2) == [31, 33]
+        await steps.aclose()
+
+    @virtual_time
+    async def test_where_nothing_is_kept_it_is_the_first_that_can_follow(self) -> None:
+        bench = Bench()
+        bench.publish(1, 2, 3, end=8)
+        bench.retire(floor=5)
+        await bench.sequencer.look_at_state()
+        steps = bench.outbox().events(0)
+        assert await anext(steps) == Outdated(cursor=0, floor=9)
+        assert await until_caught_up(steps) == []
+        bench.publish(9)
+        assert seqs_of(await anext(steps)) == [9]
+        await steps.aclose()
+
+    @virtual_time
+    async def test_a_page_that_was_read_before_is_cut_off_below_the_floor(self) -> None:
+        bench = Bench(history=20, page_max_events=8)
+        bench.gate.clear()
+        steps = bench.outbox(narrowed=ONLY_SPAM).events(0)
+        reading = asyncio.ensure_future(anext(steps))
+        await bench.parked.wait()
+        # The rows are still there, as after a sweep that was killed.
+        bench.floor = 6
+        await bench.sequencer.look_at_state()
+        bench.gate.set()
+        assert await reading == Outdated(cursor=0, floor=6)
+        assert await until_caught_up(steps) == [
+            row[0] for row in bench.table if row[0] >= 6 and row[4] == "spam"
+        ]
+        await steps.aclose()
+
+    @virtual_time
+    async def test_a_page_that_lies_below_the_floor_is_not_read_on_from(self) -> None:
+        bench = Bench(history=100, page_max_events=4)
+        steps = bench.outbox().events(0)
+        assert seqs_of(await anext(steps)) == [1, 2, 3, 4]
+        bench.floor = 91
+        await bench.sequencer.look_at_state()
+        assert await anext(steps) == Outdated(cursor=4, floor=91)
+        assert await until_caught_up(steps) == list(range(91, 101))
+        assert [cursor for cursor in bench.reads if cursor > 4] == [90, 94, 98]
+        await steps.aclose()
+
+    @virtual_time
+    async def test_a_new_consumer_of_a_snapshot_starts_at_the_floor_and_is_not_told(self) -> None:
+        bench = Bench(history=20, page_max_events=4)
+        bench.floor = 11
+        await bench.sequencer.look_at_state()
+        outbox = bench.outbox(snapshot=Snapshot(20, resumed=False))
+        steps = outbox.events(0)
+        assert await next_seqs(steps, 10) == list(range(11, 21))
+        assert await anext(steps) == SnapshotComplete(20)
+        await steps.aclose()
+
+    @virtual_time
+    async def test_a_snapshot_that_the_floor_has_passed_is_complete_and_then_outdated(self) -> None:
+        bench = Bench(history=20, page_max_events=4)
+        steps = bench.outbox(snapshot=Snapshot(8, resumed=False)).events(0)
+        assert seqs_of(await anext(steps)) == [1, 2, 3, 4]
+        bench.floor = 11
+        await bench.sequencer.look_at_state()
+        assert await anext(steps) == SnapshotComplete(8)
+        assert await anext(steps) == Outdated(cursor=8, floor=11)
+        assert await until_caught_up(steps) == list(range(11, 21))
         await steps.aclose()
 
 

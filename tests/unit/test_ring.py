@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from sse_labels import ring as ring_module
-from sse_labels.chunk import Chunk, encode_rows
+from sse_labels.chunk import Chunk, encode_rows, kept_nbytes
 from sse_labels.errors import BrokenPromise
 from sse_labels.ring import MERGE_COUNT, SMALL_EVENTS, Ring
 
@@ -117,6 +117,38 @@ class TestBound:
             assert ring.nbytes <= 1000 or len(ring) == 1
 
 
+class TestFloor:
+    def test_what_lies_below_it_is_gone_and_the_rest_is_there(self) -> None:
+        for floor in range(1, 14):
+            ring = Ring(0, PLENTY)
+            for start in (0, 3, 6, 9):
+                ring.append(make_chunk(start, [start + 1, start + 3]))
+            ring.forget_below(floor)
+            assert (ring.start, ring.end) == (min(floor - 1, 12), 12)
+            assert not ring.covers(ring.start - 1)
+            kept = [seq for seq in (1, 3, 4, 6, 7, 9, 10, 12) if seq >= floor]
+            assert seqs_after(ring, ring.start) == kept
+            ring.append(make_chunk(12, [13]))
+            assert seqs_after(ring, ring.start) == [*kept, 13]
+
+    def test_one_that_sinks_or_stays_changes_nothing(self) -> None:
+        ring = Ring(5, PLENTY)
+        fill(ring, 3)
+        before = list(ring.after(5))
+        for floor in (1, 5, 6):
+            ring.forget_below(floor)
+            assert [one is other for one, other in zip(ring.after(5), before, strict=True)]
+
+    def test_pages_that_begin_below_it_are_dropped_and_not_counted(self) -> None:
+        ring = Ring(0, PLENTY)
+        fill(ring, 10, events=10)
+        for cursor in range(0, 90, 10):
+            ring.page(cursor, 5, None)
+        ring.forget_below(41)
+        assert sorted(cursor for cursor, _, _ in ring._pages) == [40, 50, 60, 70, 80]
+        assert ring._pages_nbytes == sum(kept_nbytes(page, None) for page in ring._pages.values())
+
+
 class TestMerging:
     def test_a_quiet_streams_ring_is_few_chunks(self) -> None:
         ring = Ring(0, PLENTY)
@@ -194,6 +226,13 @@ class RingMachine(RuleBasedStateMachine):
         # Nothing leaves while there is room for all.
         if before + chunk.nbytes <= self.max_bytes:
             assert self.ring.start == start
+
+    @rule(data=st.data())
+    def forget_below(self, data: st.DataObject) -> None:
+        floor = data.draw(st.integers(1, self.head + 2))
+        start = self.ring.start
+        self.ring.forget_below(floor)
+        assert self.ring.start == max(start, min(floor - 1, self.head))
 
     @precondition(lambda self: self.head > 0)
     @rule(data=st.data())
