@@ -5,7 +5,7 @@ and, with a state file, over all runs that were ended in order (Ctrl-C, SIGTERM,
 --until-head). Killed outright it loses nothing either, and the next run may
 repeat one event: the one that was written out and not yet noted. A wrong
 request ends it, a lost connection does not.
-Does not belong here: parsing event streams (httpx-sse does); the file (`state`).
+Does not belong here: parsing event streams (`client`); the file (`state`).
 """
 
 from __future__ import annotations
@@ -20,12 +20,18 @@ from types import FrameType
 import click
 import httpx
 import ujson
-from httpx_sse import EventSource, ServerSentEvent, SSEError, connect_sse
 
 from sse_labels.backoff import Backoff
 from sse_labels.cli.layout import Command
 from sse_labels.cli.options import named_as_given, option, server_url, switch, token_text
 from sse_labels.cli.state import State
+from sse_labels.client.event_stream import (
+    HEADERS,
+    Block,
+    EventStream,
+    MessageTooLong,
+    is_event_stream,
+)
 from sse_labels.config import Expected, integer, path, read
 from sse_labels.errors import ConfigError, SseLabelsError
 from sse_labels.seq import SEQ_MAX, number_in, seconds_in
@@ -84,37 +90,41 @@ class Tail:
 
     def _follow(self, client: httpx.Client) -> bool:
         """Read one response; return whether the end that was asked for is reached."""
-        headers = dict(self._authorization)
+        headers = HEADERS | self._authorization
         if self._cursor is not None:
             headers["Last-Event-ID"] = str(self._cursor)
-        with connect_sse(client, "GET", self._url, headers=headers) as source:
-            if source.response.status_code != 200:
-                self._refused(source.response)
+        with client.stream("GET", self._url, headers=headers) as response:
+            if response.status_code != 200:
+                self._refused(response)
                 return False
+            kind = response.headers.get("Content-Type", "nothing")
+            if not is_event_stream(kind):
+                raise Refused(f"{self._place} is no event stream: it answers with {kind[:60]!r}")
             if self._head is None and self._until_head:
-                self._head = head_of(source.response)
+                self._head = head_of(response)
+            stream = EventStream(response.iter_bytes())
             try:
-                return self._read(source)
-            except SSEError as error:
-                raise Refused(f"{self._place} is no event stream: {error}") from error
+                return self._read(stream)
+            except MessageTooLong as error:
+                raise Refused(f"{self._place} sends {error}") from None
+            finally:
+                if stream.retry_seconds is not None:
+                    self._hint(stream.retry_seconds)
 
-    def _read(self, source: EventSource) -> bool:
-        for event in source.iter_sse():
-            if event.retry is not None:
-                self._hint(event.retry / 1000)
-            if event.event == "error":
-                say(f"the server ended the stream: {event.data}")
-                return False
-            if event.event == "info":
-                if "StreamOpened" not in event.data:
-                    say(f"news: {event.data}")
-            elif event.event == "message":
-                self._take(event)
+    def _read(self, stream: EventStream) -> bool:
+        for block in stream:
+            if block.data is None or block.event == "message":
+                self._take(block)
                 if self._head is not None and (self._cursor or 0) >= self._head:
                     return True
+            elif block.event == "error":
+                say(f"the server ended the stream: {block.data}")
+                return False
+            elif block.event == "info" and "StreamOpened" not in block.data:
+                say(f"news: {block.data}")
         return False
 
-    def _take(self, event: ServerSentEvent) -> None:
+    def _take(self, event: Block) -> None:
         """Write a label out, and only then move on; an id-only block just moves on."""
         cursor = self._seq_of(event)
         self._taking = True
@@ -133,7 +143,7 @@ class Tail:
         if self._told_to_stop:
             self._stop(self._told_to_stop, None)
 
-    def _seq_of(self, event: ServerSentEvent) -> int | None:
+    def _seq_of(self, event: Block) -> int | None:
         """Return where the event stands; raise Refused when that is not after the one before."""
         if not event.id:
             return None

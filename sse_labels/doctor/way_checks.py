@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 import httpx
 import ujson
 
+from sse_labels.client.event_stream import is_event_stream
 from sse_labels.doctor.database_checks import clock_finding
 from sse_labels.doctor.findings import Finding, failure, ok, unchecked, warning
 from sse_labels.doctor.proxies import UNKNOWN, Proxy, proxy_of
@@ -165,7 +166,7 @@ class WayChecks:
             return [failure("stream", f"{response.status_code}: {_said(response)}", do)]
         found = []
         kind = response.headers.get("content-type", "")
-        if not kind.startswith("text/event-stream"):
+        if not is_event_stream(kind):
             found.append(
                 failure("stream", f"its type is {kind!r}, no event stream", "give its address")
             )

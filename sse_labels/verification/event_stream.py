@@ -1,20 +1,19 @@
 """Opening an event stream of ours.
 
-Promises: what is no stream, and what ends one, is Refused or Lost, in one line; no message is
-longer than it may be.
+Promises: what is no stream, and what ends one, is Refused or Lost, in one line.
 Stands before the readings (`first_reading`, `second_reading`).
-Does not belong here: what is right and wrong; parsing event streams (httpx-sse does).
+Does not belong here: what is right and wrong; parsing event streams (`client`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import httpx
-from httpx_sse import EventSource, ServerSentEvent, connect_sse
 
+from sse_labels.client.event_stream import HEADERS, EventStream, MessageTooLong, is_event_stream
 from sse_labels.seq import number_in, seconds_in
 from sse_labels.verification.continuity import object_in, words_of
 from sse_labels.verification.patience import (
@@ -25,8 +24,6 @@ from sse_labels.verification.patience import (
     Unavailable,
 )
 
-#: The longest label is about 12 KB on the wire (8 KiB of URI, 2 KiB of DID, 128 bytes in escapes).
-MESSAGE_MAX_BYTES = 1024**2
 #: Of an answer that is no stream this much is read, to see what it says.
 REFUSAL_MAX_BYTES = 64 * 1024
 #: No hint of a server is followed longer than this.
@@ -39,7 +36,7 @@ class Opened(NamedTuple):
     #: The newest seq when it began, None when the server does not say.
     head: int | None
     epoch: str
-    events: Iterator[ServerSentEvent]
+    events: EventStream
 
 
 class EventStreams:
@@ -59,49 +56,26 @@ class EventStreams:
         url = self._url
         for name, value in filters.items():
             url = url.copy_set_param(name, value)
-        headers = {"Last-Event-ID": str(cursor)}
+        headers = HEADERS | {"Last-Event-ID": str(cursor)}
         try:
-            with connect_sse(self._client, "GET", str(url), headers=headers) as source:
-                answer = source.response
+            with self._client.stream("GET", url, headers=headers) as answer:
                 if answer.status_code != 200:
                     raise refusal(self.place, answer)
                 told = answer.headers
-                if "text/event-stream" not in told.get("content-type", ""):
-                    kind = told.get("content-type", "nothing")
+                kind = told.get("Content-Type", "nothing")
+                if not is_event_stream(kind):
                     raise Refused(f"{self.place} is no event stream: it answers with {kind[:60]!r}")
-                bounded = cast(httpx.Response, Bounded(self.place, answer))
                 yield Opened(
                     number_in(told.get("Sse-Labels-Head", "")),
                     told.get("Sse-Labels-Epoch", ""),
-                    EventSource(bounded).iter_sse(),
+                    EventStream(answer.iter_bytes()),
                 )
+        except MessageTooLong as error:
+            raise Refused(f"{self.place} sends {error}") from None
         except httpx.TransportError as error:
             raise Lost(str(error) or type(error).__name__) from None
         except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError) as error:
             raise Refused(f"{self.place}: {str(error) or type(error).__name__}") from None
-
-
-class Bounded:
-    """A response whose messages are not longer than they may be, as httpx-sse reads it."""
-
-    def __init__(self, place: str, response: httpx.Response) -> None:
-        self.headers = response.headers
-        self._place = place
-        self._response = response
-
-    def iter_text(self) -> Iterator[str]:
-        """Yield the text; raise Refused when no empty line ends a message in time."""
-        held, last = 0, ""
-        for text in self._response.iter_text():
-            seen = last + text
-            end = max(seen.rfind(blank) for blank in ("\n\n", "\r\r", "\r\n\r\n"))
-            held = held + len(text) if end < 0 else len(seen) - end
-            if held > MESSAGE_MAX_BYTES:
-                limit = f"{MESSAGE_MAX_BYTES} bytes"
-                raise Refused(f"{self._place} sends a message of more than {limit}")
-            # An empty line may come in two parts.
-            last = text[-3:]
-            yield text
 
 
 def ended(data: str) -> Refused | Unavailable:

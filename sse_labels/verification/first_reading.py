@@ -12,8 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from httpx_sse import ServerSentEvent
-
+from sse_labels.client.event_stream import Block
 from sse_labels.verification.continuity import Continuity
 from sse_labels.verification.crosscheck import CrossCheck
 from sse_labels.verification.event_stream import HINT_MAX_SECONDS, EventStreams, Opened, ended
@@ -97,9 +96,10 @@ class StreamReading:
         with self._streams.open(self._continuity.position) as stream:
             opened = False
             for event in stream.events:
-                if event.retry is not None:
-                    self._patience.hint_seconds = min(max(event.retry / 1000, 0), HINT_MAX_SECONDS)
-                if event.event == "error":
+                if stream.events.retry_seconds is not None:
+                    hint = min(stream.events.retry_seconds, HINT_MAX_SECONDS)
+                    self._patience.hint_seconds = hint
+                if event.event == "error" and event.data is not None:
                     # Also how a full server answers whoever wants an event stream.
                     self._continuity.ended(event.data)
                     raise ended(event.data)
@@ -132,22 +132,23 @@ class StreamReading:
         self._patience.opened()
         self._advanced = time.monotonic()
 
-    def _take(self, event: ServerSentEvent, *, new_id: bool) -> None:
+    def _take(self, event: Block, *, new_id: bool) -> None:
         self._taking = True
         continuity, crosscheck = self._continuity, self._crosscheck
-        if event.event == "info":
+        if not event.data and (event.data is None or event.event == "message"):
+            if event.id and new_id:
+                continuity.moved(event.id)
+        elif event.event == "info":
             floor = continuity.info(event.data)
             if floor is not None and crosscheck is not None:
                 crosscheck.skip(floor)
         elif event.event != "message":
             text = f"after seq {continuity.position}: an event of the type {event.event[:60]!r}"
             self._findings.add(Kind.EVENT, text)
-        elif event.data:
+        else:
             passed = continuity.event(event.id, event.data)
             if passed is not None and crosscheck is not None:
                 crosscheck.take(passed)
-        elif event.id and new_id:
-            continuity.moved(event.id)
         self._taking = False
 
     def _is_done(self) -> bool:

@@ -17,10 +17,11 @@ import aiohttp
 import httpx
 from aiohttp import WSMsgType
 
+from sse_labels.client.event_stream import MESSAGE_MAX_BYTES
 from sse_labels.labels import expires_at
 from sse_labels.seq import number_in
 from sse_labels.verification.continuity import Continuity, words_of
-from sse_labels.verification.event_stream import MESSAGE_MAX_BYTES, place_of
+from sse_labels.verification.event_stream import place_of
 from sse_labels.verification.findings import Findings, Kind
 from sse_labels.verification.patience import (
     CONNECT_SECONDS,

@@ -71,9 +71,9 @@ class StreamAgain:
             part = Part([], 0, stream.epoch)
             end = until if until is not None else max(stream.head or 0, cursor + 1)
             for event in stream.events:
-                if event.event == "error":
+                if event.event == "error" and event.data is not None:
                     raise ended(event.data)
-                if event.event == "info":
+                if event.event == "info" and event.data is not None:
                     said = object_in(event.data) or {}
                     if type(said.get("floor")) is int:
                         part = part._replace(floor=said["floor"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -27,12 +27,7 @@ from sse_labels.verification.crosscheck import (
     Page,
     key_of,
 )
-from sse_labels.verification.event_stream import (
-    MESSAGE_MAX_BYTES,
-    Bounded,
-    ended,
-    place_of,
-)
+from sse_labels.verification.event_stream import ended, place_of
 from sse_labels.verification.findings import HOPELESS, SHOWN_MAX, Findings, Kind
 from sse_labels.verification.patience import STEADY_SECONDS, Lost, Patience, Refused
 from sse_labels.verification.queries import query_url
@@ -427,25 +422,6 @@ def test_signatures_are_counted_by_source_and_the_wrong_one_is_named(tmp_path: P
 
 
 # The edges of reading
-
-
-@pytest.mark.parametrize("blank", ["\n\n", "\r\r", "\r\n\r\n"])
-def test_a_message_without_an_end_is_not_read_into_memory(blank: str) -> None:
-    some = "data: " + "x" * 1000 + blank[: len(blank) // 2]
-
-    def texts(*parts: str) -> Iterator[bytes]:
-        for part in parts:
-            yield part.encode()
-
-    def read(parts: Sequence[str]) -> int:
-        response = httpx.Response(200, content=texts(*parts))
-        return sum(map(len, Bounded("here", response).iter_text()))
-
-    # Each part begins with the second half of an empty line.
-    whole = [blank[len(blank) // 2 :] + some for _ in range(2000)]
-    assert read(whole) > MESSAGE_MAX_BYTES
-    with pytest.raises(Refused, match="here sends a message of more than 1048576 bytes"):
-        read([some] * 2000)
 
 
 def test_one_waits_as_long_as_one_wants_to() -> None:

@@ -16,8 +16,10 @@ export class Parser {
   /** The last `retry:` in ms; it counts from its line on. @type {number | null} */
   retry = null;
 
-  /** Always UTF-8, whatever the answer says; one byte order mark at the begin is no part of it. */
-  #decoder = new TextDecoder();
+  /** Always UTF-8, whatever the answer says. */
+  #decoder = new TextDecoder("utf-8", { ignoreBOM: true });
+  /** One byte order mark is dropped there; Node's decoder drops two when the first comes in parts. */
+  #atBegin = true;
   #rest = "";
   /** The last character was a CR: a LF after it belongs to the same end of a line. */
   #afterCr = false;
@@ -29,6 +31,8 @@ export class Parser {
   push(bytes) {
     let text = this.#decoder.decode(bytes, { stream: true });
     if (text === "") return [];
+    if (this.#atBegin && text.startsWith("\ufeff")) text = text.slice(1);
+    this.#atBegin = false;
     if (this.#afterCr && text.startsWith("\n")) text = text.slice(1);
     this.#afterCr = text === "" ? false : text.endsWith("\r");
     const lines = (this.#rest + text).split(/\r\n|\n|\r/);

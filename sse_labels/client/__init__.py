@@ -1,0 +1,4 @@
+"""Reading any server's stream, once for all commands that do.
+
+Does not belong here: what is done with what was read.
+"""

@@ -1,0 +1,104 @@
+"""Reading an event stream, as the HTML standard interprets one (section 9.2.6).
+
+Promises: the same blocks however the bytes are cut into pieces; no message is longer than it may
+be. The page's parser (`web/page/reading/parser.js`) does the same, by the same tests.
+Does not belong here: connections, and what the blocks mean.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from sse_labels.errors import SseLabelsError
+from sse_labels.seq import seconds_in
+
+#: What an `EventSource` asks with.
+HEADERS = {"Accept": "text/event-stream", "Cache-Control": "no-store"}
+#: The longest label is about 12 KB on the wire (8 KiB of URI, 2 KiB of DID, 128 bytes in escapes).
+MESSAGE_MAX_BYTES = 1024**2
+
+
+class MessageTooLong(SseLabelsError):
+    """No empty line ends a message in time."""
+
+
+class Block(NamedTuple):
+    """What stands before an empty line."""
+
+    #: The last event ID: it holds until another is sent.
+    id: str
+    #: "message" when none is named.
+    event: str
+    #: None where there is none: an `EventSource` dispatches nothing then.
+    data: str | None
+
+
+class EventStream:
+    """Yields the blocks of a body. Unlike `EventSource` those without data, too: an id alone is
+    a position, and a comment shows that somebody is there.
+    """
+
+    def __init__(self, pieces: Iterable[bytes]) -> None:
+        self._pieces = pieces
+        #: The last `retry:`; it counts from its line on, whatever becomes of the block.
+        self.retry_seconds: float | None = None
+        # Always UTF-8, whatever the answer says. One byte order mark at the begin is dropped.
+        self._decoder = codecs.getincrementaldecoder("utf-8-sig")("replace")
+        self._rest = ""
+        #: The last character was a CR: a LF after it belongs to the same end of a line.
+        self._after_cr = False
+        self._id = ""
+        self._event = ""
+        self._data: list[str] = []
+        self._held = 0
+
+    def __iter__(self) -> Iterator[Block]:
+        """Yield each block as soon as it ends; raise MessageTooLong."""
+        for piece in self._pieces:
+            yield from self._push(piece)
+
+    def _push(self, piece: bytes) -> Iterator[Block]:
+        text = self._decoder.decode(piece)
+        if not text:
+            return
+        if self._after_cr:
+            text = text.removeprefix("\n")
+        self._after_cr = text.endswith("\r")
+        lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+        lines[0] = self._rest + lines[0]
+        self._rest = lines.pop()
+        for line in lines:
+            if line:
+                self._field(line)
+            else:
+                yield self._block()
+        if self._held + len(self._rest) > MESSAGE_MAX_BYTES:
+            raise MessageTooLong(f"a message of more than {MESSAGE_MAX_BYTES} bytes")
+
+    def _field(self, line: str) -> None:
+        name, _, value = line.partition(":")
+        value = value.removeprefix(" ")
+        if name == "data":
+            self._data.append(value)
+            self._held += len(line)
+        elif name == "event":
+            self._event = value
+        elif name == "id" and "\0" not in value:
+            self._id = value
+        elif name == "retry" and (milliseconds := seconds_in(value)) is not None:
+            self.retry_seconds = milliseconds / 1000
+
+    def _block(self) -> Block:
+        data = "\n".join(self._data) if self._data else None
+        block = Block(self._id, self._event or "message", data)
+        self._event = ""
+        self._data.clear()
+        self._held = 0
+        return block
+
+
+def is_event_stream(content_type: str) -> bool:
+    """Return whether it is an event stream's; its parameters and its case do not matter."""
+    return content_type.partition(";")[0].strip().lower() == "text/event-stream"
