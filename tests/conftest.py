@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import os
 import resource
+import signal
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -34,7 +35,9 @@ settings.load_profile("whatever the time")
 
 
 def pytest_configure() -> None:
-    """Take as many descriptors as a server would, and keep the run's files in memory."""
+    """Take what programs are started with: signals, descriptors, and a folder in memory."""
+    # A shell that starts a run in the background has it ignore Ctrl-C, and programs inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # An ordinary user begins with 1,024; crowds of clients are in this process, too.
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
