@@ -74,10 +74,11 @@ async def test_a_label_is_heard_of_at_once_not_at_the_next_poll(
                 assert time.monotonic() - begun < 5
 
 
+@pytest.mark.parametrize("packages", PACKAGES)
 async def test_ozones_own_stream_loses_a_label_and_ours_has_it(
-    empty_database: TestDatabase, request: pytest.FixtureRequest
+    empty_database: TestDatabase, packages: str, request: pytest.FixtureRequest
 ) -> None:
-    async with ozone(empty_database) as labeler:
+    async with ozone(empty_database, packages) as labeler:
         await labeler.label(account("before"), "spam")
         with role(empty_database, READ_ONLY) as dsn, attached(dsn) as server:
             async with (
