@@ -47,7 +47,7 @@ SELECT to_regclass('label') IS NOT NULL AS has_label,
 -- connection's options cannot: a setting that PostgreSQL 13 does not know, one that only a superuser
 -- may set, and one that depends on what it was. A session that listens is idle for long. Labels that
 -- were published are on the disk, and what an operator set beyond that stays. Triggers fire. What
--- the options do say is set here where a pooler has dropped them.
+-- the options do say is set here where a pooler that pools by session has dropped them.
 SELECT pg_is_in_recovery(), getdatabaseencoding(),
        (SELECT count(set_config(name, value, false))
           FROM (VALUES ('idle_session_timeout', '0', true),

@@ -186,7 +186,7 @@ async def test_what_a_pooler_drops_is_set_all_the_same(
 ) -> None:
     for setting in PINNED:
         database.execute(f"ALTER DATABASE {database.name} SET {setting} = '{HOSTILE[setting]}'")
-    with pgbouncer(database.dsn) as through:
+    with pgbouncer(database.dsn, "session") as through:
         shown = await settings_of(through)
         async with run_server(through) as server, httpx.AsyncClient(verify=False) as client:
             answer = await client.post(

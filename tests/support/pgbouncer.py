@@ -1,4 +1,4 @@
-"""A real PgBouncer that pools by transaction: what LISTEN cannot live behind."""
+"""A real PgBouncer; where it pools by transaction, LISTEN cannot live behind it."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ listen_addr = 127.0.0.1
 listen_port = {own_port}
 unix_socket_dir =
 auth_type = any
-pool_mode = transaction
+pool_mode = {pool_mode}
 logfile = {log}
 ignore_startup_parameters = options,extra_float_digits
 """
 
 
 @contextmanager
-def pgbouncer(dsn: str) -> Iterator[str]:
+def pgbouncer(dsn: str, pool_mode: str = "transaction") -> Iterator[str]:
     """Run it before the database at `dsn`; give the DSN that leads through it."""
     path = program("pgbouncer")
     parts = parse_dsn(dsn)
@@ -47,6 +47,7 @@ def pgbouncer(dsn: str) -> Iterator[str]:
                 host=parts["host"],
                 port=parts["port"],
                 own_port=port,
+                pool_mode=pool_mode,
                 log=errors,
             )
         )
