@@ -25,6 +25,7 @@ from sse_labels.database import Database
 from sse_labels.errors import ConfigError
 from sse_labels.expiry import Expiry
 from sse_labels.listener import Listener
+from sse_labels.logs import by_address
 from sse_labels.metrics import Metrics
 from sse_labels.migrations import migrate
 from sse_labels.pages import Pages
@@ -84,6 +85,7 @@ class App:
         self.share = share
         self._listeners = listeners
         self.metrics = Metrics(share)
+        by_address.count = self.metrics.count
         self.database = Database(
             dsn,
             connect_timeout_seconds=settings.connect_timeout_seconds,
@@ -184,7 +186,7 @@ class App:
     def routes(self) -> web.Application:
         """Return the HTTP side."""
         app = web.Application(
-            middlewares=[errors_as_json(self.metrics)],
+            middlewares=[errors_as_json(self.metrics, self.proxies.client)],
             client_max_size=self.settings.body_max_bytes,
         )
         for path, file in page_files():

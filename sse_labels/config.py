@@ -339,6 +339,11 @@ class Settings:
         "text", one_of("text", "json"), "How log lines look; json: one object a line.",
         metavar="FORMAT",
     )  # fmt: skip
+    log_lines_per_address: int = setting(
+        600, integer(2, 1_000_000),
+        "Log lines a minute that one address may cause; the rest is counted.",
+        metavar="LINES",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         if self.retry_max_seconds < self.retry_min_seconds:

@@ -52,6 +52,7 @@ COUNTERS = {
     "labels_published": "Labels that POST /labels answered with seqs, repeated requests included.",
     "labels_deleted": "Labels deleted by retention.",
     "labels_refused": "Labels refused by POST /labels.",
+    "log_lines_left_out": "Log lines that were not written: one address caused too many.",
     "holes": "Holes that made the sequencer wait for open transactions.",
     "database_reconnects": "Connections to the database that were lost and made anew.",
     "broken_promises": "Times that a promise of this service did not hold.",

@@ -414,7 +414,11 @@ class Outbox:
                 raise HistoryRefused from error
             except DatabaseUnavailable as error:
                 wait = backoff.next()
-                log.info("a backfill waits: error=%s next_try_seconds=%.1f", error, wait)
+                log.info(
+                    "a backfill waits: error=%s next_try_seconds=%.1f", error, wait,
+                    # Each of 15,000 streams may wait: their lines are limited together.
+                    extra={"caused_by": "backfills"},
+                )  # fmt: skip
                 await asyncio.sleep(wait)
             else:
                 return page

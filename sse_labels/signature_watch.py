@@ -57,7 +57,7 @@ class SignatureWatch:
                 for seq, label in wrong:
                     log.warning(
                         "a label's signature is wrong: seq=%s src=%s uri=%s val=%r",
-                        seq, label.src, label.uri, label.val,
+                        seq, label.src, label.uri, label.val, extra={"caused_by": "signatures"},
                     )  # fmt: skip
 
     def _wrong(self, batch: Sequence[tuple[int, Label]]) -> list[tuple[int, Label]]:

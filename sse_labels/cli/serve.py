@@ -237,7 +237,11 @@ def serve(**options: str | None) -> None:
     """
     with named_as_given(), contextlib.suppress(KeyboardInterrupt), interruptible():
         settings = load(options)
-        configure_logging(settings.log_level, settings.log_format)
+        configure_logging(
+            settings.log_level,
+            settings.log_format,
+            lines_per_address=settings.log_lines_per_address,
+        )
         with database_of(settings, key_of("dsn")) as place:
             if place.note and settings.log_format == "json":
                 # Whoever collects such lines reads no others.

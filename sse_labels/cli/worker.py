@@ -27,7 +27,10 @@ def main() -> int:
     # AttributeError: started without a standard error, `2>&-`; then nothing is written at all.
     with contextlib.suppress(AttributeError):
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    configure_logging(job.settings.log_level, job.settings.log_format, job.name)
+    settings = job.settings
+    configure_logging(
+        settings.log_level, settings.log_format, job.name, settings.log_lines_per_address
+    )
 
     # A supervisor that is stopped reads nothing: that is not to stop us, once the pipe is full.
     os.set_blocking(supervisor, False)

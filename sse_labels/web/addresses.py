@@ -161,6 +161,11 @@ def _parse(text: str) -> IPv4Address | IPv6Address | None:
     return (parsed.ipv4_mapped or parsed) if isinstance(parsed, IPv6Address) else parsed
 
 
+def caused_by(address: str | None, **more: str) -> dict[str, str]:
+    """Return the `extra` of a log line that whoever is at `address` can cause at will."""
+    return {"caused_by": group(address or ""), **more}
+
+
 @lru_cache(REMEMBERED)
 def group(address: str) -> str:
     """Return what an address is counted under."""

@@ -9,6 +9,7 @@ Does not belong here: what a handler does.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
@@ -22,6 +23,7 @@ from sse_labels.errors import (
 )
 from sse_labels.metrics import Metrics
 from sse_labels.sse import dumps
+from sse_labels.web.addresses import caused_by
 
 log = logging.getLogger(__name__)
 
@@ -64,8 +66,11 @@ def error_response(error: RequestError) -> web.Response:
     return response
 
 
-def errors_as_json(metrics: Metrics) -> Middleware:
-    """Return the middleware that turns every error into its answer, and counts it."""
+def errors_as_json(metrics: Metrics, client: Callable[[web.Request], str]) -> Middleware:
+    """Return the middleware that turns every error into its answer, and counts it.
+
+    `client` tells whose request it is.
+    """
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -78,7 +83,11 @@ def errors_as_json(metrics: Metrics) -> Middleware:
             # The client left while it was answered: nobody reads this, and nothing is wrong here.
             return web.Response(status=400)
         except DatabaseUnavailable as error:
-            log.warning("a request needs the database: path=%s error=%s", request.path, error)
+            peer = client(request)
+            log.warning(
+                "a request needs the database: peer=%s path=%s error=%s", peer, request.path, error,
+                extra=caused_by(peer),
+            )  # fmt: skip
             answer = error_response(NotReady("the database is away; try again soon"))
             name = NotReady.name
         except DatabaseRefused as error:
@@ -92,7 +101,10 @@ def errors_as_json(metrics: Metrics) -> Middleware:
                 raise
             answer, name = _from_aiohttp(error)
         except Exception:
-            log.exception("a request failed: path=%s", request.path)
+            peer = client(request)
+            log.exception(
+                "a request failed: peer=%s path=%s", peer, request.path, extra=caused_by(peer)
+            )
             name = "InternalServerError"
             answer = json_response({"error": name, "message": "see the server's log"}, status=500)
         metrics.requests_refused[name] += 1

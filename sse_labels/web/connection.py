@@ -29,6 +29,7 @@ from aiohttp.http import RawRequestMessage
 from aiohttp.http_exceptions import LineTooLong
 
 from sse_labels.errors import HeadTooLarge, InvalidRequest, RequestError, RequestTimeout
+from sse_labels.web.addresses import caused_by
 from sse_labels.web.answers import SECURITY_HEADERS
 from sse_labels.web.refusal import encode_answer, error_body
 
@@ -113,7 +114,7 @@ class Connection(web.RequestHandler):
             if self._allowance.take(len(data)):
                 return True
             # A million empty frames a second kept everybody else waiting for 70 ms, pings 700.
-            log.info("a connection is cut, it sends on and on: peer=%s", self.peername)
+            self._tell("a connection is cut, it sends on and on")
             self.cut()
             return False
         if self._body is not None and not self._body.is_eof():
@@ -126,7 +127,7 @@ class Connection(web.RequestHandler):
             if self._unread <= MAX_HEAD_BYTES:
                 return True
             # Sent ahead of the answer: nobody who streams labels does that.
-            log.info("a connection is cut, it sends on and on: peer=%s", self.peername)
+            self._tell("a connection is cut, it sends on and on")
             self.cut()
             return False
         if self._tail is not None:
@@ -180,8 +181,15 @@ class Connection(web.RequestHandler):
 
     def answer_is_late(self) -> None:
         """End a connection whose client does not read."""
-        log.info("a connection is cut, its client does not read: peer=%s", self.peername)
+        self._tell("a connection is cut, its client does not read")
         self.cut()
+
+    def _tell(self, what: str) -> None:
+        log.info(what + ": peer=%s", self.peername, extra=caused_by(self._address()))
+
+    def _address(self) -> str:
+        # A Unix socket's name is a text, and often empty.
+        return str(self.peername[0]) if isinstance(self.peername, tuple) else ""
 
     def cut(self) -> None:
         """End it at once, whether its client reads or not."""
@@ -216,7 +224,10 @@ class Connection(web.RequestHandler):
         else:
             return super().handle_error(request, status, exc, message)
         # Its class alone: the text repeats what was sent, and a token may be in it.
-        log.debug("not a request: peer=%s error=%s", self.peername, type(exc).__name__)
+        log.debug(
+            "not a request: peer=%s error=%s", self.peername, type(exc).__name__,
+            extra=caused_by(self._address()),
+        )  # fmt: skip
         self._terms.refused(error)
         response = web.Response(
             status=error.status,

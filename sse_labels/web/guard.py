@@ -23,6 +23,7 @@ import resource
 import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from aiohttp import web
 
@@ -30,7 +31,7 @@ from sse_labels.errors import RequestError, TooManyConnections, TooManyFromAddre
 from sse_labels.metrics import Metrics
 from sse_labels.shared import Share
 from sse_labels.shared.counts import Tally
-from sse_labels.web.addresses import PerAddress
+from sse_labels.web.addresses import PerAddress, caused_by
 from sse_labels.web.connection import Connection, Terms, tell_connections
 from sse_labels.web.refusal import Refusal, refuse_at_once
 
@@ -255,19 +256,27 @@ class Door:
             self._guard.refuse(raw, error)
         else:
             connection = Connection(self._guard.terms, key, self._server, loop)
-            task = loop.create_task(self._hand_over(loop, raw, connection))
+            task = loop.create_task(self._hand_over(loop, raw, connection, address))
             self._handing_over.add(task)
             task.add_done_callback(self._handing_over.discard)
 
     async def _hand_over(
-        self, loop: asyncio.AbstractEventLoop, raw: socket.socket, connection: Connection
+        self,
+        loop: asyncio.AbstractEventLoop,
+        raw: socket.socket,
+        connection: Connection,
+        address: Any,
     ) -> None:
         raw.setblocking(False)
         try:
             await loop.connect_accepted_socket(lambda: connection, raw)
         except Exception as error:
             # One client's trouble, and nobody else's.
-            log.warning("a connection could not be taken over: error=%r", error)
+            peer = address[0] if address else ""
+            log.warning(
+                "a connection could not be taken over: peer=%s error=%r", peer, error,
+                extra=caused_by(peer),
+            )  # fmt: skip
             raw.close()
             connection.release()
         except BaseException:

@@ -45,7 +45,7 @@ from sse_labels.shared import Share
 from sse_labels.shared.counts import Tally
 from sse_labels.sse import encode_error, encode_info
 from sse_labels.store import Snapshot, Store
-from sse_labels.web.addresses import PerAddress, TrustedProxies
+from sse_labels.web.addresses import PerAddress, TrustedProxies, caused_by
 from sse_labels.web.auth import Grant, StreamAuth, narrow
 from sse_labels.web.delivery import retry_ms
 from sse_labels.web.event_stream import HEADERS, EventStream
@@ -175,8 +175,9 @@ class StreamHandler:
                 return await self._refuse(request, error, final=True)
             raise
         log.info(
-            "stream opened: peer=%s cursor=%s filter=%s id=%s", client, cursor, narrowed, visit.id
-        )
+            "stream opened: peer=%s cursor=%s filter=%s id=%s", client, cursor, narrowed, visit.id,
+            extra=caused_by(client, opens=visit.id),
+        )  # fmt: skip
         try:
             if grant.expires_at is not None:
                 self._end_at(visit, grant.expires_at)
@@ -260,6 +261,7 @@ class StreamHandler:
         log.info(
             "stream closed: peer=%s how=%s seconds=%.1f position=%s id=%s",
             visit.client, how, time.monotonic() - visit.opened, visit.outbox.position, visit.id,
+            extra={"closes": visit.id},
         )  # fmt: skip
 
     def _end_at(self, visit: Visit, expires_at: float) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import re
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import httpx
 import pytest
 
 from sse_labels.errors import StreamClosed
+from sse_labels.logs import FIELD_MAX_CHARS
 
 from support.database import TestDatabase, until
 from support.program import QUICK_SERVER, running
@@ -70,3 +72,25 @@ async def test_refused_request_opens_no_stream_and_writes_no_line_of_one(
     async with run_server() as server, httpx.AsyncClient() as client:
         assert (await client.get(server.stream_url, params={"cursor": "x"})).status_code == 400
     assert lines_of(caplog, "stream ") == []
+
+
+async def test_flood_of_one_address_costs_few_and_short_lines(database: TestDatabase) -> None:
+    lines, streams = 20, 50
+    options = (f"--log-lines-per-address={lines}", "--dsn", database.dsn)
+    # The longest filter that a request line of 8,190 bytes can bring.
+    query = "&".join(f"values={number:0>120}" for number in range(60))
+    with running("serve", *QUICK_SERVER, *options) as program:
+        url = program.wait_for(r"http://127\.0\.0\.1:\d+")[0]
+        async with AsyncExitStack() as stack:
+            client = await stack.enter_async_context(httpx.AsyncClient(timeout=20))
+            for _ in range(streams):
+                await stack.enter_async_context(client.stream("GET", f"{url}/stream?{query}"))
+            metrics = (await client.get(f"{url}/metrics")).text
+        program.end()
+    opened = [line for line in program.err if " stream opened: " in line]
+    closed = [line for line in program.err if " stream closed: " in line]
+    assert len(opened) == len(closed) == lines // 2
+    assert all(" filter=" in line and len(line) < 2 * FIELD_MAX_CHARS for line in opened)
+    ids = [[line.rpartition("id=")[2] for line in found] for found in (opened, closed)]
+    assert sorted(ids[0]) == sorted(ids[1])
+    assert f"sse_labels_log_lines_left_out_total {streams - lines // 2}.0" in metrics

@@ -95,6 +95,7 @@ SAMPLES = {
     "send_buffer_bytes": Sample("4KiB", 4096, "4095"),
     "log_level": Sample("debug", "debug", "DEBUG"),
     "log_format": Sample("json", "json", "xml"),
+    "log_lines_per_address": Sample("60", 60, "1"),
 }
 SECRETS = {"dsn", "jwt_secret", "publish_token"}
 NAMES = [spec.name for spec in fields(Settings)]
@@ -175,7 +176,7 @@ class TestEverySetting:
         if isinstance(spec.default, int | float) and not isinstance(spec.default, bool):
             units = ("_seconds", "_bytes", "_events", "_reads", "_labels", "_streams")
             counted = ("port", "workers", "max_connections", "max_per_address")
-            assert name.endswith(units) or name in counted
+            assert name.endswith((*units, "_lines_per_address")) or name in counted
 
     @pytest.mark.parametrize("name", sorted(SECRETS))
     @pytest.mark.parametrize("secret", ["", " ", "\t\n"])

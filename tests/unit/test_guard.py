@@ -118,7 +118,7 @@ def application(site: Site, request_seconds: float) -> web.Application:
         return response
 
     app = web.Application(
-        middlewares=[errors_as_json(site.metrics)],
+        middlewares=[errors_as_json(site.metrics, lambda request: request.remote or "")],
         client_max_size=1024**2,
     )
     app.router.add_get("/hello", hello)
