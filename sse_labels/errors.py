@@ -234,15 +234,18 @@ class StreamCut(StreamClosed):
     name = "StreamCut"
 
 
+HISTORY_REFUSED = (
+    "the database does not let this server read on; its operator can see why in its log"
+)
+
+
 class HistoryRefused(StreamClosed):
     """The database does not let this server read what the consumer is to get."""
 
     name = "HistoryRefused"
 
-    def __init__(self) -> None:
-        super().__init__(
-            "the database does not let this server read on; its operator can see why in its log"
-        )
+    def __init__(self, message: str = HISTORY_REFUSED) -> None:
+        super().__init__(message)
 
 
 class ServerStopping(StreamClosed):
