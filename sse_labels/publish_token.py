@@ -1,7 +1,8 @@
 """The publish token of a server that runs on the embedded database.
 
 Promises: made once, from 256 random bits, readable by its owner alone, and the
-same after every restart; never half-written, never logged.
+same after every restart; never half-written, never logged. A server believes no file that another
+user made or could read.
 Stands beside the corridor, at the door for publishers.
 Does not belong here: comparing tokens (`web.publish`).
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import stat
 import tempfile
 from pathlib import Path
 
@@ -29,19 +31,31 @@ def keep_token(data_dir: Path) -> tuple[str, Path]:
         raise ConfigError(
             "--data-dir", str(data_dir), f"a directory to write to ({error.strerror})"
         ) from error
-    return read_token(path), path
+    return read_token(path, private=True), path
 
 
-def read_token(path: Path) -> str:
-    """Return the token that stands in `path`; raise ConfigError when there is none."""
+def read_token(path: Path, *, private: bool = False) -> str:
+    """Return the token that stands in `path`; raise ConfigError when there is none.
+
+    `private`: and when another user owns the file, or can read it.
+    """
     try:
-        token = path.read_text(encoding="ascii").strip()
+        with path.open(encoding="ascii") as file:
+            token = file.read().strip()
+            found = os.fstat(file.fileno())
     except OSError as error:
         raise ConfigError(
             "the token file", str(path), f"a readable file ({error.strerror})"
         ) from error
     except ValueError as error:
         raise ConfigError("the token file", str(path), "a token of ASCII characters") from error
+    owner, mode = found.st_uid, stat.S_IMODE(found.st_mode)
+    if private and (owner not in (0, os.geteuid()) or mode & 0o077):
+        raise ConfigError(
+            "the token file", str(path),
+            f"a file of your own that nobody else can read; it belongs to the user ID {owner} and "
+            f"has the mode {mode:04o} (delete it to get a new one, or chown and chmod 600 it)",
+        )  # fmt: skip
     if not token:
         raise ConfigError("the token file", str(path), "a token in it; delete it to get a new one")
     return token

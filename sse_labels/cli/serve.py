@@ -82,7 +82,7 @@ def database_of(settings: Settings, dsn_key: str = "--dsn") -> Iterator[Place]:
         if settings.publish_token is not None:
             yield Place(postgres.dsn, settings.publish_token, "", postgres)
         else:
-            token, path = keep_token(data_dir)
+            token, path = keep_token(postgres.data_dir)
             yield Place(postgres.dsn, token, f"the publish token is in {path}", postgres)
     finally:
         # One more Ctrl-C of an impatient user would leave PostgreSQL running.

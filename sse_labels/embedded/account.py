@@ -72,6 +72,15 @@ class Account:
         return Path(closed) if closed else None
 
 
+def trusted_owners() -> set[int]:
+    """Return whose files are believed: root's, our own, and those of whom the server runs as."""
+    owners = {0, os.geteuid()}
+    if os.geteuid() == 0:
+        with contextlib.suppress(KeyError):
+            owners.add(pwd.getpwnam(SYSTEM_USER).pw_uid)
+    return owners
+
+
 def server_account() -> Account:
     """Return whom the server runs as; raise `ConfigError` when that user cannot be made."""
     if os.geteuid() != 0:

@@ -1,6 +1,7 @@
 """The data directory and PostgreSQL's files in it, and how we say that it cannot be used.
 
-Promises: what we make has its name only when it is whole, and nothing that is not ours is changed.
+Promises: what we make has its name only when it is whole, nothing that is not ours is changed, and
+nothing is believed that another user made or can change.
 Does not belong here: the process that uses the files.
 
     postgres/                       PGDATA, 0700, of the server's account; the socket is in it
@@ -17,12 +18,13 @@ import contextlib
 import importlib.metadata
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
-from sse_labels.embedded.account import Account, server_account
+from sse_labels.embedded.account import Account, server_account, trusted_owners
 from sse_labels.errors import ConfigError, DatabaseUnavailable
 
 DATABASE = "sse_labels"
@@ -65,6 +67,36 @@ class Cluster:
             path.mkdir(mode, exist_ok=True)
             path.chmod(mode)  # Whatever the umask: this one is new, nobody else's.
 
+    def refuse_foreign(self) -> None:
+        """Raise `ConfigError` when another user made the directory or what is in it, or can."""
+        owners = trusted_owners()
+        pgdata = self.pgdata.resolve()  # It may be a link to another disk.
+        ours = {self.path, pgdata}
+        # Who may rename there can put another directory into the place of ours, at any time.
+        above = {*self.path.parents, *pgdata.parents} - ours
+        for path in sorted({*ours, *above, *self.path.iterdir()}):
+            try:
+                found = path.lstat()
+            except FileNotFoundError:  # Not made yet, or another start has just renamed it.
+                continue
+            if found.st_uid not in owners:
+                raise self.refusal(
+                    f"a directory that no other user can change; {path} belongs to the user ID "
+                    f"{found.st_uid} (name another, or chown all of it if you believe its content)"
+                )
+            if path in above:
+                # In a sticky one others cannot rename what is ours. Volumes of containers, which
+                # are their own mounts, are open to all and shared with nobody.
+                sticky = found.st_mode & stat.S_ISVTX or path.is_mount()
+                closed_to = 0 if sticky else stat.S_IWOTH
+            else:
+                closed_to = stat.S_IWGRP | stat.S_IWOTH if path in ours else 0
+            if found.st_mode & closed_to:
+                raise self.refusal(
+                    f"a directory that no other user can change; {path} has the mode "
+                    f"{stat.S_IMODE(found.st_mode):04o} (chmod go-w it, or name a new directory)"
+                )
+
     def find_pgdata(self) -> None:
         """Raise `ConfigError` when PGDATA is gone."""
         if not (self.pgdata / "PG_VERSION").exists():
@@ -93,7 +125,8 @@ class Cluster:
         elif (made_by := version.read_text().strip()) != ours:
             raise self.refusal(
                 f"a data directory of PostgreSQL {ours}; this one was made by PostgreSQL "
-                f"{made_by} (move it away, or carry its content over with pg_dump)"
+                f'{made_by} (take it over with pg_upgrade, as the README says under "Run it", or '
+                "move it away to begin anew)"
             )
 
     def make_database(self, socket_dir: Path) -> None:

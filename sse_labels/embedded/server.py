@@ -96,6 +96,9 @@ class EmbeddedPostgres:
     def runs(self) -> bool:
         """Tell whether somebody has started it; raise `ConfigError` when that cannot be seen."""
         try:
+            if not self.data_dir.exists():
+                return False
+            self._cluster.refuse_foreign()
             return self._postmaster.is_alive()
         except OSError as error:
             raise self._cluster.unusable(error) from error
@@ -120,6 +123,7 @@ class EmbeddedPostgres:
                 # Its disk may be unmounted: an empty database in its place would lose everything.
                 self._cluster.find_pgdata()
             self._cluster.make_directory()
+            self._cluster.refuse_foreign()
             with locked(self._start_lock):
                 if self._claim is None:
                     claim = locked(self.data_dir / "postgres.lock", fcntl.LOCK_SH)

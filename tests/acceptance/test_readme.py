@@ -48,6 +48,7 @@ BLOCKS = {
 #: What cannot be run in a test, because it changes the machine, and what shows it instead.
 ELSEWHERE = {
     "apt-get install nginx ssl-cert": "test_nginx.py: nginx -t and reload with that very file",
+    "OLD=/usr/lib/postgresql/15/bin": "test_embedded.py: these lines, from 18 to 18",
 }
 CLAIMED = {"make demo", "make bench"}
 #: Commands that do not end, and log.
@@ -137,6 +138,7 @@ def home() -> Iterator[Path]:
             token = directory / ".local/share" / place / "publish-token"
             token.parent.mkdir(parents=True)
             token.write_text(PUBLISH_TOKEN + "\n")
+            token.chmod(0o600)
         yield directory
 
 

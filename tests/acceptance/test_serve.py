@@ -467,6 +467,24 @@ def test_embedded_server_keeps_token_labels_and_seqs_over_restarts(data_dir: Pat
     assert stored == [{"seq": seq, "labels": [{"ver": 1, **LABEL}]} for seq in seqs]
 
 
+def test_token_that_others_may_know_is_refused_until_it_is_deleted(data_dir: Path) -> None:
+    data_dir.mkdir(exist_ok=True)
+    token = data_dir / "publish-token"
+    token.write_text("chosen by somebody\n")
+    token.chmod(0o644)
+    status, said = failure(ran("serve", *QUICK_SERVER, "--data-dir", str(data_dir)))
+    assert said.startswith(f"sse-labels: the token file: got '{token}', expected a file of your")
+    assert said.endswith(
+        "has the mode 0644 (delete it to get a new one, or chown and chmod 600 it)"
+    )
+    assert status == 2
+    assert not postgres_runs_in(data_dir)
+    token.unlink()
+    with running("serve", *QUICK_SERVER, "--data-dir", str(data_dir)) as server:
+        server.url()
+        assert stat.S_IMODE(token.stat().st_mode) == 0o600
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 async def test_killed_embedded_postgres_is_restarted_and_streams_go_on_and_lose_nothing(
     data_dir: Path, workers: int

@@ -676,9 +676,31 @@ def test_what_keeps_initdb_from_working_is_refused(
 def test_another_major_version_is_refused(data_dir: Path) -> None:
     with (
         changed(data_dir / "postgres" / "PG_VERSION", lambda _: "15\n"),
-        pytest.raises(ConfigError, match=r"PostgreSQL 18; .* PostgreSQL 15"),
+        pytest.raises(
+            ConfigError, match=r"PostgreSQL 18; .* PostgreSQL 15 .take it over with pg_upgrade"
+        ),
     ):
         EmbeddedPostgres(data_dir).start()
+
+
+def test_the_readmes_way_to_another_major_version_keeps_the_data(place: Path) -> None:
+    data_dir = place / "data"
+    with EmbeddedPostgres(data_dir, durable=False) as server:
+        execute(server, *KEPT)
+        programs = Path(f"/proc/{pid_of(data_dir)}/exe").readlink().parent
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    found = re.search(r"```sh\nOLD=.*\nNEW=.*\n(?s:(.+?))```", readme)
+    assert found
+    # There is one version here: from 18 on both have checksums.
+    lines = found[1].replace("--no-data-checksums ", "")
+    script = f"OLD={shlex.quote(str(programs))}; NEW=$OLD\n{lines}"
+    if AS_ROOT:
+        os.chown(data_dir, server_uid(), -1)
+    code, said = account.server_account().run("/bin/sh", "-ec", script, cwd=data_dir)
+    assert code == 0, said
+    with EmbeddedPostgres(data_dir, durable=False) as server:
+        assert value(server, "SELECT min(n) FROM kept") == 1
+    assert (data_dir / "postgres-earlier" / "PG_VERSION").exists()
 
 
 def test_other_files_in_place_of_the_database_are_refused(place: Path) -> None:
@@ -697,6 +719,68 @@ def test_a_closed_parent_is_refused_and_stays_closed(place: Path) -> None:
     assert stat.S_IMODE(closed.stat().st_mode) == (0o700 if AS_ROOT else 0o000)
     closed.chmod(0o700)
     assert not list(closed.iterdir())
+
+
+@pytest.mark.parametrize("what", [".", "..", "postgres", "postgres.lock"])
+def test_what_another_user_made_is_refused(
+    data_dir: Path, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (data_dir / "postgres.lock").touch()
+    path = Path(os.path.realpath(data_dir / what))
+    before = path.stat()
+    server = EmbeddedPostgres(data_dir)
+    if AS_ROOT:
+        os.chown(path, NOBODY, NOBODY)
+    else:
+        # An ordinary user cannot give files away: let our own count as another's.
+        monkeypatch.setattr("sse_labels.embedded.cluster.trusted_owners", lambda: {0})
+    named = re.escape(str(path)) if AS_ROOT else str(data_dir.parent)
+    try:
+        for call in (server.start, server.runs):
+            with pytest.raises(ConfigError, match=f"{named}.* belongs to the user ID"):
+                call()
+    finally:
+        os.chown(path, before.st_uid, before.st_gid)
+    assert is_stopped(data_dir)
+
+
+@pytest.mark.parametrize(
+    ("what", "mode"),
+    [(".", 0o775), (".", 0o757), (".", 0o1777), ("..", 0o777), ("postgres", 0o770)],
+)
+def test_what_other_users_may_write_to_is_refused(data_dir: Path, what: str, mode: int) -> None:
+    path = Path(os.path.realpath(data_dir / what))
+    before = stat.S_IMODE(path.stat().st_mode)
+    path.chmod(mode)
+    try:
+        with pytest.raises(ConfigError, match=f"; {path} has the mode {mode:04o}"):
+            EmbeddedPostgres(data_dir).start()
+    finally:
+        path.chmod(before)
+    assert is_stopped(data_dir)
+
+
+@pytest.mark.parametrize("mode", [0o775, 0o1777])
+def test_a_directory_above_may_be_a_groups_or_everybodys_where_none_can_rename(
+    data_dir: Path, mode: int
+) -> None:
+    data_dir.parent.chmod(mode)
+    with EmbeddedPostgres(data_dir, durable=False) as server:
+        assert value(server, "SELECT min(n) FROM kept") == 1
+
+
+def test_a_link_is_followed_and_what_it_leads_to_is_looked_at(data_dir: Path) -> None:
+    link = data_dir.with_name("link")
+    link.symlink_to(data_dir)
+    with EmbeddedPostgres(link, durable=False) as server:
+        assert server.data_dir == data_dir
+    before = stat.S_IMODE(data_dir.stat().st_mode)
+    data_dir.chmod(0o777)
+    try:
+        with pytest.raises(ConfigError, match=f"; {data_dir} has the mode 0777"):
+            EmbeddedPostgres(link).start()
+    finally:
+        data_dir.chmod(before)
 
 
 def test_a_socket_directory_that_others_may_enter_is_refused(data_dir: Path) -> None:

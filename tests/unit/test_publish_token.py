@@ -58,6 +58,7 @@ def test_a_restart_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_a_token_that_somebody_wrote_there_is_kept(tmp_path: Path) -> None:
     (tmp_path / FILE_NAME).write_text("  chosen-by-hand \n\n")
+    (tmp_path / FILE_NAME).chmod(0o600)
     assert keep_token(tmp_path)[0] == "chosen-by-hand"
     assert (tmp_path / FILE_NAME).read_text() == "  chosen-by-hand \n\n"
 
@@ -155,3 +156,25 @@ def test_a_directory_that_cannot_be_written_to_is_a_config_error(tmp_path: Path,
     assert caught.value.key == "--data-dir"
     assert caught.value.value == str(tmp_path / name)
     assert isinstance(caught.value.__cause__, OSError)
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o640, 0o604, 0o620])
+def test_a_server_does_not_believe_one_that_others_can_open(tmp_path: Path, mode: int) -> None:
+    keep_token(tmp_path)
+    (tmp_path / FILE_NAME).chmod(mode)
+    with pytest.raises(ConfigError, match=f"mode {mode:04o} .delete it to get a new one"):
+        keep_token(tmp_path)
+    (tmp_path / FILE_NAME).unlink()
+    keep_token(tmp_path)
+
+
+def test_a_server_does_not_believe_one_that_another_user_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, path = keep_token(tmp_path)
+    if os.geteuid() == 0:
+        os.chown(path, 65534, 65534)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: 65534)
+    with pytest.raises(ConfigError, match=f"belongs to the user ID {path.stat().st_uid} "):
+        keep_token(tmp_path)
