@@ -85,7 +85,7 @@ system: $(DONE)/python ## Install what the tests need of Debian's, as root; else
 soak: $(DONE)/package $(DONE)/dev $(DONE)/node system ## The long run: all faults in random order, SECONDS=600
 	@SSE_LABELS_SOAK_SECONDS='$(SECONDS)' $(if $(SEED),SSE_LABELS_TEST_SEED='$(SEED)') \
 	  $(BIN)/pytest -o cache_dir='$(CACHES)/pytest' $(PYTEST_ARGS) \
-	  tests/soak/soak.py tests/soak/behind_nginx.py tests/soak/mirror.py tests/soak/dashboard.py tests/acceptance/test_frozen_readers.py
+	  tests/soak/soak.py tests/soak/behind_nginx.py tests/soak/mirror.py tests/soak/dashboard.py tests/soak/foreign_clients.py tests/acceptance/test_frozen_readers.py
 
 # As it was asked for: figures and tables carry it.
 bench_command = $(strip make bench $(foreach name,ONLY PEERS SIZE HISTORY,\

@@ -1,0 +1,4 @@
+// Node's own EventSource.
+import { listen } from './say.mjs'
+
+listen(new EventSource(process.env.URL))

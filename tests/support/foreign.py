@@ -1,0 +1,426 @@
+"""Clients that nobody here wrote, while the server is struck, and what each received.
+
+Each client is a few lines in `tests/soak/clients` around a library. It writes one line of JSON for
+each message that the library handed out. All of them read at the same time, over one way (direct or
+through nginx), while labels are stored all the time and faults strike the server. In the end what
+each wrote is compared with the table.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from support.database import TestDatabase, until
+from support.nginx import Nginx, nginx
+from support.node import NEWEST, OLDER, SCRIPTS, node_folder, node_program
+from support.program import Program, free_port
+
+CLIENTS = Path(__file__).parents[1] / "soak" / "clients"
+WAYS = ("direct", "through nginx")
+#: Between two labels, all the time.
+PUBLISH_SECONDS = 0.05
+#: A full server, and which limit is reached.
+FULL = {"full of streams": "max-streams", "full of connections": "max-connections"}
+
+
+@dataclass(frozen=True)
+class Library:
+    """A client's library, and the program around it."""
+
+    name: str
+    command: tuple[str, ...]
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def python(name: str, script: str) -> Library:
+    return Library(f"{name} (Python)", (sys.executable, str(CLIENTS / "python" / script)))
+
+
+def javascript(name: str, script: Path, *flags: str, packages: str = NEWEST) -> Library:
+    folder = str(node_folder(packages))
+    return Library(
+        f"{name} (npm)", (node_program(), *flags, str(script)), {"SSE_LABELS_NODE": folder}
+    )
+
+
+def quick_readers() -> list[Library]:
+    """Readers of event streams that the tests have anyway: of npm and of Python."""
+    npm = CLIENTS / "javascript"
+    return [
+        javascript("eventsource", npm / "eventsource.mjs"),
+        javascript("event-source-polyfill", npm / "event-source-polyfill.mjs"),
+        javascript("@microsoft/fetch-event-source", npm / "fetch-event-source.mjs"),
+        javascript("EventSource of Node", npm / "undici.mjs", "--experimental-eventsource"),
+        python("httpx-sse", "read_httpx_sse.py"),
+        python("sseclient-py", "read_sseclient_py.py"),
+        python("requests-sse", "read_requests_sse.py"),
+        python("aiohttp-sse-client", "read_aiohttp_sse_client.py"),
+    ]
+
+
+def subscribers() -> list[Library]:
+    """Readers of the WebSocket."""
+    return [
+        javascript("@atproto/xrpc-server", SCRIPTS / "subscribe.mjs"),
+        javascript("@atproto/xrpc-server, older", SCRIPTS / "subscribe.mjs", packages=OLDER),
+        python("atproto SDK", "read_atproto.py"),
+    ]
+
+
+@functools.cache
+def built_libraries(cache: Path) -> tuple[list[Library], list[str]]:
+    """Those whose toolchains are on the PATH, built in `cache`; and what is missing."""
+    libraries: list[Library] = []
+    missing: list[str] = []
+    for language, tools, build in (
+        ("Go", ("go",), _go),
+        ("Rust", ("cargo",), _rust),
+        ("Java", ("java", "javac", "mvn"), _java),
+    ):
+        absent = [tool for tool in tools if shutil.which(tool) is None]
+        if absent:
+            missing.append(f"{language}'s clients are left out: {', '.join(absent)} not found")
+        else:
+            libraries += build(cache / language.lower())
+    return libraries, missing
+
+
+def _go(target: Path) -> list[Library]:
+    names = {
+        "tmaxmax": "tmaxmax/go-sse",
+        "r3labs": "r3labs/sse",
+        "launchdarkly": "launchdarkly/eventsource",
+    }
+    target.mkdir(parents=True, exist_ok=True)
+    _build("go", ["go", "build", "-o", f"{target}/", *(f"./{name}" for name in names)])
+    return [Library(f"{name} (Go)", (str(target / file),)) for file, name in names.items()]
+
+
+def _rust(target: Path) -> list[Library]:
+    _build("rust", ["cargo", "build", "--release", "--locked", "--target-dir", str(target)])
+    names = ("reqwest-eventsource", "eventsource-client")
+    return [Library(f"{name} (Rust)", (str(target / "release" / name),)) for name in names]
+
+
+def _java(target: Path) -> list[Library]:
+    jars, classes = target / "jars", target / "classes"
+    if not jars.is_dir():
+        copy = ["mvn", "-q", "-B", "dependency:copy-dependencies", f"-DoutputDirectory={jars}"]
+        _build("java", copy)
+    sources = [file.name for file in (CLIENTS / "java").glob("*.java")]
+    _build("java", ["javac", "-cp", f"{jars}/*", "-d", str(classes), *sources])
+    names = {"OkHttpSse": "okhttp-sse", "LaunchDarkly": "okhttp-eventsource"}
+    return [
+        Library(f"{name} (Java)", ("java", "-cp", f"{classes}:{jars}/*", file))
+        for file, name in names.items()
+    ]
+
+
+def _build(language: str, command: Sequence[str]) -> None:
+    done = subprocess.run(command, cwd=CLIENTS / language, capture_output=True, text=True)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[-4000:]}"
+
+
+class Reader:
+    """One client that runs, and its transcript."""
+
+    def __init__(self, library: Library, url: str) -> None:
+        self.name = library.name
+        self.seqs: list[int] = []
+        #: Messages without data that the library handed out.
+        self.empty = 0
+        self.told: Counter[str] = Counter()
+        self.complaints: list[str] = []
+        socket = url.replace("http://", "ws://")
+        self._process = subprocess.Popen(
+            library.command,
+            env={
+                **os.environ,
+                **library.environment,
+                "URL": socket if library.command[-1].endswith("subscribe.mjs") else
+                f"{url}/stream?cursor=0",
+                "SOCKET": socket,
+                "CURSOR": "0",
+                "NO_PROXY": "*",
+                "PYTHONWARNINGS": "ignore",
+            },
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )  # fmt: skip
+        self._threads = [
+            threading.Thread(target=self._listen, daemon=True),
+            threading.Thread(target=self._note, daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def last(self) -> int:
+        return max(self.seqs, default=0)
+
+    @property
+    def runs(self) -> bool:
+        return self._process.poll() is None
+
+    def send(self, number: signal.Signals) -> None:
+        self._process.send_signal(number)
+
+    def _listen(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            try:
+                said = json.loads(line)
+            except ValueError:
+                self.complaints.append(line)
+                continue
+            if "seq" in said:
+                self.seqs.append(said["seq"])
+            elif "empty" in said:
+                self.empty += 1
+            else:
+                self.told[str(said.get("error") or said.get("name"))] += 1
+
+    def _note(self) -> None:
+        assert self._process.stderr is not None
+        for line in self._process.stderr:
+            self.complaints.append(line)
+            del self.complaints[:-40]
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        for thread in self._threads:
+            thread.join()
+        for pipe in (self._process.stdout, self._process.stderr):
+            assert pipe is not None
+            pipe.close()
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of one client, over one way and one fault."""
+
+    client: str
+    way: str
+    fault: str
+    stored: int
+    received: int
+    lost: int
+    doubled: int
+    #: Labels that it did not reach in the end, because it came to a stop.
+    stuck: int
+    empty: int
+    complaint: str = ""
+
+    @property
+    def whole(self) -> bool:
+        """Whether it received the table, each row once, and nothing that is none."""
+        return self.received == self.stored and not (
+            self.lost or self.doubled or self.stuck or self.empty
+        )
+
+
+def judge(reader: Reader, way: str, fault: str, stored: Sequence[int]) -> Row:
+    """Compare a transcript with the table."""
+    received = set(reader.seqs)
+    return Row(
+        client=reader.name,
+        way=way,
+        fault=fault,
+        stored=len(stored),
+        received=len(received & set(stored)),
+        lost=sum(seq <= reader.last and seq not in received for seq in stored),
+        doubled=len(reader.seqs) - len(received),
+        stuck=sum(seq > reader.last for seq in stored),
+        empty=reader.empty,
+        complaint="".join(reader.complaints[-4:]).strip(),
+    )
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as text, a line each."""
+    width = max(len(row.fault) for row in rows)
+    head = (
+        f"{'client':<36} {'way':<14} {'fault':<{width}} stored received  lost doubled stuck empty"
+    )
+    lines = [
+        f"{row.client:<36} {row.way:<14} {row.fault:<{width}} {row.stored:6} {row.received:8}"
+        f" {row.lost:5} {row.doubled:7} {row.stuck:5} {row.empty:5}"
+        for row in rows
+    ]
+    return "\n".join([head, *lines])
+
+
+class Struck:
+    """One server that is struck, and what stands around it."""
+
+    def __init__(
+        self,
+        database: TestDatabase,
+        way: str,
+        settings: Sequence[str],
+        away: Callable[[Struck], Awaitable[Any]],
+        patience_seconds: float,
+    ) -> None:
+        self.database = database
+        self.way = way
+        self.readers: list[Reader] = []
+        self.proxy: Nginx | None = None
+        self.port = free_port()
+        #: The one that strikes next.
+        self.fault = ""
+        self._settings = ("serve", f"--port={self.port}", "--dsn", database.dsn, *settings)
+        self._program: Program | None = None
+        #: Waits while the server is away, or full.
+        self._away = away
+        self._patience_seconds = patience_seconds
+        self._holders: list[asyncio.StreamWriter] = []
+
+    @property
+    def url(self) -> str:
+        """Where the clients read."""
+        return self.proxy.url if self.proxy else f"http://127.0.0.1:{self.port}"
+
+    async def start(self) -> None:
+        self._program = Program(*self._settings)
+        await asyncio.to_thread(self._program.url)
+
+    async def stop(self, number: signal.Signals) -> None:
+        if self._program is not None and self._program.process.poll() is None:
+            await asyncio.to_thread(self._program.end, number)
+
+    async def fill(self, places: int) -> None:
+        """Open streams until there is no place left."""
+        for _ in range(places):
+            reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+            writer.write(b"GET /stream HTTP/1.1\r\nHost: full\r\n\r\n")
+            await reader.readline()
+            self._holders.append(writer)
+
+    async def leave(self) -> None:
+        """Give all places back."""
+        for writer in self._holders:
+            writer.close()
+            with suppress(ConnectionError):
+                await writer.wait_closed()
+        self._holders.clear()
+
+    async def strike(self, number: signal.Signals) -> None:
+        """End the server, and start it again."""
+        await self.stop(number)
+        await self._away(self)
+        await self.start()
+
+    async def strike_full(self, places: int) -> None:
+        """End the server, and start it again with no place left for a while."""
+        # They stand still meanwhile: whoever comes back at once would have a place.
+        for reader in self.readers:
+            reader.send(signal.SIGSTOP)
+        await self.stop(signal.SIGTERM)
+        await self.start()
+        await self.fill(places)
+        for reader in self.readers:
+            reader.send(signal.SIGCONT)
+        await self._away(self)
+        await self.leave()
+
+    async def all_have_come(self) -> None:
+        """Wait until every client that runs has what is stored now, with patience."""
+        [(head,)] = self.database.execute("SELECT coalesce(max(id), 0) FROM label")
+        with suppress(TimeoutError):
+            await until(
+                lambda: all(not each.runs or each.last >= head for each in self.readers),
+                self._patience_seconds,
+            )
+
+
+@asynccontextmanager
+async def publishing(database: TestDatabase) -> AsyncIterator[None]:
+    """Store a label all the time."""
+
+    async def publish() -> None:
+        while True:
+            await asyncio.to_thread(database.insert)
+            await asyncio.sleep(PUBLISH_SECONDS)
+
+    task = asyncio.create_task(publish())
+    try:
+        yield
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+
+@contextmanager
+def way_of(server: Struck, faults: dict[str, str]) -> Any:
+    """Put nginx before the server, if that is its way."""
+    if server.way == "direct":
+        yield
+    else:
+        with nginx(server.port, faults=faults) as proxy:
+            server.proxy = proxy
+            yield
+
+
+async def struck(
+    libraries: Sequence[Library],
+    database: TestDatabase,
+    way: str,
+    faults: Sequence[str],
+    *,
+    settings: Sequence[str],
+    site: dict[str, str],
+    away: Callable[[Struck], Awaitable[Any]],
+    patience_seconds: float,
+) -> list[Row]:
+    """Let all libraries read while the faults strike; return what became of each."""
+    # As many as will ever be connected, and what nginx and this test ask beside them.
+    places = len(libraries) + 8
+    limits = {name: FULL[name] for name in faults if name in FULL}
+    settings = [*settings, *(f"--{limit}={places}" for limit in limits.values())]
+    server = Struck(database, way, settings, away, patience_seconds)
+    async with AsyncExitStack() as stack:
+        await server.start()
+        stack.push_async_callback(lambda: server.stop(signal.SIGKILL))
+        stack.enter_context(way_of(server, site))
+        if limits:
+            # They find it full when they come for the first time, too.
+            await server.fill(places)
+        for library in libraries:
+            reader = await asyncio.to_thread(Reader, library, server.url)
+            stack.callback(reader.end)
+            server.readers.append(reader)
+        database.insert()
+        async with publishing(database):
+            if limits:
+                server.fault = next(iter(limits))
+                await away(server)
+                await server.leave()
+            for server.fault in faults:
+                await server.all_have_come()
+                if server.fault in FULL:
+                    await server.strike_full(places)
+                else:
+                    await server.strike(signal.Signals[server.fault])
+            await server.all_have_come()
+        await server.all_have_come()
+        stored = [event["seq"] for event in database.stored()]
+        fault = ", ".join(dict.fromkeys(faults))
+        return [judge(reader, way, fault, stored) for reader in server.readers]
