@@ -1,8 +1,9 @@
 """How a client is refused before aiohttp knows it: plain bytes on a plain socket.
 
 Promises: the client gets an HTTP answer and a proper end of the connection, not a
-reset; an `EventSource` gets one that lets it come back; a refused client costs a
-socket for a second and nothing else.
+reset; an `EventSource` gets one that lets it come back, and a WebSocket's handshake
+gets none, for the same reason; a refused client costs a socket for a second and
+nothing else.
 Stands beside the guard, in front of the corridor's end.
 Does not belong here: who is refused.
 """
@@ -96,7 +97,11 @@ def error_body(error: RequestError) -> str:
 
 
 def encode_refusal(asked: bytes, error: RequestError, busy_retry_ms: int) -> bytes:
-    """Return a whole HTTP response, such that whoever sent `asked` comes back later."""
+    """Return what lets whoever sent `asked` come back later: a whole HTTP response, or nothing."""
+    # The AT Protocol's own client takes every answer to its handshake for final, but not a
+    # connection that breaks.
+    if b"upgrade: websocket" in asked.lower():
+        return b""
     # A browser takes any other status than 200 for final, and never comes back.
     if b"text/event-stream" in asked.lower():
         return encode_busy(error, busy_retry_ms)

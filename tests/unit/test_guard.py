@@ -209,6 +209,17 @@ async def test_refused_event_source_is_told_to_come_back_later() -> None:
         assert await client.until_closed() == b""
 
 
+async def test_refused_websocket_handshake_is_broken_off() -> None:
+    async with guarded(max_connections=0) as site:
+        client = await site.connect()
+        client.writer.write(
+            b"GET /xrpc/com.atproto.label.subscribeLabels HTTP/1.1\r\nHost: test\r\n"
+            b"Connection: Upgrade\r\nUpgrade: WebSocket\r\nSec-WebSocket-Version: 13\r\n\r\n"
+        )
+        assert await client.until_closed() == b""
+        assert site.metrics.requests_refused["TooManyConnections"] == 1
+
+
 async def test_refused_client_that_asks_nothing_is_answered_and_ended(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
