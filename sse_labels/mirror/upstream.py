@@ -37,8 +37,9 @@ CONNECT_SECONDS = 10.0
 SILENCE_SECONDS = 30.0
 #: A frame must be whole within this: of a sound connection one comes for each ping.
 FRAME_SECONDS = 2 * SILENCE_SECONDS
-#: How long an upstream has to answer a close.
+#: How long a close may take to be sent; its answer is not waited for.
 CLOSE_SECONDS = 2.0
+CLOSE_FRAME = aiohttp.WSCloseCode.OK.to_bytes(2, "big")
 #: What an upstream may send in a minute beside labels (news, pings, unknown messages): so many
 #: messages, and KiB.
 CHATTER_MAX = 4096
@@ -113,20 +114,23 @@ class Upstream:
         query = {"cursor": str(cursor)} | ({"epoch": epoch} if epoch else {})
         parts = urlsplit(self.url)
         asked = "&".join(filter(None, (parts.query, urlencode(query))))
-        epochs: list[str] = []
+        answers: list[aiohttp.ClientResponse] = []
         async with aiohttp.ClientSession(
             timeout=aiohttp.ClientTimeout(total=None),
             headers={"User-Agent": f"sse-labels/{__version__}"},
-            middlewares=[_looking_at_answers(epochs)],
+            middlewares=[_keeping_answers(answers)],
         ) as session:
             socket = await self._open(session, urlunsplit(parts._replace(query=asked)))
             try:
-                yield Connection(self, socket, epochs[-1] if epochs else None)
+                yield Connection(self, socket, _epoch(answers[-1]))
             finally:
-                # aiohttp waits for an answer anew after each message that comes instead.
-                with contextlib.suppress(TimeoutError):
+                # aiohttp's own close waits for an answer, and reads all that comes instead without
+                # a turn for anybody: of pings that came at once for seconds.
+                with contextlib.suppress(TimeoutError, aiohttp.ClientError, OSError):
                     async with asyncio.timeout(CLOSE_SECONDS):
-                        await socket.close()
+                        await socket.send_frame(CLOSE_FRAME, aiohttp.WSMsgType.CLOSE)
+                answers[-1].close()
+                await socket.close()
 
     async def _open(
         self, session: aiohttp.ClientSession, url: str
@@ -137,7 +141,6 @@ class Upstream:
                     url,
                     heartbeat=SILENCE_SECONDS,
                     max_msg_size=self._message_max_bytes,
-                    timeout=aiohttp.ClientWSTimeout(ws_close=CLOSE_SECONDS),
                     # aiohttp would answer all pings that came at once before anybody else's turn.
                     autoping=False,
                     autoclose=False,
@@ -288,14 +291,14 @@ def _aside(seq: int, place: int, reason: str, given: Any) -> Aside:
     return Aside(seq, place, reason, label)
 
 
-def _looking_at_answers(epochs: list[str]) -> aiohttp.ClientMiddlewareType:
-    """Return what notes the epoch that a handshake tells, and refuses to be redirected.
+def _keeping_answers(answers: list[aiohttp.ClientResponse]) -> aiohttp.ClientMiddlewareType:
+    """Return what keeps the answer to a handshake, and refuses to be redirected.
 
     A WebSocket of aiohttp hides its head; and `ws_connect` would follow, into this network or from
     wss to ws.
     """
 
-    async def look(
+    async def keep(
         request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
     ) -> aiohttp.ClientResponse:
         answer = await handler(request)
@@ -303,13 +306,16 @@ def _looking_at_answers(epochs: list[str]) -> aiohttp.ClientMiddlewareType:
             answer.close()
             where = words(answer.headers.get("Location"))
             raise UpstreamLost(f"it redirects ({answer.status}) to {where}, which is not followed")
-        epoch = answer.headers.get("Sse-Labels-Epoch", "")
-        # A UUID; anything else, which another server may say, could not even be stored.
-        if EPOCH.fullmatch(epoch):
-            epochs.append(epoch)
+        answers.append(answer)
         return answer
 
-    return look
+    return keep
+
+
+def _epoch(answer: aiohttp.ClientResponse) -> str | None:
+    epoch = answer.headers.get("Sse-Labels-Epoch", "")
+    # A UUID; anything else, which another server may say, could not even be stored.
+    return epoch if EPOCH.fullmatch(epoch) else None
 
 
 def words(said: object) -> str:
