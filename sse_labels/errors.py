@@ -116,6 +116,24 @@ class PayloadTooLarge(RequestError):
     name = "PayloadTooLarge"
 
 
+class UnsupportedMediaType(RequestError):
+    """The body's coding is none that is decoded here (RFC 9110, section 15.5.16)."""
+
+    status = 415
+    name = "UnsupportedMediaType"
+    headers: Mapping[str, str] = MappingProxyType({"Accept-Encoding": "gzip, deflate"})
+
+
+class UpgradeRequired(RequestError):
+    """A WebSocket handshake of a version that is not spoken here (RFC 6455, section 4.4)."""
+
+    status = 426
+    name = "UpgradeRequired"
+    headers: Mapping[str, str] = MappingProxyType(
+        {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13"}
+    )
+
+
 class InvalidLabel(RequestError):
     """A label breaks the lexicon; the message names its index in the request and the field."""
 

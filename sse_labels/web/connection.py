@@ -26,9 +26,15 @@ from typing import Any
 
 from aiohttp import StreamReader, hdrs, web
 from aiohttp.http import RawRequestMessage
-from aiohttp.http_exceptions import LineTooLong
+from aiohttp.http_exceptions import ContentEncodingError, LineTooLong
 
-from sse_labels.errors import HeadTooLarge, InvalidRequest, RequestError, RequestTimeout
+from sse_labels.errors import (
+    HeadTooLarge,
+    InvalidRequest,
+    RequestError,
+    RequestTimeout,
+    UnsupportedMediaType,
+)
 from sse_labels.web.addresses import caused_by
 from sse_labels.web.answers import SECURITY_HEADERS
 from sse_labels.web.refusal import encode_answer, error_body
@@ -217,6 +223,9 @@ class Connection(web.RequestHandler):
         error: RequestError
         if isinstance(exc, LineTooLong):
             error = HeadTooLarge(f"expected lines of at most {MAX_FIELD_BYTES} bytes")
+        elif isinstance(exc, ContentEncodingError):
+            # Of a coding that aiohttp knows by name, and decodes only beside other packages.
+            error = UnsupportedMediaType("expected a body in gzip or deflate, or as it is")
         elif status < 500:
             error = InvalidRequest(
                 f"expected a request in HTTP/1.1 or HTTP/1.0 with at most {MAX_FIELDS} header lines"
@@ -233,7 +242,12 @@ class Connection(web.RequestHandler):
             status=error.status,
             text=error_body(error),
             content_type="application/json",
-            headers={hdrs.CONNECTION: "close", hdrs.CACHE_CONTROL: "no-store", **SECURITY_HEADERS},
+            headers={
+                hdrs.CONNECTION: "close",
+                hdrs.CACHE_CONTROL: "no-store",
+                **SECURITY_HEADERS,
+                **error.headers,
+            },
         )
         response.force_close()
         return response

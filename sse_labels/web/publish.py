@@ -13,16 +13,16 @@ import asyncio
 import hashlib
 from collections import defaultdict
 
-import ujson
 from aiohttp import hdrs, web
 
-from sse_labels.errors import InvalidRequest, PayloadTooLarge
+from sse_labels.errors import InvalidRequest, PayloadTooLarge, UnsupportedMediaType
 from sse_labels.publish_tokens import PUBLISH, PublishTokens
 from sse_labels.publisher import Publisher
 from sse_labels.web.answers import json_response
 from sse_labels.web.bearer import holder_of
 from sse_labels.web.connection import read_body
 from sse_labels.web.rate import PublishRate
+from sse_labels.web.strict_json import parse_json
 
 IDEMPOTENCY_KEY = "Idempotency-Key"
 KEY_MAX_CHARS = 255
@@ -34,6 +34,8 @@ SMALL_AT_ONCE = 64
 LARGE_AT_ONCE = 4
 #: Of one publisher: whoever sends many leaves the others their share.
 LARGE_OF_ONE_AT_ONCE = 2
+#: Codings of a body (RFC 9110, section 8.4.1), one at a time.
+CODINGS = ("", "identity", "gzip", "x-gzip", "deflate")
 OFF = "publishing is off: this server was started without a publish token"
 
 
@@ -64,6 +66,7 @@ class PublishHandler:
     async def handle(self, request: web.Request) -> web.Response:
         """Answer `201 {"seqs": […]}`, in the order of the labels given."""
         publisher = self._authorize(request)
+        check_coding(request)
         key = idempotency_key(request, publisher)
         if is_small(request):
             body = await self._read(request)
@@ -93,11 +96,11 @@ class PublishHandler:
 
     def _labels(self, body: bytes) -> list[object]:
         try:
-            given = ujson.loads(body.decode("utf-8"))
+            # A byte order mark may be there (RFC 8259, section 8.1); it says nothing.
+            text = body.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise InvalidRequest(f"the body is not UTF-8: byte {error.start}") from None
-        except ValueError as error:
-            raise InvalidRequest(f"the body is not JSON: {error}") from None
+        given = parse_json(text)
         if not isinstance(given, dict):
             raise InvalidRequest('expected an object {"labels": […]}')
         unknown = sorted(set(given) - {"labels"})
@@ -109,6 +112,15 @@ class PublishHandler:
         if len(labels) > self._max_labels:
             raise PayloadTooLarge(f"labels: got {len(labels)}, expected at most {self._max_labels}")
         return labels
+
+
+def check_coding(request: web.Request) -> None:
+    """Raise UnsupportedMediaType when the body comes in a coding that is not decoded."""
+    given = ", ".join(request.headers.getall(hdrs.CONTENT_ENCODING, [])).strip().lower()
+    if given not in CODINGS:
+        raise UnsupportedMediaType(
+            f"Content-Encoding: got {given[:60]!r}, expected gzip or deflate"
+        )
 
 
 def is_small(request: web.Request) -> bool:
