@@ -191,12 +191,12 @@ class App:
         )
         for path, file in page_files():
             app.router.add_get(path, file.handle)
-        app.router.add_get("/stream", self.streams.handle, allow_head=False)
-        app.router.add_get("/streams", self.operators.listed, allow_head=False)
+        app.router.add_get("/stream", self.streams.handle)
+        app.router.add_get("/streams", self.operators.listed)
         app.router.add_delete("/streams/{id}", self.operators.cut)
         app.router.add_post("/labels", self.publish.handle)
         app.router.add_get("/xrpc/com.atproto.label.queryLabels", self.query.handle)
-        app.router.add_get(SUBSCRIBE_PATH, self.streams.subscribe, allow_head=False)
+        app.router.add_get(SUBSCRIBE_PATH, self.streams.subscribe)
         app.router.add_get("/health/live", self.health.live)
         app.router.add_get("/health/ready", self.health.ready)
         app.router.add_get("/metrics", self.health.metrics)
@@ -297,6 +297,7 @@ class App:
             request_seconds=settings.request_seconds,
             keepalive_seconds=settings.keepalive_seconds,
             busy_retry_ms=lambda: BUSY_RETRY_FACTOR * retry_ms(settings),
+            head=lambda: self.sequencer.head if self.sequencer.started.is_set() else None,
             share=self.share,
             max_everywhere=settings.max_connections if self.share else None,
         )

@@ -150,6 +150,11 @@ class Outbox:
         queued = 0 if self._queue is None else self._queue.qsize()
         return queued if self._expiries is None else queued + len(self._expiries)
 
+    @property
+    def filtered(self) -> bool:
+        """Whether a filter hides events from the consumer."""
+        return self._narrowed is not None
+
     def __aiter__(self) -> Outbox:
         return self
 

@@ -113,24 +113,28 @@ class Tail:
 
     def _read(self, stream: EventStream) -> bool:
         for block in stream:
-            if block.data is None or block.event == "message":
-                self._take(block)
-                if self._head is not None and (self._cursor or 0) >= self._head:
-                    return True
-            elif block.event == "error":
+            if block.event == "error" and block.data is not None:
                 say(f"the server ended the stream: {block.data}")
                 return False
-            elif block.event == "info" and "StreamOpened" not in block.data:
-                say(f"news: {block.data}")
+            self._take(block)
+            if self._head is not None and (self._cursor or 0) >= self._head:
+                return True
         return False
 
     def _take(self, event: Block) -> None:
-        """Write a label out, and only then move on; an id-only block just moves on."""
-        cursor = self._seq_of(event)
+        """Write a label out, and only then move on; a block without a label just moves on."""
+        label = event.data if event.event == "message" else None
+        cursor = self._seq_of(event, is_label=bool(label))
         self._taking = True
-        if event.data:
-            sys.stdout.write(event.data + "\n")
+        if label:
+            sys.stdout.write(label + "\n")
             sys.stdout.flush()
+        elif (
+            event.event == "info"
+            and event.data
+            and not any(name in event.data for name in ("StreamOpened", "CaughtUp"))
+        ):
+            say(f"news: {event.data}")
         elif not somebody_reads():
             raise BrokenPipeError
         if cursor is not None and cursor != self._cursor:
@@ -143,14 +147,14 @@ class Tail:
         if self._told_to_stop:
             self._stop(self._told_to_stop, None)
 
-    def _seq_of(self, event: Block) -> int | None:
+    def _seq_of(self, event: Block, *, is_label: bool) -> int | None:
         """Return where the event stands; raise Refused when that is not after the one before."""
         if not event.id:
             return None
         seq = number_in(event.id)
         if seq is None:
             raise Refused(f"{self._place} is no stream of labels: event id {event.id[:60]!r}")
-        if self._cursor is not None and seq < self._cursor + bool(event.data):
+        if self._cursor is not None and seq < self._cursor + is_label:
             raise Refused(f"the server went back: seq {seq} came after {self._cursor}")
         return seq
 

@@ -212,7 +212,7 @@ class Continuity:
         return event
 
     def _news(self, news: dict[str, Any]) -> int | None:
-        if len(self.news) < NEWS_MAX:
+        if len(self.news) < NEWS_MAX and news.get("name") != "CaughtUp":
             self.news.append(words_of(news.get("name"), news.get("message")))
         floor = news.get("floor")
         if news.get("name") != "OutdatedCursor" or type(floor) is not int:

@@ -142,6 +142,8 @@ class StreamReading:
             floor = continuity.info(event.data)
             if floor is not None and crosscheck is not None:
                 crosscheck.skip(floor)
+            if event.id and new_id:
+                continuity.moved(event.id)
         elif event.event != "message":
             text = f"after seq {continuity.position}: an event of the type {event.event[:60]!r}"
             self._findings.add(Kind.EVENT, text)

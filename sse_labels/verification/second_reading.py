@@ -77,10 +77,9 @@ class StreamAgain:
                     said = object_in(event.data) or {}
                     if type(said.get("floor")) is int:
                         part = part._replace(floor=said["floor"])
-                    continue
                 seq = number_in(event.id)
                 if seq is not None:
-                    if event.data and cursor < seq <= end:
+                    if event.event == "message" and event.data and cursor < seq <= end:
                         labels = (object_in(event.data) or {}).get("labels")
                         alone = isinstance(labels, list) and len(labels) == 1
                         found = Event(seq, labels[0] if alone and labels else labels)

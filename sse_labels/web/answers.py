@@ -9,6 +9,7 @@ Does not belong here: what a handler does.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 
 from aiohttp import hdrs, web
@@ -24,6 +25,7 @@ from sse_labels.errors import (
 from sse_labels.metrics import Metrics
 from sse_labels.sse import dumps
 from sse_labels.web.addresses import caused_by
+from sse_labels.web.parameters import check_encoding
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +43,13 @@ SECURITY_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
     hdrs.SERVER: SERVER,
 }
-#: What such a page may send.
+#: What such a page may send when it does not ask for particular headers.
 ALLOWED_HEADERS = "Authorization, Content-Type, Idempotency-Key, Last-Event-ID"
+#: Otherwise it may send what it asks for: clients of the protocol add headers of their own
+#: (`atproto-accept-labelers`). A longer list is no browser's.
+ASKED_HEADERS_MAX_CHARACTERS = 2048
+ASKED_HEADERS_MAX = 64
+_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, section 5.6.2
 #: What a browser may remember of a preflight, in seconds.
 PREFLIGHT_SECONDS = 86_400
 
@@ -75,6 +82,7 @@ def errors_as_json(metrics: Metrics, client: Callable[[web.Request], str]) -> Mi
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
+            check_encoding(request)
             return await handler(request)
         except RequestError as error:
             answer = error_response(error)
@@ -96,6 +104,12 @@ def errors_as_json(metrics: Metrics, client: Callable[[web.Request], str]) -> Mi
             name = type(error).__name__
             message = "the database does not let this server do that; its log says why"
             answer = json_response({"error": name, "message": message}, status=500)
+        except web.HTTPMethodNotAllowed as error:
+            allow = ", ".join(sorted({*error.allowed_methods, hdrs.METH_OPTIONS}))
+            if request.method == hdrs.METH_OPTIONS:
+                return web.Response(status=204, headers={hdrs.ALLOW: allow})
+            answer, name = _from_aiohttp(error)
+            answer.headers[hdrs.ALLOW] = allow
         except web.HTTPException as error:
             if error.status < 400:
                 raise
@@ -118,10 +132,7 @@ def _from_aiohttp(error: web.HTTPException) -> tuple[web.Response, str]:
         too_large = PayloadTooLarge("the body is over the limit")
         return error_response(too_large), too_large.name
     name = error.reason.title().replace(" ", "")
-    answer = json_response({"error": name, "message": error.reason}, status=error.status)
-    if hdrs.ALLOW in error.headers:
-        answer.headers[hdrs.ALLOW] = error.headers[hdrs.ALLOW]
-    return answer, name
+    return json_response({"error": name, "message": error.reason}, status=error.status), name
 
 
 async def add_security_headers(request: web.Request, response: web.StreamResponse) -> None:
@@ -159,11 +170,21 @@ async def preflight(request: web.Request, handler: Handler) -> web.StreamRespons
         or hdrs.ACCESS_CONTROL_REQUEST_METHOD not in request.headers
     ):
         return await handler(request)
-    return web.Response(
-        status=204,
-        headers={
-            hdrs.ACCESS_CONTROL_ALLOW_METHODS: "GET, POST, OPTIONS",
-            hdrs.ACCESS_CONTROL_ALLOW_HEADERS: ALLOWED_HEADERS,
-            hdrs.ACCESS_CONTROL_MAX_AGE: str(PREFLIGHT_SECONDS),
-        },
-    )
+    response = await handler(request)
+    if response.status == 204:
+        response.headers[hdrs.ACCESS_CONTROL_ALLOW_METHODS] = response.headers[hdrs.ALLOW]
+        response.headers[hdrs.ACCESS_CONTROL_ALLOW_HEADERS] = _allowed_headers(request)
+        response.headers[hdrs.ACCESS_CONTROL_MAX_AGE] = str(PREFLIGHT_SECONDS)
+    return response
+
+
+def _allowed_headers(request: web.Request) -> str:
+    asked = ",".join(request.headers.getall(hdrs.ACCESS_CONTROL_REQUEST_HEADERS, []))
+    names = [name.strip() for name in asked.split(",")]
+    if (
+        len(asked) > ASKED_HEADERS_MAX_CHARACTERS
+        or len(names) > ASKED_HEADERS_MAX
+        or not all(map(_TOKEN.fullmatch, names))
+    ):
+        return ALLOWED_HEADERS
+    return ", ".join(names)

@@ -46,11 +46,16 @@ class Wire(Protocol):
     def position(self, seq: int) -> bytes:
         """Return what moves the client's cursor without an event; empty: there is no such thing."""
 
+    def caught_up(self, seq: int) -> bytes:
+        """Return that history ends at `seq`; empty: there is no such thing."""
+
     def heartbeat(self) -> bytes:
         """Return what keeps a silent connection open."""
 
-    def info(self, name: str, message: str, **more: object) -> bytes:
-        """Return news about the stream, which goes on."""
+    def info(
+        self, name: str, message: str, *, position: int | None = None, **more: object
+    ) -> bytes:
+        """Return news about the stream, which goes on, and move the client's cursor if given."""
 
     def notice(self, notice: Notice) -> bytes:
         """Return that a label has expired; encoded once for all who are told."""
@@ -153,21 +158,23 @@ class Delivery:
             case Events(chunks):
                 self._write_chunks([chunk for chunk in chunks if chunk.seqs])
             case Silence():
-                self._tell_position(otherwise=self._wire.heartbeat())
+                self._beat()
             case CaughtUp():
-                self._tell_position(otherwise=b"")
+                self._tell_end_of_history()
             case SnapshotComplete(seq):
-                # The position first: a client that is cut here has all of it.
-                self._tell_position(otherwise=b"")
                 message = f"this was in force as of seq {seq}; all that comes after it follows"
-                self.send(self._wire.info("SnapshotComplete", message, seq=seq))
+                self.send(self._wire.info("SnapshotComplete", message, position=seq, seq=seq))
+                self.told = seq
             case Expired(notices):
                 # The position stays: a client that comes back with it has missed no label.
                 self.send(b"".join(map(self._wire.notice, notices)))
                 self._metrics.count["expiries_told"] += len(notices)
             case Outdated(cursor, floor):
                 message = f"cursor {cursor} is below the floor: going on from seq {floor}"
-                self.send(self._wire.info("OutdatedCursor", message, floor=floor))
+                # The position moves with it: a client that comes back is not told again.
+                news = self._wire.info("OutdatedCursor", message, position=floor - 1, floor=floor)
+                self.send(news)
+                self.told = floor - 1
 
     def _write_chunks(self, chunks: list[Chunk]) -> None:
         if not chunks:
@@ -198,16 +205,27 @@ class Delivery:
     def _break_silence(self) -> None:
         """Write a heartbeat when it is due although events come: the filter hides them all."""
         if self._now() - self._wrote >= self._settings.heartbeat_seconds:
-            self._tell_position(otherwise=self._wire.heartbeat())
+            self._beat()
 
-    def _tell_position(self, otherwise: bytes) -> None:
-        """Write the position when events were hidden since the last write, so that it is kept."""
-        block = otherwise
+    def _tell_end_of_history(self) -> None:
+        """Say where history ends when it is not at an event: readers wait for the head they saw."""
         if self._outbox.position > self.told:
             self.told = self._outbox.position
-            block = self._wire.position(self.told) or otherwise
-        if block:
-            self.send(block)
+            if block := self._wire.caught_up(self.told):
+                self.send(block)
+
+    def _beat(self) -> None:
+        """Write a heartbeat: the position when a filter hid events since the last write.
+
+        Only then: many clients hand out an empty message for a block without data, and of a
+        position that moved over unused seqs alone there is nothing to keep.
+        """
+        block = b""
+        hides = self._outbox.filtered or self._settings.unsigned == "withhold"
+        if hides and self._outbox.position > self.told:
+            self.told = self._outbox.position
+            block = self._wire.position(self.told)
+        self.send(block or self._wire.heartbeat())
 
     async def _drain(self) -> None:
         """Wait until the kernel has taken everything; raise TimeoutError when it does not."""

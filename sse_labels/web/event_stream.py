@@ -19,7 +19,7 @@ from sse_labels.config import Settings
 from sse_labels.metrics import Metrics
 from sse_labels.notice import Notice
 from sse_labels.outbox import Outbox
-from sse_labels.sse import HEARTBEAT, encode_error, encode_id, encode_info, encode_opening
+from sse_labels.sse import HEARTBEAT, encode_error, encode_id, encode_info
 from sse_labels.web.connection import LongAnswer
 from sse_labels.web.delivery import Delivery, retry_ms
 
@@ -42,13 +42,20 @@ class Plain:
         """Return an id-only block."""
         return self.block(encode_id(seq))
 
+    def caught_up(self, seq: int) -> bytes:
+        """Return an `info` event."""
+        message = f"this is all up to seq {seq}; what follows is live"
+        return self.info("CaughtUp", message, position=seq, seq=seq)
+
     def heartbeat(self) -> bytes:
         """Return a comment."""
         return self.block(HEARTBEAT)
 
-    def info(self, name: str, message: str, **more: object) -> bytes:
+    def info(
+        self, name: str, message: str, *, position: int | None = None, **more: object
+    ) -> bytes:
         """Return an `info` event."""
-        return self.block(encode_info(name, message, **more))
+        return self.block(encode_info(name, message, position=position, **more))
 
     def notice(self, notice: Notice) -> bytes:
         """Return its `info` event."""
@@ -99,10 +106,10 @@ class EventStream(LongAnswer):
         settings: Settings,
         *,
         start: int,
-        news: bytes,
+        opening: bytes,
         ended: Callable[[str], None],
     ) -> None:
-        """Stream from cursor `start`, `news` right after the opening.
+        """Stream from cursor `start`; `opening` is the first block.
 
         Once aiohttp has asked for the body, `ended` will be called with how it ended. Raises
         ConnectionResetError when the client has left.
@@ -115,7 +122,7 @@ class EventStream(LongAnswer):
         if request.transport is None:
             raise ConnectionResetError("the client left")
         self._settings = settings
-        self._opening = encode_opening(retry_ms(settings), start) + news
+        self._opening = opening
         self.delivery = Delivery(
             request.transport, outbox, self._wire, metrics, settings, start=start, ended=ended
         )

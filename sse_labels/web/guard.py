@@ -68,12 +68,14 @@ class Guard:
         request_seconds: float,
         keepalive_seconds: float,
         busy_retry_ms: Callable[[], int],
+        head: Callable[[], int | None],
         share: Share | None = None,
         max_everywhere: int | None = None,
     ) -> None:
         """Nothing is accepted before `serving`.
 
-        `busy_retry_ms` tells how long an `EventSource` that is refused shall wait. With
+        `busy_retry_ms` tells how long an `EventSource` that is refused shall wait, `head` where
+        it goes on when it says no position of its own. With
         `share`, other processes accept from the same sockets: all of them together hold
         `max_everywhere`, this one `max_connections`.
         """
@@ -91,6 +93,7 @@ class Guard:
         self._metrics = metrics
         self._max_connections = max_connections
         self._busy_retry_ms = busy_retry_ms
+        self._head = head
         self._refusals: set[Refusal] = set()
         self._kept: list[socket.socket] = []
         self._complain_at = 0.0
@@ -162,9 +165,11 @@ class Guard:
         self._count_refused(error)
         # None is kept: this one holds the last, and the next client needs it.
         if len(self._refusals) < MAX_REFUSALS and self._kept:
-            self._refusals.add(Refusal(raw, error, self._busy_retry_ms(), self._refused))
+            self._refusals.add(
+                Refusal(raw, error, self._busy_retry_ms(), self._head(), self._refused)
+            )
         else:
-            refuse_at_once(raw, error, self._busy_retry_ms())
+            refuse_at_once(raw, error, self._busy_retry_ms(), self._head())
 
     def refuse_without_descriptor(self, listener: socket.socket) -> None:
         """Answer one client although no descriptor is left; raise OSError as `accept` does.

@@ -29,7 +29,7 @@ from aiohttp.abc import AbstractStreamWriter
 
 from sse_labels.chunk import Chunk
 from sse_labels.config import Settings
-from sse_labels.errors import InvalidRequest, RequestError, ServerStopping
+from sse_labels.errors import InvalidRequest, RequestError, ServerStopping, UpgradeRequired
 from sse_labels.metrics import Metrics
 from sse_labels.notice import Notice
 from sse_labels.outbox import Outbox
@@ -40,6 +40,8 @@ from sse_labels.xrpc import CLOSE_POLICY, HEARTBEAT, encode_error, encode_info, 
 
 #: Clients have nothing to say; a control frame has 125 bytes at most (RFC 6455, 5.5).
 MAX_MESSAGE_BYTES = 4096
+#: aiohttp (3.14) refuses a message of as many bytes as its `max_msg_size`, too.
+_OVER = MAX_MESSAGE_BYTES + 1
 #: How long a client has to answer a close with its own.
 CLOSE_SECONDS = 5.0
 #: What the messages of a chunk take beside the messages: tuple, references, and their place.
@@ -106,12 +108,18 @@ class Messages:
         """Return nothing: the lexicon's cursor moves by events alone."""
         return b""
 
+    def caught_up(self, seq: int) -> bytes:
+        """Return nothing, for the same reason."""
+        return b""
+
     def heartbeat(self) -> bytes:
         """Return a ping."""
         return HEARTBEAT
 
-    def info(self, name: str, message: str, **more: object) -> bytes:
-        """Return an `#info` message."""
+    def info(
+        self, name: str, message: str, *, position: int | None = None, **more: object
+    ) -> bytes:
+        """Return an `#info` message; the lexicon gives it no seq."""
         return encode_info(name, message, **more)
 
     def notice(self, notice: Notice) -> bytes:
@@ -146,9 +154,7 @@ class LabelSocket(web.WebSocketResponse, LongAnswer):
         ended: Callable[[str], None],
     ) -> None:
         """Stream from cursor `start` by `messages`; `ended` as for an event stream."""
-        super().__init__(
-            timeout=CLOSE_SECONDS, autoping=True, compress=False, max_msg_size=MAX_MESSAGE_BYTES
-        )
+        super().__init__(timeout=CLOSE_SECONDS, autoping=True, compress=False, max_msg_size=_OVER)
         if request.transport is None:
             raise ConnectionResetError("the client left")
         self._transport = request.transport
@@ -203,10 +209,12 @@ def wants_socket(request: web.Request) -> bool:
     """Say whether it asks for a WebSocket; raise InvalidRequest when it does so wrongly."""
     if request.headers.get("Upgrade", "").strip().lower() != "websocket":
         return False
+    if request.version < (1, 1):
+        raise InvalidRequest("expected a WebSocket handshake over HTTP/1.1 (RFC 6455, 4.1)")
+    if request.headers.get(hdrs.SEC_WEBSOCKET_VERSION, "").strip() != "13":
+        raise UpgradeRequired("expected Sec-WebSocket-Version: 13")
     if not web.WebSocketResponse().can_prepare(request):
-        raise InvalidRequest(
-            "expected a WebSocket handshake of version 13 (RFC 6455, section 4.2.1)"
-        )
+        raise InvalidRequest("expected a WebSocket handshake (RFC 6455, section 4.2.1)")
     return True
 
 
@@ -230,9 +238,7 @@ async def refuse(request: web.Request, error: RequestError, *, final: bool) -> w
 
     A client that is answered 503 before the handshake never comes back: `ws` gives no code.
     """
-    socket = web.WebSocketResponse(
-        timeout=CLOSE_SECONDS, compress=False, max_msg_size=MAX_MESSAGE_BYTES
-    )
+    socket = web.WebSocketResponse(timeout=CLOSE_SECONDS, compress=False, max_msg_size=_OVER)
     writer = await socket.prepare(request)
     if final:
         await writer.write(encode_error(error.name, str(error)))

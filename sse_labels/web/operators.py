@@ -18,7 +18,7 @@ from sse_labels.publish_tokens import ADMIN, PublishTokens
 from sse_labels.shared.neighbours import Neighbours
 from sse_labels.web.answers import json_response
 from sse_labels.web.bearer import holder_of
-from sse_labels.web.parameters import whole_number
+from sse_labels.web.parameters import STREAMS_PARAMETERS, check_parameters, whole_number
 from sse_labels.web.stream import SORTS, StreamHandler
 
 log = logging.getLogger(__name__)
@@ -40,6 +40,7 @@ class OperatorHandlers:
     async def listed(self, request: web.Request) -> web.Response:
         """Answer the streams that lag most, or are oldest: `limit` of them, and how many match."""
         holder_of(request, self._tokens, ADMIN, OFF)
+        check_parameters(request, STREAMS_PARAMETERS)
         sort = request.query.get("sort", SORTS[0])
         if sort not in SORTS:
             raise InvalidRequest(f"sort: got {sort[:60]!r}, expected one of {', '.join(SORTS)}")

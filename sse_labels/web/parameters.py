@@ -1,14 +1,20 @@
 """What a request asks for: its cursor, its filter, and more than events.
 
 Promises: either a value that can be used as it is, or an `InvalidRequest` that
-names the parameter, what stood there and what was expected. Nothing is guessed.
+names the parameter, what stood there and what was expected. Nothing is guessed:
+a parameter that is almost a known one is refused, because ignoring it would stream
+other labels than the ones asked for.
 Stands at the edge of the corridor, before the status line is sent.
 Does not belong here: whether the cursor exists (that needs the database).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from difflib import get_close_matches
+from functools import lru_cache
 from math import inf
+from urllib.parse import parse_qs, unquote_to_bytes
 
 from aiohttp import web
 
@@ -18,6 +24,20 @@ from sse_labels.labels import expires_at, is_datetime, shown
 from sse_labels.seq import number_in
 
 LAST_EVENT_ID = "Last-Event-ID"
+#: The same in the query: how EventSource polyfills that cannot send the header come back.
+LAST_EVENT_ID_PARAMETER = "lastEventId"
+_FILTER = ("sources", "uriPatterns", "values", "access_token")
+STREAM_PARAMETERS = (
+    "cursor", LAST_EVENT_ID_PARAMETER, "epoch", "snapshot", "expired", *_FILTER,
+)  # fmt: skip
+QUERY_PARAMETERS = ("cursor", "limit", "snapshot", *_FILTER)
+STREAMS_PARAMETERS = ("peer", "sort", "limit")
+#: Names of a label's fields, which are easily taken for the filters of them.
+_FIELDS = {"src": "sources", "uri": "uriPatterns", "uris": "uriPatterns", "val": "values"}
+#: How alike two names are (`difflib`), and how far apart in length, for one to be meant: `curser`
+#: is `cursor` (0.83), `utm_source` is not `sources`.
+_ALIKE = 0.8
+_LENGTHS_APART = 2
 #: How far a client's clock may be ahead: it asks for what expires after its own now.
 AHEAD_SECONDS = 10.0
 
@@ -30,15 +50,100 @@ def parse_cursor(text: str, name: str) -> int:
     return number
 
 
-def stream_cursor(request: web.Request) -> int | None:
-    """Return where the stream starts: the header, else the query, else None for live only.
+def check_parameters(request: web.Request, known: tuple[str, ...]) -> None:
+    """Raise InvalidRequest when a parameter is almost one of `known`.
 
-    The header wins: a browser that reconnects sends the URL's old `cursor` as well.
+    What is plainly something else (`_=1700000000`, to keep caches out) is ignored.
     """
-    header = _single(request.headers.getall(LAST_EVENT_ID, []), LAST_EVENT_ID)
-    query = _single(request.query.getall("cursor", []), "cursor")
-    from_query = None if query is None else parse_cursor(query, "cursor")
-    return from_query if header is None else parse_cursor(header, LAST_EVENT_ID)
+    for name in request.query:
+        if name not in known and (meant := _meant(name[:60], known)) is not None:
+            raise InvalidRequest(f"unknown parameter {name[:60]!r}, expected {meant!r}")
+
+
+@lru_cache(1024)
+def _meant(name: str, known: tuple[str, ...]) -> str | None:
+    """Return which of the known parameters `name` is most likely meant for."""
+    folded = {_folded(each): each for each in known}
+    folded |= {field: meant for field, meant in _FIELDS.items() if meant in known}
+    short = _folded(name)
+    near = [each for each in folded if abs(len(each) - len(short)) <= _LENGTHS_APART]
+    # Of two or three letters any others would be alike.
+    cutoff = _ALIKE if len(short) > 3 else 1.0
+    found = get_close_matches(short, near, n=1, cutoff=cutoff)
+    return folded[found[0]] if found else None
+
+
+def _folded(name: str) -> str:
+    return "".join(filter(str.isalnum, name)).lower()
+
+
+def check_encoding(request: web.Request) -> None:
+    """Raise InvalidRequest when the URL has a percent-encoding that stands for no text.
+
+    Read leniently, `caf%E9` would be a value that no label has: nothing would ever match.
+    """
+    raw = request.raw_path
+    if "%" not in raw and raw.isascii():
+        return
+    try:
+        for part in raw.split("%")[1:]:
+            bytes.fromhex(part[:2].ljust(2, "-"))
+        unquote_to_bytes(raw).decode()
+    except ValueError:
+        raise InvalidRequest("the URL's percent-encoding is not UTF-8 (RFC 3986)") from None
+
+
+def stream_cursor(request: web.Request) -> int | None:
+    """Return where the stream starts; None for live only.
+
+    Where a client resumes (the header, else `lastEventId`) wins over the `cursor` of its URL: one
+    that reconnects sends both.
+    """
+    query = request.query
+    return _cursor_in(
+        request.headers.getall(LAST_EVENT_ID, []),
+        query.getall(LAST_EVENT_ID_PARAMETER, []),
+        query.getall("cursor", []),
+    )
+
+
+def _cursor_in(
+    header: Sequence[str], parameter: Sequence[str], cursor: Sequence[str]
+) -> int | None:
+    found: int | None = None
+    for given, name in (
+        (cursor, "cursor"), (parameter, LAST_EVENT_ID_PARAMETER), (header, LAST_EVENT_ID),
+    ):  # fmt: skip
+        text = _single(given, name)
+        if text is not None:
+            found = parse_cursor(text, name)
+    return found
+
+
+def position_asked(asked: bytes, head: int | None) -> int | None:
+    """Return the position of a client that is refused, from the bytes of its request.
+
+    `head` for one that would have streamed from now on. None: it says none that can be read, or
+    none is known.
+    """
+    lines = asked.split(b"\r\n\r\n", 1)[0].decode("latin-1").split("\r\n")
+    target = lines[0].partition(" ")[2].partition(" ")[0]
+    query = parse_qs(target.partition("?")[2], keep_blank_values=True)
+    fields = (line.partition(":") for line in lines[1:])
+    header = [value.strip() for name, _, value in fields if name.lower() == LAST_EVENT_ID.lower()]
+    try:
+        cursor = _cursor_in(header, query.get(LAST_EVENT_ID_PARAMETER, []), query.get("cursor", []))
+    except InvalidRequest:
+        return None
+    return position_of(cursor, head, state="snapshot" in query)
+
+
+def position_of(cursor: int | None, head: int | None, *, state: bool) -> int | None:
+    """Return where a client stands that has not been let in, or None when that is not known."""
+    if cursor is not None:
+        return cursor
+    # Nothing of a state has been received yet.
+    return 0 if state else head
 
 
 def request_filter(request: web.Request) -> Filter | None:
@@ -89,7 +194,7 @@ def whole_number(request: web.Request, name: str, default: int, low: int, high: 
     return number
 
 
-def _single(given: list[str], name: str) -> str | None:
+def _single(given: Sequence[str], name: str) -> str | None:
     if len(given) > 1:
         raise InvalidRequest(f"{name}: given {len(given)} times, expected once")
     return given[0] if given else None

@@ -22,7 +22,13 @@ from sse_labels.sequencer import Sequencer
 from sse_labels.store import Store
 from sse_labels.web.answers import json_response
 from sse_labels.web.auth import StreamAuth, narrow
-from sse_labels.web.parameters import request_filter, wants_state, whole_number
+from sse_labels.web.parameters import (
+    QUERY_PARAMETERS,
+    check_parameters,
+    request_filter,
+    wants_state,
+    whole_number,
+)
 
 #: The lexicon's bounds of `limit`.
 LIMIT_MAX = 250
@@ -47,6 +53,7 @@ class QueryHandler:
     async def handle(self, request: web.Request) -> web.Response:
         """Answer `{"cursor": "…", "labels": […]}`; no cursor when there is nothing more."""
         grant = self._auth.authorize(request)
+        check_parameters(request, QUERY_PARAMETERS)
         if "uriPatterns" not in request.query:
             raise InvalidRequest("uriPatterns: expected at least one, e.g. uriPatterns=*")
         narrowed = narrow(request_filter(request), grant)

@@ -21,6 +21,7 @@ from aiohttp import hdrs
 from sse_labels.errors import RequestError
 from sse_labels.sse import dumps, encode_error
 from sse_labels.web.answers import RETRY_AFTER_SECONDS, SECURITY_HEADERS
+from sse_labels.web.parameters import position_asked
 
 #: How long a refused client may take to ask, and then to read its answer.
 REFUSAL_SECONDS = 1.0
@@ -36,12 +37,17 @@ class Refusal:
         raw: socket.socket,
         error: RequestError,
         busy_retry_ms: int,
+        head: int | None,
         ended: Callable[[Refusal], None],
     ) -> None:
-        """Own the socket `raw`; call `ended` when it is closed."""
+        """Own the socket `raw`; call `ended` when it is closed.
+
+        `head` is where a client goes on that says no position; None: not known.
+        """
         self._raw = raw
         self._error = error
         self._busy_retry_ms = busy_retry_ms
+        self._head = head
         self._ended = ended
         self._answered = False
         self._loop = asyncio.get_running_loop()
@@ -70,7 +76,7 @@ class Refusal:
         if not data:
             self.end()
         elif not self._answered:
-            self._answer(encode_refusal(data, self._error, self._busy_retry_ms))
+            self._answer(encode_refusal(data, self._error, self._busy_retry_ms, self._head))
 
     def _answer(self, answer: bytes) -> None:
         self._answered = True
@@ -79,14 +85,16 @@ class Refusal:
             self._raw.shutdown(socket.SHUT_WR)
 
 
-def refuse_at_once(raw: socket.socket, error: RequestError, busy_retry_ms: int) -> None:
+def refuse_at_once(
+    raw: socket.socket, error: RequestError, busy_retry_ms: int, head: int | None
+) -> None:
     """Answer and close, without waiting for anything, not even for what is asked."""
     with contextlib.suppress(OSError):
         raw.setblocking(False)
         asked = b""
         with contextlib.suppress(BlockingIOError):
             asked = raw.recv(READ_BYTES)
-        raw.send(encode_refusal(asked, error, busy_retry_ms))
+        raw.send(encode_refusal(asked, error, busy_retry_ms, head))
         raw.shutdown(socket.SHUT_WR)
     raw.close()
 
@@ -96,7 +104,9 @@ def error_body(error: RequestError) -> str:
     return dumps({"error": error.name, "message": str(error)})
 
 
-def encode_refusal(asked: bytes, error: RequestError, busy_retry_ms: int) -> bytes:
+def encode_refusal(
+    asked: bytes, error: RequestError, busy_retry_ms: int, head: int | None
+) -> bytes:
     """Return what lets whoever sent `asked` come back later: a whole HTTP response, or nothing."""
     # The AT Protocol's own client takes every answer to its handshake for final, but not a
     # connection that breaks.
@@ -104,7 +114,7 @@ def encode_refusal(asked: bytes, error: RequestError, busy_retry_ms: int) -> byt
         return b""
     # A browser takes any other status than 200 for final, and never comes back.
     if b"text/event-stream" in asked.lower():
-        return encode_busy(error, busy_retry_ms)
+        return encode_busy(error, busy_retry_ms, position_asked(asked, head))
     return encode_answer(error)
 
 
@@ -115,9 +125,9 @@ def encode_answer(error: RequestError) -> bytes:
     return _encode(error.status, kind, error_body(error), more | dict(error.headers))
 
 
-def encode_busy(error: RequestError, retry_ms: int) -> bytes:
+def encode_busy(error: RequestError, retry_ms: int, position: int | None) -> bytes:
     """Return the same as an event stream that ends at once, for an `EventSource`."""
-    event = encode_error(error.name, str(error), cursor=None, retry_ms=retry_ms).decode("ascii")
+    event = encode_error(error.name, str(error), cursor=position, retry_ms=retry_ms).decode("ascii")
     return _encode(200, "text/event-stream; charset=utf-8", event, {})
 
 

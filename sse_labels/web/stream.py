@@ -43,7 +43,7 @@ from sse_labels.pages import Pages
 from sse_labels.sequencer import Sequencer
 from sse_labels.shared import Share
 from sse_labels.shared.counts import Tally
-from sse_labels.sse import encode_error, encode_info
+from sse_labels.sse import encode_error, encode_opening
 from sse_labels.store import Snapshot, Store
 from sse_labels.web.addresses import PerAddress, TrustedProxies, caused_by
 from sse_labels.web.auth import Grant, StreamAuth, narrow
@@ -56,7 +56,15 @@ from sse_labels.web.label_socket import (
     refuse,
     wants_socket,
 )
-from sse_labels.web.parameters import expired_since, request_filter, stream_cursor, wants_state
+from sse_labels.web.parameters import (
+    STREAM_PARAMETERS,
+    check_parameters,
+    expired_since,
+    position_of,
+    request_filter,
+    stream_cursor,
+    wants_state,
+)
 
 log = logging.getLogger(__name__)
 
@@ -150,6 +158,7 @@ class StreamHandler:
         self, request: web.Request, grant: Grant, *, socket: bool
     ) -> web.StreamResponse:
         # A grant before all else: 401 and 403 are final for a browser too.
+        check_parameters(request, STREAM_PARAMETERS)
         cursor = stream_cursor(request)
         state = wants_state(request)
         since = expired_since(request, self._expiry.clock())
@@ -159,6 +168,8 @@ class StreamHandler:
             start = await self._start(
                 0 if state and cursor is None else cursor, request.query.get("epoch")
             )
+            if request.method == hdrs.METH_HEAD:
+                return await self._head(request)
             snapshot = None
             if state:
                 snapshot, since = self._snapshot(start, since)
@@ -168,7 +179,8 @@ class StreamHandler:
                 return await self._refuse(request, error, final=isinstance(error, EpochChanged))
             if "text/event-stream" in request.headers.get(hdrs.ACCEPT, ""):
                 # A browser takes any other status than 200 for final, and never comes back.
-                return await self._busy(request, error)
+                head = self._sequencer.head if self._sequencer.started.is_set() else None
+                return await self._busy(request, error, position_of(cursor, head, state=state))
             raise
         except FutureCursor as error:
             if socket:
@@ -376,31 +388,38 @@ class StreamHandler:
             self._metrics,
             self._settings,
             start=start,
-            news=self._opened(start),
+            opening=self._opening(start),
             ended=partial(self._ended, visit),
         )
         self._add_headers(stream)
-        if self._auth.protected:
-            # A shared cache must not keep what came by cookie or URL.
-            stream.headers[hdrs.CACHE_CONTROL] = "no-store, no-transform"
         return stream
 
     def _add_headers(self, answer: web.StreamResponse) -> None:
         answer.headers["Sse-Labels-Head"] = str(self._sequencer.head)
         answer.headers["Sse-Labels-Epoch"] = self._sequencer.epoch or ""
+        if self._auth.protected:
+            # A shared cache must not keep what came by cookie or URL.
+            answer.headers[hdrs.CACHE_CONTROL] = "no-store, no-transform"
 
-    def _opened(self, start: int) -> bytes:
-        """Return what a page can read of the headers that `EventSource` hides from it."""
-        message = f"streaming what comes after {start}"
-        head, epoch = self._sequencer.head, self._sequencer.epoch
-        return encode_info(
-            "StreamOpened",
-            message,
+    def _opening(self, start: int) -> bytes:
+        """Return the first block; it has what `EventSource` hides of the headers from a page."""
+        return encode_opening(
+            retry_ms(self._settings),
+            start,
+            f"streaming what comes after {start}",
             cursor=start,
-            head=head,
-            epoch=epoch,
+            head=self._sequencer.head,
+            epoch=self._sequencer.epoch,
             heartbeatSeconds=self._settings.heartbeat_seconds,
         )
+
+    async def _head(self, request: web.Request) -> web.StreamResponse:
+        """Answer as a stream begins, without its body, and hold nothing."""
+        response = web.StreamResponse(headers=HEADERS)
+        self._add_headers(response)
+        await response.prepare(request)
+        await response.write_eof()
+        return response
 
     async def _refuse(
         self, request: web.Request, error: RequestError, *, final: bool
@@ -408,12 +427,14 @@ class StreamHandler:
         self._metrics.requests_refused[error.name] += 1
         return await refuse(request, error, final=final)
 
-    async def _busy(self, request: web.Request, error: RequestError) -> web.StreamResponse:
+    async def _busy(
+        self, request: web.Request, error: RequestError, position: int | None
+    ) -> web.StreamResponse:
         self._metrics.requests_refused[error.name] += 1
         response = web.StreamResponse(headers=HEADERS)
         response.force_close()
         await response.prepare(request)
         retry = BUSY_RETRY_FACTOR * retry_ms(self._settings)
-        await response.write(encode_error(error.name, str(error), cursor=None, retry_ms=retry))
+        await response.write(encode_error(error.name, str(error), cursor=position, retry_ms=retry))
         await response.write_eof()
         return response

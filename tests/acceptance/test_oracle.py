@@ -111,7 +111,7 @@ def test_wire_reads_the_same_however_it_is_cut() -> None:
 
 def test_start_of_a_stream_is_known_however_soon_its_first_label_comes() -> None:
     for stream, start in (
-        (b"retry: 20\n\nid: 7\n\nid: 8\ndata: a\n\nid: 9\n\n", "7"),
+        (b"retry: 20\nid: 7\nevent: info\ndata: i\n\nid: 8\ndata: a\n\nid: 9\n\n", "7"),
         (b"retry: 20\n\nid: 8\ndata: a\n\nid: 9\n\n", ""),
     ):
         for size in (1, len(stream)):

@@ -192,7 +192,7 @@ async def test_a_wrong_method_is_told_the_right_ones(client: httpx.AsyncClient) 
     ]:
         answer = await client.request(method, path)
         assert error_of(answer) == (405, "MethodNotAllowed"), (method, path)
-        allowed[method, path] = set(answer.headers["Allow"].split(",")) - {"OPTIONS", "HEAD"}
+        allowed[method, path] = set(answer.headers["Allow"].split(", ")) - {"OPTIONS", "HEAD"}
     assert allowed == {case: {"POST"} if case[1] == "/labels" else {"GET"} for case in allowed}
 
 

@@ -154,7 +154,7 @@ class TestAProxy:
     async def test_that_drops_the_query_is_found(self, front: Front) -> None:
         faults = {
             "location = /stream {\n        proxy_pass http://sse_labels;":
-            "location = /stream {\n        proxy_pass http://sse_labels/stream?;"
+            "location = /stream {\n        set $args \"\";\n        proxy_pass http://sse_labels;"
         }  # fmt: skip
         async with front(faults) as proxy:
             findings = await look(proxy.url)

@@ -73,9 +73,8 @@ async def wire(url: str, **query: Any) -> AsyncIterator[Wire]:
 
 
 def opening(start: int, rest: str) -> str:
-    """A pattern of all that came: the opening, its news as group 1, and then `rest`."""
-    news = r"event: info\ndata: ([^\n]+)\n\n"
-    return rf"retry: \d+\n: [^\n]+\n\nid: {start}\n\n{news}{rest}"
+    """A pattern of all that came: the opening in one block, its data as group 1, and `rest`."""
+    return rf"retry: \d+\nid: {start}\nevent: info\ndata: ([^\n]+)\n\n{rest}"
 
 
 async def get(url: str, method: str = "GET", **given: Any) -> httpx.Response:
@@ -176,13 +175,6 @@ async def test_an_http_1_0_client_gets_the_bare_bytes(
     assert events == database.stored()
     assert json.loads(blocks[-1].data)["error"] == "ServerStopping"
     assert body.endswith(b"\n\n")
-
-
-async def test_head_is_not_allowed(server: Server) -> None:
-    answer = await get(server.stream_url, "HEAD")
-    assert answer.status_code == 405
-    assert "GET" in answer.headers["Allow"]
-    assert "HEAD" not in answer.headers["Allow"]
 
 
 # Cursors
@@ -380,7 +372,7 @@ async def test_a_stream_that_fails_says_so_and_from_where_to_go_on(
             patch.setattr(server.app.pages, "read", fail)
             async with wire(server.stream_url, cursor=2) as opened:
                 end = await opened.until(
-                    opening(2, rest=r"retry: \d+\nevent: error\ndata: ([^\n]+)\n\n")
+                    opening(2, rest=r"retry: \d+\nid: 2\nevent: error\ndata: ([^\n]+)\n\n")
                 )
         last = json.loads(end[2])
         assert (last["error"], last["cursor"]) == ("InternalServerError", 2)
@@ -417,14 +409,31 @@ async def test_a_reader_whose_filter_hid_its_history_is_told_the_position_at_onc
     run_server: RunServer, database: TestDatabase
 ) -> None:
     database.insert(7)
+    caught_up_at = r"id: {0}\nevent: info\ndata: [^\n]*CaughtUp[^\n]*\n\n"
     # Far longer than the test: no heartbeat can be what tells it.
     async with run_server(heartbeat_seconds=3600) as server:
         async with wire(server.stream_url, cursor=2, values="never") as opened:
-            await opened.until(opening(2, rest=r"id: 7\n\n"))
+            await opened.until(opening(2, rest=caught_up_at.format(7)))
         database.insert(2)
         await until_head(server, 9)
         async with wire(server.stream_url, cursor=8, values="never") as opened:
-            await opened.until(opening(8, rest=r"id: 9\n\n"))
+            await opened.until(opening(8, rest=caught_up_at.format(9)))
+
+
+async def test_a_reader_is_told_where_history_ends_when_that_is_at_no_label(
+    run_server: RunServer, database: TestDatabase
+) -> None:
+    database.insert(2)
+    database.execute("SELECT nextval('label_id_seq')")
+    async with run_server(heartbeat_seconds=0.05) as server:
+        await until_head(server, 3)
+        async with reading(server.stream_url, cursor=0) as reader:
+            assert await reader.until_news("info") == {
+                "name": "CaughtUp",
+                "message": "this is all up to seq 3; what follows is live",
+                "seq": 3,
+            }
+            assert (reader.events, reader.last_id) == (database.stored(), "3")
 
 
 async def test_heartbeats_come_while_history_lets_itself_be_waited_for(
@@ -775,7 +784,7 @@ async def test_a_full_server_tells_browsers_to_come_back_later(run_server: RunSe
             [(event, error)] = refused.news
             assert event == "error"
             assert error["error"] == "TooManyConnections"
-            assert refused.last_id == ""
+            assert refused.last_id == "0"
             assert refused.response.headers["Content-Type"].startswith("text/event-stream")
             assert refused.response.headers["Cache-Control"] == "no-cache, no-transform"
             # Ten times what others are told.
@@ -989,9 +998,12 @@ async def test_a_preflight_says_what_may_be_sent(server: Server) -> None:
         assert answer.status_code == 204
         assert answer.content == b""
         assert answer.headers["Access-Control-Allow-Origin"] == "*"
-        assert {"GET", "POST"} <= set(answer.headers["Access-Control-Allow-Methods"].split(", "))
-        allowed = answer.headers["Access-Control-Allow-Headers"].lower().split(", ")
-        assert {"authorization", "content-type", "last-event-id"} <= set(allowed)
+        methods = {"POST"} if path == "/labels" else {"GET", "HEAD"}
+        assert set(answer.headers["Access-Control-Allow-Methods"].split(", ")) == {
+            *methods,
+            "OPTIONS",
+        }
+        assert answer.headers["Access-Control-Allow-Headers"] == "authorization, last-event-id"
         assert int(answer.headers["Access-Control-Max-Age"]) > 0
 
 

@@ -196,7 +196,7 @@ async def test_a_full_server_breaks_off_so_that_clients_come_back(run_server: Ru
 
 
 async def test_a_wrong_handshake_is_answered_400(server: Server) -> None:
-    headers = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "99"}
+    headers = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
     async with (
         aiohttp.ClientSession() as session,
         session.get(f"{server.url}{PATH}", headers=headers) as answer,

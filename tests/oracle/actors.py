@@ -155,7 +155,9 @@ class Consumer:
             self.ends[name] += 1
             if name not in self.allowed:
                 self.complaints.append(f"{self.name}: {data}")
-        elif kind != "info" or '"name":"StreamOpened"' not in data:
+        elif kind != "info" or not data.startswith(
+            ('{"name":"StreamOpened"', '{"name":"CaughtUp"')
+        ):
             self.complaints.append(f"{self.name}: {kind} {data}")
 
 

@@ -44,7 +44,7 @@ class EventStream:
         self.comments = 0
         #: Blocks without data: they move the position and dispatch nothing.
         self.silent_blocks = 0
-        #: Where the stream starts: the id that a block without data gave before any message.
+        #: Where the stream starts: the id that a block gave before any message.
         self.opened_at = ""
         self._messages = 0
         self._rest = b""
@@ -93,10 +93,10 @@ class EventStream:
         self.last_id = self._id
         kind, data = self._kind or "message", self._data
         self._kind, self._data = "", []
+        if not self._messages and kind != "message":
+            self.opened_at = self.opened_at or self.last_id
         if not data:
             self.silent_blocks += 1
-            if not self._messages:
-                self.opened_at = self.opened_at or self.last_id
             return None
         self._messages += kind == "message"
         return Event(kind, self.last_id, "\n".join(data))

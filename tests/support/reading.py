@@ -32,7 +32,7 @@ class Reader:
     retry_ms: int | None = None
 
     async def until_opened(self) -> int:
-        """Read the first id-only block; return the position that the stream starts from."""
+        """Read the opening; return the position that the stream starts from."""
         await self.until(lambda: self.last_id != "")
         return int(self.last_id)
 

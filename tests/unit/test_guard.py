@@ -145,6 +145,7 @@ async def guarded(
         request_seconds=request_seconds,
         keepalive_seconds=keepalive_seconds,
         busy_retry_ms=lambda: 34567,
+        head=lambda: 41,
     )
     site = Site(made, metrics)
     runner = web.AppRunner(

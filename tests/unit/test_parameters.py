@@ -13,13 +13,20 @@ from aiohttp.test_utils import make_mocked_request
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from multidict import CIMultiDict
+from yarl import URL
 
 from sse_labels.errors import InvalidRequest
 from sse_labels.seq import SEQ_MAX
 from sse_labels.web.parameters import (
     LAST_EVENT_ID,
+    QUERY_PARAMETERS,
+    STREAM_PARAMETERS,
+    STREAMS_PARAMETERS,
+    check_encoding,
+    check_parameters,
     expired_since,
     parse_cursor,
+    position_asked,
     request_filter,
     stream_cursor,
     whole_number,
@@ -294,3 +301,101 @@ class TestExpired:
         with pytest.raises(InvalidRequest) as refused:
             expired_since(request(urlencode({"expired": text}, errors="replace")), self.NOW)
         assert complaint(refused.value).startswith("expired: got ")
+
+
+NEAR_MISSES = {
+    "lastEventID": "lastEventId", "lasteventid": "lastEventId", "last-event-id": "lastEventId",
+    "last_event_id": "lastEventId", "Cursor": "cursor", "curser": "cursor", "cursors": "cursor",
+    "value": "values", "Values": "values", "values[]": "values", "val": "values",
+    "source": "sources", "src": "sources", "sourcse": "sources",
+    "uriPattern": "uriPatterns", "uripatterns": "uriPatterns", "uri": "uriPatterns",
+    "snapshots": "snapshot", "expires": "expired", "epochs": "epoch",
+    "accessToken": "access_token", "acces_token": "access_token",
+}  # fmt: skip
+HARMLESS = [
+    "_", "t", "r", "v", "ts", "cb", "time", "rand", "nonce", "cachebust", "cache", "utm_source",
+    "utm_campaign", "fbclid", "gclid", "debug", "limit", "withCredentials", "a" * 8000, "é", "",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NEAR_MISSES)
+def test_a_parameter_that_is_almost_a_known_one_is_refused_and_the_right_one_named(
+    name: str,
+) -> None:
+    request = make_mocked_request("GET", str(URL("/stream").with_query({name: "1"})))
+    with pytest.raises(InvalidRequest, match=f"expected '{NEAR_MISSES[name]}'"):
+        check_parameters(request, STREAM_PARAMETERS)
+
+
+@pytest.mark.parametrize("name", HARMLESS, ids=lambda name: name[:20])
+def test_a_parameter_that_is_plainly_something_else_is_ignored(name: str) -> None:
+    request = make_mocked_request("GET", str(URL("/stream").with_query({name: "0.123"})))
+    check_parameters(request, STREAM_PARAMETERS)
+
+
+def test_every_known_parameter_is_taken() -> None:
+    for known in (STREAM_PARAMETERS, QUERY_PARAMETERS, STREAMS_PARAMETERS):
+        for name in known:
+            check_parameters(make_mocked_request("GET", f"/?{name}=1"), known)
+
+
+@pytest.mark.parametrize(
+    ("headers", "target", "expected"),
+    [
+        ({"Last-Event-ID": "9"}, "/?lastEventId=5&cursor=1", 9),
+        ({}, "/?lastEventId=5&cursor=1", 5),
+        ({}, "/?cursor=1", 1),
+        ({}, "/", None),
+    ],
+)
+def test_where_a_client_resumes_wins_over_the_cursor_of_its_url(
+    headers: dict[str, str], target: str, expected: int | None
+) -> None:
+    assert stream_cursor(make_mocked_request("GET", target, headers=headers)) == expected
+
+
+@pytest.mark.parametrize("text", ["", "x", "-1", " ", "9" * 20])
+def test_a_resume_position_that_is_no_seq_is_refused(text: str) -> None:
+    for request in (
+        make_mocked_request("GET", "/?cursor=1", headers={"Last-Event-ID": text}),
+        make_mocked_request("GET", str(URL("/").with_query({"lastEventId": text, "cursor": "1"}))),
+    ):
+        with pytest.raises(InvalidRequest):
+            stream_cursor(request)
+
+
+@pytest.mark.parametrize(
+    "raw", ["/?values=caf%E9", "/?values=%zz", "/?a=%", "/?a=%4", "/%ff", "/?a=\udce9"]
+)
+def test_a_percent_encoding_that_is_no_text_is_refused(raw: str) -> None:
+    with pytest.raises(InvalidRequest, match="percent-encoding"):
+        check_encoding(make_mocked_request("GET", raw))
+
+
+@pytest.mark.parametrize("raw", ["/?values=caf%C3%A9", "/?values=caf\u00e9", "/?a=%25", "/"])
+def test_a_percent_encoding_of_text_is_taken(raw: str) -> None:
+    check_encoding(make_mocked_request("GET", raw))
+
+
+@pytest.mark.parametrize(
+    ("asked", "position"),
+    [
+        (b"GET /stream HTTP/1.1\r\nlast-event-id: 7\r\nX: y\r\n\r\n", 7),
+        (b"GET /stream?cursor=3 HTTP/1.1\r\nLast-Event-ID:7\r\n\r\n", 7),
+        (b"GET /stream?cursor=3&lastEventId=5 HTTP/1.1\r\n\r\n", 5),
+        (b"GET /stream?cursor=3 HTTP/1.1\r\n\r\n", 3),
+        (b"GET /stream HTTP/1.1\r\n\r\n", 41),
+        (b"GET /stream?snapshot=active HTTP/1.1\r\n\r\n", 0),
+        (b"GET /stream?snapshot=active&cursor=2 HTTP/1.1\r\n\r\n", 2),
+        # What it says is no position: it is told none, and comes back with what it has.
+        (b"GET /stream HTTP/1.1\r\nLast-Event-ID: x\r\n\r\n", None),
+        (b"GET /stream HTTP/1.1\r\nLast-Event-ID: 1\r\nLast-Event-ID: 2\r\n\r\n", None),
+        (b"GET /stream HTTP/1.1\r\nLast-Event-ID:\r\n\r\n", None),
+        (b"\xff\xfe", 41),
+        (b"", 41),
+    ],
+)
+def test_a_refused_client_is_told_its_own_position_and_else_the_head(
+    asked: bytes, position: int | None
+) -> None:
+    assert position_asked(asked, 41) == position

@@ -64,7 +64,7 @@ BLOCKS: dict[str, tuple[int, Callable[[str, int], bytes]]] = {
         lambda text, seq: frame(seq, (text, text, text, text, True, text, text, text.encode())),
     ),
     "id": (1, lambda _, seq: encode_id(seq)),
-    "opening": (2, lambda _, seq: encode_opening(2500, seq)),
+    "opening": (1, lambda text, seq: encode_opening(2500, seq, text, epoch=text)),
     "info": (1, lambda text, seq: encode_info(text, text, floor=seq)),
     "error": (1, lambda text, seq: encode_error(text, text, cursor=seq, retry_ms=2500)),
     "heartbeat": (1, lambda _text, _seq: HEARTBEAT),
@@ -132,7 +132,7 @@ class TestFrames:
     def test_where_the_network_cuts_the_bytes_makes_no_difference(
         self, seq: int, row: tuple[Any, ...], step: int
     ) -> None:
-        made = encode_opening(3000, 1) + frame(seq, row) + HEARTBEAT
+        made = encode_opening(3000, 1, "from 1") + frame(seq, row) + HEARTBEAT
         cut = EventSourceParser()
         for begin in range(0, len(made), step):
             cut.feed(made[begin : begin + step])
@@ -177,11 +177,12 @@ class TestPositions:
 
     @pytest.mark.parametrize("seq", [0, 41, SEQ_MAX])
     def test_the_opening_tells_when_and_from_where_to_reconnect(self, seq: int) -> None:
-        parser = parse(encode_opening(2345, seq))
-        assert parser.events == []
+        parser = parse(encode_opening(2345, seq, "text", head=seq))
+        [event] = parser.events
+        assert (event.event, event.last_event_id) == ("info", str(seq))
+        assert json.loads(event.data) == {"name": "StreamOpened", "message": "text", "head": seq}
         assert parser.retry_ms == 2345
-        assert parser.last_event_id == str(seq)
-        assert len(parser.comments) == 1
+        assert (parser.blocks, parser.comments) == (1, [])
 
     def test_news_and_the_end_keep_the_last_event_id(self) -> None:
         parser = parse(encode_id(9) + encode_info("A", "b") + _error("C", "d", 9))
@@ -208,7 +209,7 @@ class TestNewsAndTheEnd:
         [event] = parser.events
         assert event.event == "error"
         assert json.loads(event.data) == {"error": name, "message": message, "cursor": cursor}
-        assert parser.retry_ms == retry_ms
+        assert (parser.retry_ms, event.last_event_id) == (retry_ms, str(cursor))
 
     def test_cursor_zero_is_told_and_no_cursor_is_left_out(self) -> None:
         [zero] = parse(_error("Name", "text", 0)).events

@@ -300,6 +300,8 @@ export class Connection {
 
   /** @param {any} info */
   #hearInfo(info) {
+    // Its id has moved the position; that is all it says.
+    if (info.name === "CaughtUp") return;
     if (info.name !== "StreamOpened") {
       for (const reader of this.readers) {
         const concerned = info.floor === undefined || (reader.cursor ?? info.floor) < info.floor;
