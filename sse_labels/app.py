@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import gc
 import logging
 import os
@@ -56,6 +57,7 @@ log = logging.getLogger(__name__)
 
 #: Connections that may wait to be accepted: with 128, 10,000 connects took 16 s, with 4096 under 3.
 BACKLOG = 4096
+_NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 #: Connections to PostgreSQL beside the backfills' reads: queries, publishing, and two for expiries.
 REQUEST_CONNECTIONS = 8
 #: And those that are kept for one purpose: following, listening, retention.
@@ -335,39 +337,67 @@ def database_connections(settings: Settings) -> int:
 
 
 def listening_sockets(settings: Settings) -> list[socket.socket]:
-    """Return bound sockets for every address of the host; raise ConfigError when one is taken."""
-    try:
-        found = socket.getaddrinfo(
-            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
-    except OSError as error:
-        raise ConfigError(
-            option_name("host"), settings.host, f"an address of this machine ({error.strerror})"
-        ) from error
-    sockets: list[socket.socket] = []
+    """Return bound sockets for every address of the hosts; raise ConfigError when one is taken."""
+    places = {host: _addresses(host, settings.port) for host in settings.host}
+    # `::` is both families, unless IPv4 is named beside it.
+    both = "0.0.0.0" not in settings.host and socket.has_dualstack_ipv6()  # noqa: S104
+    sockets: dict[str, socket.socket] = {}
     port = settings.port
-    for family, _, _, _, address in dict.fromkeys(found):
-        try:
-            listener = socket.create_server((address[0], port), family=family, backlog=BACKLOG)
-        except OSError as error:
-            for other in sockets:
-                other.close()
-            # asyncio's and socket's own text repeats the address.
-            reason = os.strerror(error.errno or 0)
+    try:
+        for addresses in places.values():
+            for family, address in addresses:
+                if address[0] in sockets:
+                    continue
+                try:
+                    listener = socket.create_server(
+                        (address[0], port, *address[2:]), family=family, backlog=BACKLOG,
+                        dualstack_ipv6=both and address[0] == "::",
+                    )  # fmt: skip
+                except OSError as error:
+                    if error.errno in _NO_SUCH_ADDRESS and len(addresses) > 1:
+                        # A name stands for both families, and this machine has one.
+                        continue
+                    # asyncio's and socket's own text repeats the address.
+                    reason = os.strerror(error.errno or 0)
+                    raise ConfigError(
+                        option_name("port"), port, f"a free port on {address[0]} ({reason})"
+                    ) from error
+                sockets[address[0]] = listener
+                port = listener.getsockname()[1]
+                _tune(listener, settings)
+        if not sockets:
             raise ConfigError(
-                option_name("port"), port, f"a free port on {address[0]} ({reason})"
-            ) from error
-        port = listener.getsockname()[1]
-        # Inherited by every connection: readers that stall hold this much kernel memory, not 4 MiB.
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, settings.send_buffer_bytes)
-        end_dead_peers(
-            listener,
-            quiet_seconds=settings.heartbeat_seconds,
-            # A reader that is alive and slow is cut by its delivery within this.
-            unanswered_seconds=settings.send_timeout_seconds + settings.slow_grace_seconds,
-        )
-        sockets.append(listener)
-    return sockets
+                option_name("host"), ",".join(settings.host), "an address of this machine"
+            )
+    except BaseException:
+        for listener in sockets.values():
+            listener.close()
+        raise
+    return list(sockets.values())
+
+
+def _tune(listener: socket.socket, settings: Settings) -> None:
+    """Set what every connection inherits."""
+    # Readers that stall hold this much kernel memory, not 4 MiB.
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, settings.send_buffer_bytes)
+    end_dead_peers(
+        listener,
+        quiet_seconds=settings.heartbeat_seconds,
+        # A reader that is alive and slow is cut by its delivery within this.
+        unanswered_seconds=settings.send_timeout_seconds + settings.slow_grace_seconds,
+    )
+
+
+def _addresses(host: str, port: int) -> list[tuple[socket.AddressFamily, tuple[Any, ...]]]:
+    """Return what a host stands for; raise ConfigError when it is nothing."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or "no name that can be looked up"
+        raise ConfigError(
+            option_name("host"), host, f"an address of this machine ({reason})"
+        ) from error
+    return [(family, address) for family, _, _, _, address in found]
 
 
 async def serve(
@@ -378,11 +408,16 @@ async def serve(
     """Run `app` until `stop` is set; `ready` is awaited with the port once it serves."""
     tune_process()
     async with app.running() as port:
-        log.info("serving: address=%s", base_url(app.settings.host, port))
+        log.info("serving: address=%s", base_urls(app.settings, port))
         if ready is not None:
             await ready(port)
         await stop.wait()
         log.info("stopping")
+
+
+def base_urls(settings: Settings, port: int) -> str:
+    """Return the addresses of a server as URLs, separated by commas."""
+    return ",".join(base_url(host, port) for host in settings.host)
 
 
 def base_url(host: str, port: int) -> str:

@@ -92,6 +92,14 @@ def words(text: str) -> str:
     raise Expected("a value that is not empty")
 
 
+def hosts(text: str) -> tuple[str, ...]:
+    """Read a comma-separated list of addresses or host names."""
+    listed = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    if not listed:
+        raise Expected("addresses such as 127.0.0.1 or ::, separated by commas")
+    return listed
+
+
 def path(text: str) -> Path:
     """Read a file or folder name; `~` is the home."""
     try:
@@ -151,7 +159,11 @@ def setting(default: Any, parse: Parse, text: str, *, metavar: str, secret: bool
 class Settings:
     """All that `serve` can be told. `--poll-seconds` is also `SSE_LABELS_POLL_SECONDS`."""
 
-    host: str = setting("127.0.0.1", words, "Address to listen on.", metavar="HOST")
+    host: tuple[str, ...] = setting(
+        ("127.0.0.1",), hosts,
+        "Addresses to listen on, separated by commas; :: is all, of both families.",
+        metavar="HOSTS",
+    )  # fmt: skip
     port: int = setting(8080, integer(0, 65535), "Port to listen on; 0: any.", metavar="PORT")
     workers: int = setting(
         1, integer(1, 64), "Processes that serve, each on a core of its own.", metavar="PROCESSES"

@@ -61,7 +61,7 @@ def demo(interval_seconds: float, **options: str | None) -> None:
             tasks: set[asyncio.Task[None]] = set()
 
             async def ready(port: int) -> None:
-                url = base_url(settings.host, port)
+                url = base_url(settings.host[0], port)
                 tasks.add(asyncio.create_task(publish_for_ever(url, place, interval_seconds)))
                 click.echo(
                     f"sse_labels is up; {1 / interval_seconds:.3g} made-up labels a second.\n"

@@ -80,6 +80,9 @@ def settings_options(*names: str, **defaults: str) -> Decorator:
             if isinstance(spec.default, bool):
                 flag = f"{flag}/--no-{flag[2:]}"
                 more = {"callback": _as_text}
+            elif isinstance(spec.default, tuple):
+                # A list may be written in one option, or as one option for each.
+                more |= {"multiple": True, "callback": _joined}
             add = click.option(
                 flag, spec.name, cls=Option, default=None, env=env_name(spec.name),
                 shown_default=defaults.get(spec.name, _shown(spec.name, spec.default)),
@@ -199,6 +202,12 @@ def _shown_bytes(number: int) -> str:
         if number and number % factor == 0:
             return f"{number // factor}{unit}"
     return str(number)
+
+
+def _joined(
+    context: click.Context, parameter: click.Parameter, given: tuple[str, ...] | None
+) -> str | None:
+    return ",".join(given) if given else None
 
 
 def _as_text(context: click.Context, parameter: click.Parameter, given: bool | None) -> str | None:

@@ -60,6 +60,9 @@ class TrustedProxies:
         address that is not trusted may be anybody's invention. Empty for a Unix socket.
         """
         address = request.remote or ""
+        if address.startswith("::ffff:"):
+            # A socket for both families.
+            address = str(parse_address(address) or address)
         if not self.trusts(address):
             return address
         listed = ",".join(request.headers.getall(hdrs.X_FORWARDED_FOR, ()))

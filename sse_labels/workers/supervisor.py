@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
-from sse_labels.app import App, base_url, listening_sockets
+from sse_labels.app import App, base_urls, listening_sockets
 from sse_labels.backoff import Backoff
 from sse_labels.config import Settings
 from sse_labels.embedded import EmbeddedPostgres
@@ -295,7 +295,7 @@ async def serve(
                 return await Process.launch(command, job)
 
             async def serving() -> None:
-                address = base_url(settings.host, port)
+                address = base_urls(settings, port)
                 log.info("serving: address=%s workers=%s", address, settings.workers)
                 await ready(port)
 

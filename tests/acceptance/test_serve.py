@@ -270,6 +270,46 @@ def test_settings_come_from_the_environment(database: TestDatabase) -> None:
     assert "Traceback" not in server.errors
 
 
+@pytest.mark.parametrize(
+    ("hosts", "reached"),
+    [
+        (("--host", "::"), ("127.0.0.1", "[::1]")),
+        (("--host", "127.0.0.1", "--host", "::1"), ("127.0.0.1", "[::1]")),
+        (("--host", "127.0.0.1,127.0.0.2"), ("127.0.0.1", "127.0.0.2")),
+        (("--host", "::", "--host", "0.0.0.0"), ("127.0.0.1", "[::1]")),
+        (("--host", "::", "--host", "::"), ("127.0.0.1", "[::1]")),
+    ],
+)
+def test_every_host_is_listened_on_at_one_port(
+    database: TestDatabase, hosts: tuple[str, ...], reached: tuple[str, ...]
+) -> None:
+    with running("serve", "--port", "0", *hosts, "--dsn", database.dsn) as server:
+        port = server.url().rsplit(":", 1)[1]
+        for host in reached:
+            answer = httpx.get(f"http://{host}:{port}/health/live", trust_env=False)
+            assert answer.status_code == 200
+        assert server.end() == 0
+
+
+def test_a_peer_on_a_socket_for_both_families_is_known_by_its_own_address(
+    database: TestDatabase,
+) -> None:
+    with running("serve", "--port", "0", "--host", "::", "--dsn", database.dsn) as server:
+        port = server.url().rsplit(":", 1)[1]
+        with httpx.stream("GET", f"http://127.0.0.1:{port}/stream", trust_env=False):
+            pass
+        assert server.end() == 0
+    assert "stream opened: peer=127.0.0.1 " in server.errors
+
+
+def test_a_host_that_is_not_here_beside_one_that_is_ends_the_start(database: TestDatabase) -> None:
+    with running(
+        "serve", "--port", "0", "--host", "127.0.0.1", "--host", "192.0.2.1", "--dsn", database.dsn
+    ) as server:
+        assert server.wait() == 2
+    assert "192.0.2.1" in server.errors
+
+
 def test_told_to_stop_while_another_server_migrates_it_ends_at_once(
     database: TestDatabase,
 ) -> None:

@@ -44,7 +44,7 @@ class Sample(NamedTuple):
 
 
 SAMPLES = {
-    "host": Sample("::1", "::1", " "),
+    "host": Sample("::1, localhost,::1", ("::1", "localhost"), " , "),
     "port": Sample("0", 0, "65536"),
     "workers": Sample("8", 8, "65"),
     "dsn": Sample("host=db password=secret", "host=db password=secret", "  "),
