@@ -120,8 +120,10 @@ class Store:
         has_label, has_state, sequence, cache, has_commit_time, version, unique, *rights = row
         if not has_label:
             raise SchemaError(
-                "--dsn", "a database without a label table", "one that has it; --migrate makes it"
-            )
+                "--dsn", "a database without a label table",
+                "one that has it, in a schema of search_path that this role may use "
+                "(GRANT USAGE ON SCHEMA); --migrate makes it",
+            )  # fmt: skip
         if 130000 <= version <= 130004 or version == 140000:
             # There PREPARE TRANSACTION changes the name under which a transaction holds its locks:
             # it would seem to have ended (release notes of 13.5 and 14.1).

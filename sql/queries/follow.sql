@@ -10,13 +10,13 @@ SELECT to_regclass('label') IS NOT NULL
        to_regclass('sse_labels_migration') IS NOT NULL;
 
 -- name: describe
--- One row: have we a label table; and our own state beside it to read; name and cache of the id
+-- One row: have we a label table; and our own state beside it; name and cache of the id
 -- sequence; are commit timestamps kept; the server's version as a number; may this role publish
 -- (label_publish is there, and it may do all that it does); may it delete old labels; may it begin
 -- a new epoch; and, before the rights, has each key (src, uri, cid, val) one row, by a unique index.
 SELECT to_regclass('label') IS NOT NULL AS has_label,
-       (SELECT has_table_privilege(attrelid, 'SELECT') FROM pg_attribute
-         WHERE attrelid = to_regclass('label_stream') AND attname = 'epoch') IS TRUE AS has_state,
+       EXISTS (SELECT FROM pg_attribute
+                WHERE attrelid = to_regclass('label_stream') AND attname = 'epoch') AS has_state,
        sequence.name,
        (SELECT seqcache FROM pg_sequence WHERE seqrelid = sequence.name::regclass) AS cache,
        current_setting('track_commit_timestamp') = 'on' AS has_commit_time,

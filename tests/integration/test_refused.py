@@ -82,6 +82,20 @@ async def test_a_server_that_may_not_read_labels_does_not_start(database: TestDa
     )
 
 
+async def test_a_server_that_may_not_see_the_floor_does_not_start(database: TestDatabase) -> None:
+    database.fill(3)
+    # It would pass over what was deleted and tell nobody.
+    database.execute("UPDATE label_stream SET floor = 3")
+    database.execute("DELETE FROM label WHERE id < 3")
+    with role(database, "SELECT ON label", "SELECT ON SEQUENCE label_id_seq") as dsn:
+        async with asyncio.timeout(20):
+            error = await ends(App(Settings(**QUICK), dsn, None).running())
+    assert str(error) == (
+        "the database refuses: permission denied for table label_stream: GRANT SELECT ON "
+        f"label_stream TO role_{database.name}"
+    )
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 async def test_a_server_whose_right_is_taken_away_says_so_once_and_ends(
     database: TestDatabase, workers: int

@@ -658,7 +658,7 @@ class TestRoles:
         self, run_server: RunServer, database: TestDatabase
     ) -> None:
         database.insert(3)
-        with role(database, "SELECT ON label") as dsn:
+        with role(database, "SELECT ON label, label_stream") as dsn:
             async with (
                 run_server(dsn) as server,
                 reading(server.stream_url, cursor=0) as reader,
@@ -680,7 +680,7 @@ class TestRoles:
         lost.insert()
         lost.rollback()
         database.insert(3)
-        with role(database, "SELECT ON label") as dsn:
+        with role(database, "SELECT ON label, label_stream") as dsn:
             async with (
                 run_server(dsn) as server,
                 reading(server.stream_url, cursor=0) as reader,
@@ -693,7 +693,7 @@ class TestRoles:
         self, run_server: RunServer, database: TestDatabase
     ) -> None:
         database.insert(3)
-        with role(database, "SELECT ON label") as dsn:
+        with role(database, "SELECT ON label, label_stream") as dsn:
             async with (
                 run_server(dsn) as server,
                 reading(server.stream_url, cursor=0) as reader,

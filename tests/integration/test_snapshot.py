@@ -185,7 +185,7 @@ async def test_ozones_table_has_snapshots_too(
 ) -> None:
     database.execute("DROP INDEX label_key_idx")
     write(database, random.Random(7), 40)
-    with role(database, "SELECT ON label") as dsn:
+    with role(database, "SELECT ON label, label_stream") as dsn:
         async with (
             run_server(dsn, migrate=False) as server,
             reading(server.stream_url, snapshot="active") as stream,
