@@ -27,6 +27,8 @@ from sse_labels.web.parameters import position_asked
 REFUSAL_SECONDS = 1.0
 #: Read at once from a client whose request nobody needs.
 READ_BYTES = 64 * 1024
+#: Ends a request's head, and an answer's.
+_HEAD_END = b"\r\n\r\n"
 
 
 class Refusal:
@@ -49,6 +51,7 @@ class Refusal:
         self._busy_retry_ms = busy_retry_ms
         self._head = head
         self._ended = ended
+        self._asked = b""
         self._answered = False
         self._loop = asyncio.get_running_loop()
         raw.setblocking(False)
@@ -56,9 +59,9 @@ class Refusal:
         self._timer = self._loop.call_later(REFUSAL_SECONDS, self.end)
 
     def end(self) -> None:
-        """Close; whoever asked nothing so far is answered first."""
+        """Close; whoever has not asked to the end so far is answered first."""
         if not self._answered:
-            self._answer(encode_answer(self._error))
+            self._answer()
         self._timer.cancel()
         self._loop.remove_reader(self._raw)
         self._raw.close()
@@ -76,10 +79,14 @@ class Refusal:
         if not data:
             self.end()
         elif not self._answered:
-            self._answer(encode_refusal(data, self._error, self._busy_retry_ms, self._head))
+            self._asked += data
+            # The position may stand in the last line, which comes in a segment of its own.
+            if has_head(self._asked) or len(self._asked) >= READ_BYTES:
+                self._answer()
 
-    def _answer(self, answer: bytes) -> None:
+    def _answer(self) -> None:
         self._answered = True
+        answer = encode_refusal(self._asked, self._error, self._busy_retry_ms, self._head)
         with contextlib.suppress(OSError):
             self._raw.send(answer)
             self._raw.shutdown(socket.SHUT_WR)
@@ -114,8 +121,17 @@ def encode_refusal(
         return b""
     # A browser takes any other status than 200 for final, and never comes back.
     if b"text/event-stream" in asked.lower():
-        return encode_busy(error, busy_retry_ms, position_asked(asked, head))
-    return encode_answer(error)
+        # Of half a head nobody knows the position: a wrong one would lose labels.
+        position = position_asked(asked, head) if has_head(asked) else None
+        answer = encode_busy(error, busy_retry_ms, position)
+    else:
+        answer = encode_answer(error)
+    return answer.partition(_HEAD_END)[0] + _HEAD_END if asked.startswith(b"HEAD ") else answer
+
+
+def has_head(asked: bytes) -> bool:
+    """Say whether the head of the request is whole."""
+    return _HEAD_END in asked
 
 
 def encode_answer(error: RequestError) -> bytes:

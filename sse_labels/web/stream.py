@@ -179,7 +179,9 @@ class StreamHandler:
                 return await self._refuse(request, error, final=isinstance(error, EpochChanged))
             if "text/event-stream" in request.headers.get(hdrs.ACCEPT, ""):
                 # A browser takes any other status than 200 for final, and never comes back.
-                head = self._sequencer.head if self._sequencer.started.is_set() else None
+                # Another life's head is nothing to who names this one.
+                known = self._sequencer.started.is_set() and not isinstance(error, EpochChanged)
+                head = self._sequencer.head if known else None
                 return await self._busy(request, error, position_of(cursor, head, state=state))
             raise
         except FutureCursor as error:
@@ -435,6 +437,6 @@ class StreamHandler:
         response.force_close()
         await response.prepare(request)
         retry = BUSY_RETRY_FACTOR * retry_ms(self._settings)
-        await response.write(encode_error(error.name, str(error), cursor=position, retry_ms=retry))
-        await response.write_eof()
+        last = encode_error(error.name, str(error), cursor=position, retry_ms=retry)
+        await response.write_eof(b"" if request.method == hdrs.METH_HEAD else last)
         return response

@@ -12,7 +12,7 @@ from sse_labels.errors import BrokenPromise, SchemaError
 
 from support.database import TestDatabase, role
 from support.reading import reading
-from support.server import RunServer, Server
+from support.server import RunServer, Server, until_head
 
 
 def epoch_of(database: TestDatabase) -> str:
@@ -50,6 +50,18 @@ async def test_consumer_that_names_another_epoch_is_told_so(server: Server) -> N
     async with reading(server.stream_url, epoch="other", cursor=7) as reader:
         await reader.until_closed()
     assert [(name, data["error"]) for name, data in reader.news] == [("error", "EpochChanged")]
+    assert reader.last_id == "7"
+
+
+async def test_consumer_of_another_epoch_is_given_no_position_in_this_one(
+    server: Server, database: TestDatabase
+) -> None:
+    database.insert(3)
+    await until_head(server, 3)
+    async with reading(server.stream_url, epoch="other") as reader:
+        await reader.until_closed()
+    assert [(name, data["error"]) for name, data in reader.news] == [("error", "EpochChanged")]
+    assert reader.last_id == ""
 
 
 async def test_same_database_keeps_its_epoch_over_restarts(

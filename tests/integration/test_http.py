@@ -85,6 +85,11 @@ async def test_head_of_a_stream_holds_no_place(run_server: RunServer) -> None:
             await reader.until_opened()
             full = await client.head(server.stream_url)
             assert full.status_code == 503
+            answer = await exchange(
+                server, b"HEAD /stream HTTP/1.1\r\nHost: a\r\nAccept: text/event-stream\r\n\r\n"
+            )
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert (head.split(b"\r\n")[0], body) == (b"HTTP/1.1 200 OK", b"")
 
 
 async def test_head_of_a_wrong_stream_says_so(client: httpx.AsyncClient) -> None:
