@@ -17,7 +17,9 @@ from yarl import URL
 
 from sse_labels.errors import InvalidRequest
 from sse_labels.seq import SEQ_MAX
+from sse_labels.web import parameters
 from sse_labels.web.parameters import (
+    COMPARED_MAX,
     LAST_EVENT_ID,
     QUERY_PARAMETERS,
     STREAM_PARAMETERS,
@@ -331,6 +333,16 @@ def test_a_parameter_that_is_almost_a_known_one_is_refused_and_the_right_one_nam
 def test_a_parameter_that_is_plainly_something_else_is_ignored(name: str) -> None:
     request = make_mocked_request("GET", str(URL("/stream").with_query({name: "0.123"})))
     check_parameters(request, STREAM_PARAMETERS)
+
+
+def test_so_many_unknown_parameters_are_compared_and_no_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compared: list[str] = []
+    monkeypatch.setattr(parameters, "_meant", lambda name, known: compared.append(name))
+    query = "&".join(["values=a", *(f"x{number:x}" for number in range(1500))])
+    check_parameters(make_mocked_request("GET", f"/stream?{query}"), STREAM_PARAMETERS)
+    assert compared == [f"x{number:x}" for number in range(COMPARED_MAX)]
 
 
 def test_every_known_parameter_is_taken() -> None:
