@@ -100,22 +100,29 @@ class Tail:
             kind = response.headers.get("Content-Type", "nothing")
             if not is_event_stream(kind):
                 raise Refused(f"{self._place} is no event stream: it answers with {kind[:60]!r}")
-            if self._head is None and self._until_head:
-                self._head = head_of(response)
             stream = EventStream(response.iter_bytes())
             try:
-                return self._read(stream)
+                return self._read(stream, response)
             except MessageTooLong as error:
                 raise Refused(f"{self._place} sends {error}") from None
             finally:
                 if stream.retry_seconds is not None:
                     self._hint(stream.retry_seconds)
 
-    def _read(self, stream: EventStream) -> bool:
+    def _read(self, stream: EventStream, response: httpx.Response) -> bool:
         for block in stream:
             if block.event == "error" and block.data is not None:
                 say(f"the server ended the stream: {block.data}")
+                if (
+                    self._cursor is None
+                    and (seq := self._seq_of(block, is_label=False)) is not None
+                ):
+                    # A full server tells where to go on: what comes meanwhile follows.
+                    self._move_to(seq)
                 return False
+            # Not before: a full server, and a proxy without one, tell no head.
+            if self._head is None and self._until_head:
+                self._head = head_of(response)
             self._take(block)
             if self._head is not None and (self._cursor or 0) >= self._head:
                 return True
@@ -138,14 +145,17 @@ class Tail:
         elif not somebody_reads():
             raise BrokenPipeError
         if cursor is not None and cursor != self._cursor:
-            self._cursor = cursor
             # The server does more than accept and close: from here on it is a new trouble.
             self._backoff.reset()
-            if self._state is not None:
-                self._state.save(cursor)
+            self._move_to(cursor)
         self._taking = False
         if self._told_to_stop:
             self._stop(self._told_to_stop, None)
+
+    def _move_to(self, cursor: int) -> None:
+        self._cursor = cursor
+        if self._state is not None:
+            self._state.save(cursor)
 
     def _seq_of(self, event: Block, *, is_label: bool) -> int | None:
         """Return where the event stands; raise Refused when that is not after the one before."""

@@ -262,6 +262,28 @@ def test_temporary_answer_is_tried_again_with_the_last_event_id() -> None:
     assert "answered 503, NotReady: the database is away" in run.errors
 
 
+def test_full_server_is_asked_again_from_where_it_said(tmp_path: Path) -> None:
+    asked: list[str | None] = []
+    full = b'retry: 10\nid: 4\nevent: error\ndata: {"error":"TooManyConnections","cursor":4}\n\n'
+
+    def answer(number: int, headers: Any) -> Answer:
+        asked.append(headers["Last-Event-ID"])
+        if number == 0:
+            # No head: a full server opens no stream, nor does a proxy without a server.
+            return 200, {"Content-Type": "text/event-stream"}, full
+        body = b'id: 4\nevent: info\ndata: {"name":"StreamOpened"}\n\nid: 5\ndata: {"seq":5}\n\n'
+        return 200, {**STREAM, "Sse-Labels-Head": "5"}, body
+
+    state = tmp_path / "state"
+    with scripted(answer) as url:
+        run = ran("tail", url, "--until-head", "--state", str(state))
+    assert run.process.returncode == 0, run.errors
+    assert run.out == ['{"seq":5}']
+    assert asked == [None, "4"]
+    assert 'the server ended the stream: {"error":"TooManyConnections"' in run.errors
+    assert "reconnecting after seq 4 in " in run.errors
+
+
 def test_server_that_closes_at_once_is_asked_ever_more_rarely() -> None:
     """The server's hint is the least; without an event the wait grows all the same."""
     with (
