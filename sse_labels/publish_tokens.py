@@ -20,7 +20,7 @@ import hmac
 import os
 import re
 import secrets
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -172,8 +172,15 @@ def _parse_line(raw: bytes) -> Known | None:
     return Known(Holder(words[0], rights), bytes.fromhex(digest[1]))
 
 
-def add_token(file: Path, name: str, rights: Iterable[str] = (PUBLISH,)) -> str:
+def add_token(
+    file: Path,
+    name: str,
+    rights: Iterable[str] = (PUBLISH,),
+    tell: Callable[[str], object] = lambda token: None,
+) -> str:
     """Make a token, append its line to `file`, return the token: it stands nowhere else.
+
+    When `tell`, which is called with the token, raises an error, the line is removed again.
 
     The file is made when there is none, for its owner alone. Raises ConfigError, and leaves the
     file as it was, when the name exists there or the file is not one of tokens.
@@ -191,6 +198,11 @@ def add_token(file: Path, name: str, rights: Iterable[str] = (PUBLISH,)) -> str:
                 raise ConfigError("NAME", name, f"a name that does not stand in {file} yet")
             start = b"\n" if content and not content.endswith(b"\n") else b""
             _append(descriptor, start + line.encode("ascii") + b"\n", len(content))
+            try:
+                tell(token)
+            except BaseException:
+                os.ftruncate(descriptor, len(content))
+                raise
     except Unusable as error:
         raise ConfigError(FILE_SETTING, str(file), str(error)) from None
     except OSError as error:

@@ -2,21 +2,22 @@
 
 Promises: what goes wrong is a line on standard error that names it, and an exit
 status: 1 when something failed, 2 when it was asked for wrongly, 130 after
-Ctrl-C. No traceback for what a user can cause.
+Ctrl-C, 141 when nobody reads standard output any more (`| head`), without a line, as after a
+SIGPIPE. No traceback for what a user can cause.
 Stands above everything.
 Does not belong here: what the commands do; each has a file of its own.
 """
 
 from __future__ import annotations
 
-import os
+import signal
 import sys
 from importlib import import_module
-from typing import Any
 
 import click
 
 from sse_labels import __version__
+from sse_labels.cli.standard_streams import OutputLost, guard
 from sse_labels.errors import ConfigError, SseLabelsError
 
 NAME = "sse-labels"
@@ -25,18 +26,12 @@ COMMANDS = {"demo": "demo", "serve": "serve", "migrate": "serve", "publish": "pu
             "token": "token", "tail": "tail", "verify": "verify", "mirror": "mirror",
             "doctor": "doctor", "reseed": "reseed"}  # fmt: skip
 
+#: What a shell reports of a program that SIGPIPE has ended.
+BROKEN_PIPE = 128 + signal.SIGPIPE
+
 
 class Program(click.Group):
     """All commands."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; that nobody reads its output any more (`| head`) is no failure."""
-        try:
-            return super().invoke(ctx)
-        except BrokenPipeError:
-            # What is still buffered would be written at exit, and fail again.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names of all commands."""
@@ -67,8 +62,14 @@ def cli() -> None:
 
 def main() -> None:
     """Run the command line; the console script."""
+    guard()
     try:
         status = cli.main(prog_name=NAME, standalone_mode=False)
+        sys.stdout.flush()
+    except OutputLost as error:
+        status = BROKEN_PIPE if error.broken else 1
+        if not error.broken:
+            click.echo(f"{NAME}: {error}", err=True)
     except SseLabelsError as error:
         click.echo(f"{NAME}: {error}", err=True)
         status = 2 if isinstance(error, ConfigError) else 1

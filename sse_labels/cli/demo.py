@@ -23,6 +23,7 @@ from sse_labels.app import base_url
 from sse_labels.cli.layout import Command
 from sse_labels.cli.options import is_given, named_as_given, option, settings_options
 from sse_labels.cli.serve import Place, database_of, interruptible, run
+from sse_labels.cli.standard_streams import OutputLost
 from sse_labels.config import load, seconds
 from sse_labels.embedded import default_data_dir
 from sse_labels.logs import configure_logging
@@ -63,14 +64,16 @@ def demo(interval_seconds: float, **options: str | None) -> None:
             async def ready(port: int) -> None:
                 url = base_url(settings.host[0], port)
                 tasks.add(asyncio.create_task(publish_for_ever(url, place, interval_seconds)))
-                click.echo(
-                    f"sse_labels is up; {1 / interval_seconds:.3g} made-up labels a second.\n"
-                    f"  read it     curl -N {url}/stream\n"
-                    f"  from start  curl -N '{url}/stream?cursor=0'\n"
-                    f"  look at it  {url}/\n"
-                    + (f"  {place.note}\n" if place.note else "")
-                    + "Ctrl-C stops it; the labels stay for the next time."
-                )
+                # Whether anybody can read it or not: the server serves.
+                with contextlib.suppress(OutputLost):
+                    click.echo(
+                        f"sse_labels is up; {1 / interval_seconds:.3g} made-up labels a second.\n"
+                        f"  read it     curl -N {url}/stream\n"
+                        f"  from start  curl -N '{url}/stream?cursor=0'\n"
+                        f"  look at it  {url}/\n"
+                        + (f"  {place.note}\n" if place.note else "")
+                        + "Ctrl-C stops it; the labels stay for the next time."
+                    )
 
             run(settings, place, ready)
 

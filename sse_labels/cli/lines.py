@@ -53,7 +53,7 @@ def read_batches(file: BinaryIO, *, max_labels: int, max_bytes: int, first: int)
     numbers: list[int] = []
     labels: list[bytes] = []
     position = number = filled = 0
-    while raw := file.readline(room + len(codecs.BOM_UTF8) + 2):
+    while raw := _read_line(file, number + 1, room + len(codecs.BOM_UTF8) + 2):
         number += 1
         line = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
         line = line.strip()
@@ -74,6 +74,13 @@ def read_batches(file: BinaryIO, *, max_labels: int, max_bytes: int, first: int)
             numbers, labels, filled = [], [], 0
     if labels:
         yield Batch(numbers, labels, position)
+
+
+def _read_line(file: BinaryIO, number: int, size: int) -> bytes:
+    try:
+        return file.readline(size)
+    except OSError as error:
+        raise NotJson(f"line {number}: cannot be read: {error.strerror}") from None
 
 
 def _check(number: int, line: bytes) -> None:

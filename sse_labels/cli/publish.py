@@ -33,6 +33,7 @@ from sse_labels.backoff import Backoff
 from sse_labels.cli.layout import Command
 from sse_labels.cli.lines import Batch, NotJson, read_batches
 from sse_labels.cli.options import option, server_url, shown_data_dir, token_text
+from sse_labels.cli.standard_streams import tell_result
 from sse_labels.config import integer, path, seconds, size
 from sse_labels.embedded import default_data_dir
 from sse_labels.errors import ConfigError, SseLabelsError
@@ -278,7 +279,7 @@ def publish(
         if bar.length:
             bar.update(bar.length - bar.pos)  # empty lines at the end
     last = f", the last as seq {progress.last_seq}" if progress.labels else ""
-    click.echo(f"{counted(progress.labels)} stored{last}")
+    tell_result(f"{counted(progress.labels)} stored{last}")
 
 
 def kept_token(data_dir: Path | None) -> str:

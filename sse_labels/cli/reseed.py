@@ -14,6 +14,7 @@ import click
 from sse_labels.cli.layout import Command
 from sse_labels.cli.options import key_of, named_as_given, option, settings_options
 from sse_labels.cli.serve import database_at, database_of, interruptible
+from sse_labels.cli.standard_streams import tell_result
 from sse_labels.config import Settings, integer, load
 from sse_labels.errors import ConfigError
 from sse_labels.logs import configure_logging
@@ -44,7 +45,7 @@ def reseed(above: int | None, **options: str | None) -> None:
         configure_logging(settings.log_level, settings.log_format)
         with database_of(settings, key_of("dsn")) as place:
             seq, epoch = asyncio.run(move(settings, place.dsn, above))
-    click.echo(f"the next seq is {seq + 1}, the epoch is {epoch}")
+    tell_result(f"the next seq is {seq + 1}, the epoch is {epoch}")
 
 
 async def move(settings: Settings, dsn: str, above: int) -> tuple[int, str]:

@@ -25,6 +25,7 @@ from sse_labels import app as application
 from sse_labels import migrations
 from sse_labels.cli.layout import Command
 from sse_labels.cli.options import key_of, named_as_given, settings_options
+from sse_labels.cli.standard_streams import tell_result
 from sse_labels.config import Settings, load
 from sse_labels.database import Database
 from sse_labels.embedded import EMBEDDED_MAX_CONNECTIONS, EmbeddedPostgres, default_data_dir
@@ -263,7 +264,7 @@ def migrate(**options: str | None) -> None:
         settings = load(options)
         configure_logging(settings.log_level, settings.log_format)
         with database_of(settings, key_of("dsn")) as place:
-            click.echo(f"schema version {asyncio.run(apply_migrations(settings, place.dsn))}")
+            tell_result(f"schema version {asyncio.run(apply_migrations(settings, place.dsn))}")
 
 
 async def apply_migrations(settings: Settings, dsn: str) -> int:

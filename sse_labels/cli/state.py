@@ -11,7 +11,7 @@ import fcntl
 import os
 from pathlib import Path
 
-from sse_labels.errors import ConfigError
+from sse_labels.errors import ConfigError, SseLabelsError
 from sse_labels.seq import DIGITS_MAX, number_in
 
 KEY = "--state"
@@ -45,4 +45,9 @@ class State:
         """Remember `cursor`; called after the event was written out."""
         # The file keeps one length and is written in place by one system call. That outlives a
         # kill; a crash of the machine may bring an older cursor back.
-        os.pwrite(self._descriptor, b"%0*d\n" % (DIGITS_MAX, cursor), 0)
+        try:
+            os.pwrite(self._descriptor, b"%0*d\n" % (DIGITS_MAX, cursor), 0)
+        except OSError as error:
+            raise SseLabelsError(
+                f"{KEY}: {self._file}: {error.strerror}; seq {cursor} was written out and not noted"
+            ) from error

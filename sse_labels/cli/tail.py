@@ -10,6 +10,8 @@ Does not belong here: parsing event streams (`client`); the file (`state`).
 
 from __future__ import annotations
 
+import errno
+import os
 import select
 import signal
 import sys
@@ -24,6 +26,7 @@ import ujson
 from sse_labels.backoff import Backoff
 from sse_labels.cli.layout import Command
 from sse_labels.cli.options import named_as_given, option, server_url, switch, token_text
+from sse_labels.cli.standard_streams import OutputLost
 from sse_labels.cli.state import State
 from sse_labels.client.event_stream import (
     HEADERS,
@@ -143,7 +146,7 @@ class Tail:
         ):
             say(f"news: {event.data}")
         elif not somebody_reads():
-            raise BrokenPipeError
+            raise OutputLost(BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)))
         if cursor is not None and cursor != self._cursor:
             # The server does more than accept and close: from here on it is a new trouble.
             self._backoff.reset()

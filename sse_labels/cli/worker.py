@@ -12,6 +12,7 @@ import sys
 from functools import partial
 
 from sse_labels.cli.serve import until_told
+from sse_labels.cli.standard_streams import guard
 from sse_labels.errors import ConfigError, SseLabelsError
 from sse_labels.logs import configure_logging
 from sse_labels.workers.job import READY, TURNING, Job, encode_error
@@ -20,13 +21,12 @@ from sse_labels.workers.worker import serve
 
 def main() -> int:
     """Do the job that standard input brings; return the exit status."""
+    guard()
     job = Job.read(sys.stdin.buffer)
     if job is None:
         return 0
     supervisor = os.dup(sys.stdout.fileno())
-    # AttributeError: started without a standard error, `2>&-`; then nothing is written at all.
-    with contextlib.suppress(AttributeError):
-        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     settings = job.settings
     configure_logging(
         settings.log_level, settings.log_format, job.name, settings.log_lines_per_address
