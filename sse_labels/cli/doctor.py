@@ -9,6 +9,7 @@ Does not belong here: what is looked at (`doctor`).
 from __future__ import annotations
 
 import asyncio
+import ssl
 import sys
 
 import click
@@ -21,6 +22,7 @@ from sse_labels.cli.options import (
     server_url,
     settings_options,
     switch,
+    tls_options,
     token_text,
 )
 from sse_labels.cli.serve import interruptible
@@ -60,11 +62,11 @@ def address(context: click.Context, parameter: click.Parameter, given: str | Non
     "publish_as", did, "Store a label of this source and its negation, and wait for both.",
     metavar="DID",
 )  # fmt: skip
-@switch("insecure", "Accept any TLS certificate.")
 @switch("json", "Write one JSON object instead of lines.")
+@tls_options
 def doctor(
-    url: str | None, token: str | None, publish_as: str | None, insecure: bool, json: bool,
-    **options: str | None,
+    url: str | None, token: str | None, publish_as: str | None, json: bool,
+    tls: ssl.SSLContext, **options: str | None,
 ) -> int:  # fmt: skip
     """Look at a deployment from its database to a reader, and say what is wrong.
 
@@ -81,7 +83,7 @@ def doctor(
     with named_as_given(), interruptible():
         settings = load(options)
         dsn, embedded = place_of(settings)
-        patient = Patient(settings, dsn, embedded, url, token, insecure, publish_as)
+        patient = Patient(settings, dsn, embedded, url, token, publish_as, tls)
         findings = asyncio.run(report(patient, as_lines=not json))
     counted = count(findings)
     if json:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ssl
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,7 +19,14 @@ import click
 
 from sse_labels import migrations
 from sse_labels.cli.layout import Command
-from sse_labels.cli.options import key_of, named_as_given, option, settings_options, switch
+from sse_labels.cli.options import (
+    key_of,
+    named_as_given,
+    option,
+    settings_options,
+    switch,
+    tls_options,
+)
 from sse_labels.cli.serve import Ready, database_at, database_of, interruptible, until_told
 from sse_labels.config import Expected, Settings, did, integer, load, seconds, size
 from sse_labels.database import Connection, Database
@@ -125,6 +133,7 @@ def upstreams(
     "dsn", "data_dir", "migrate", "connect_timeout_seconds", "query_timeout_seconds",
     "source_keys_file", "log_level", "log_format",
 )  # fmt: skip
+@tls_options
 def mirror(
     wanted: list[Wanted],
     cursor: int,
@@ -133,6 +142,7 @@ def mirror(
     report_seconds: float,
     retry_longest_seconds: float,
     any_source: bool,
+    tls: ssl.SSLContext,
     **options: str | None,
 ) -> None:
     """Follow the subscribeLabels of other labelers, and store their labels here.
@@ -169,6 +179,7 @@ def mirror(
                 any_source=any_source,
                 message_max_bytes=message_max_bytes,
                 message_max_labels=message_max_labels,
+                tls=tls,
             )
             for each in wanted
         ]

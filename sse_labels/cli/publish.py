@@ -16,6 +16,7 @@ import itertools
 import os
 import re
 import secrets
+import ssl
 import stat
 import sys
 import time
@@ -32,7 +33,7 @@ import ujson
 from sse_labels.backoff import Backoff
 from sse_labels.cli.layout import Command
 from sse_labels.cli.lines import Batch, NotJson, read_batches
-from sse_labels.cli.options import option, server_url, shown_data_dir, token_text
+from sse_labels.cli.options import option, server_url, shown_data_dir, tls_options, token_text
 from sse_labels.cli.standard_streams import tell_result
 from sse_labels.config import integer, path, seconds, size
 from sse_labels.embedded import default_data_dir
@@ -235,6 +236,7 @@ class Sender:
     "How long a batch is sent again while its outcome is uncertain; 0: never.",
     metavar="SECONDS", default="60",
 )  # fmt: skip
+@tls_options
 def publish(
     file: BinaryIO,
     url: str,
@@ -244,6 +246,7 @@ def publish(
     batch_bytes: int,
     from_line: int,
     retry_seconds: float,
+    tls: ssl.SSLContext,
 ) -> None:
     """Publish labels from FILE, one JSON label per line; - is standard input.
 
@@ -268,7 +271,7 @@ def publish(
     with (
         explained(progress),
         httpx.Client(
-            timeout=TIMEOUT_SECONDS, headers={"Authorization": f"Bearer {token}"}
+            timeout=TIMEOUT_SECONDS, headers={"Authorization": f"Bearer {token}"}, verify=tls
         ) as client,
         progress_bar(file) as bar,
     ):

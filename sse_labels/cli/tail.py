@@ -14,6 +14,7 @@ import errno
 import os
 import select
 import signal
+import ssl
 import sys
 import time
 from pathlib import Path
@@ -25,7 +26,14 @@ import ujson
 
 from sse_labels.backoff import Backoff
 from sse_labels.cli.layout import Command
-from sse_labels.cli.options import named_as_given, option, server_url, switch, token_text
+from sse_labels.cli.options import (
+    named_as_given,
+    option,
+    server_url,
+    switch,
+    tls_options,
+    token_text,
+)
 from sse_labels.cli.standard_streams import OutputLost
 from sse_labels.cli.state import State
 from sse_labels.client.event_stream import (
@@ -56,12 +64,19 @@ class Tail:
     """Follows one URL and writes what it receives to standard output."""
 
     def __init__(
-        self, url: str, cursor: int | None, state: State | None, until_head: bool, token: str | None
+        self,
+        url: str,
+        cursor: int | None,
+        state: State | None,
+        until_head: bool,
+        token: str | None,
+        tls: ssl.SSLContext,
     ) -> None:
         self._url = url
         #: As messages name it: a token may stand in the query, a password before the host.
         self._place = str(httpx.URL(url).copy_with(query=None, userinfo=b""))
         self._authorization = {} if token is None else {"Authorization": f"Bearer {token}"}
+        self._tls = tls
         self._cursor = cursor
         self._state = state
         self._until_head = until_head
@@ -77,7 +92,7 @@ class Tail:
         timeout = httpx.Timeout(CONNECT_SECONDS, read=SILENCE_SECONDS)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._stop)
-        with httpx.Client(timeout=timeout, follow_redirects=True) as client:
+        with httpx.Client(timeout=timeout, follow_redirects=True, verify=self._tls) as client:
             while True:
                 try:
                     if self._follow(client):
@@ -255,9 +270,11 @@ def url_of(context: click.Context, parameter: click.Parameter, given: str | None
     secret=True,
 )  # fmt: skip
 @switch("until_head", "End when the newest label of the moment it started has been read.")
+@tls_options
 def tail(
-    url: str, cursor: int | None, state: Path | None, token: str | None, until_head: bool
-) -> None:
+    url: str, cursor: int | None, state: Path | None, token: str | None, until_head: bool,
+    tls: ssl.SSLContext,
+) -> None:  # fmt: skip
     """Write the labels of the stream at URL, one JSON object per line.
 
     URL is a server's address, or its stream's with filters; also SSE_LABELS_URL.
@@ -275,4 +292,4 @@ def tail(
     with named_as_given():
         kept = None if state is None else State(state)
         known = None if kept is None else kept.load()
-    Tail(url, cursor if known is None else known, kept, until_head, token).run()
+    Tail(url, cursor if known is None else known, kept, until_head, token, tls).run()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import ssl
 from pathlib import Path
 from types import FrameType
 
@@ -17,7 +18,14 @@ import httpx
 import ujson
 
 from sse_labels.cli.layout import Command
-from sse_labels.cli.options import named_as_given, option, server_url, switch, token_text
+from sse_labels.cli.options import (
+    named_as_given,
+    option,
+    server_url,
+    switch,
+    tls_options,
+    token_text,
+)
 from sse_labels.config import Expected, integer, path, read, seconds
 from sse_labels.errors import ConfigError
 from sse_labels.seq import SEQ_MAX
@@ -87,12 +95,12 @@ def url_of(context: click.Context, parameter: click.Parameter, given: str | None
     metavar="SECONDS", default="60",
 )  # fmt: skip
 @switch("no_cross_check", "Read once: no queryLabels, and holes are not read again.")
-@switch("insecure", "Accept any TLS certificate.")
 @switch("json", "Write one JSON object instead of lines.")
+@tls_options
 def verify(
     url: httpx.URL, cursor: int | None, token: str | None, source_keys_file: Path | None,
     follow: bool, quiet_seconds: float, retry_seconds: float, no_cross_check: bool,
-    insecure: bool, json: bool,
+    json: bool, tls: ssl.SSLContext,
 ) -> int:  # fmt: skip
     """Read the stream at URL from end to end and check continuity and signatures.
 
@@ -120,7 +128,7 @@ def verify(
         cross_check=not no_cross_check,
         quiet_seconds=quiet_seconds,
         retry_seconds=retry_seconds,
-        insecure=insecure,
+        tls=tls,
         say=say,
     )
     if url.scheme in ("ws", "wss"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import httpx
 
@@ -42,8 +42,9 @@ class Patient:
     #: The server's address, as its readers know it; None: not known here.
     url: str | None
     token: str | None = None
-    insecure: bool = False
     publish_as: str | None = None
+    #: What is trusted over TLS.
+    tls: ssl.SSLContext = field(default_factory=ssl.create_default_context)
 
 
 async def examine(patient: Patient) -> AsyncIterator[Finding]:
@@ -71,7 +72,7 @@ async def examine(patient: Patient) -> AsyncIterator[Finding]:
         way = WayChecks(
             patient.url,
             token=patient.token,
-            insecure=patient.insecure,
+            tls=patient.tls,
             store=None if database is None else Store(database),
             publish_as=patient.publish_as,
         )

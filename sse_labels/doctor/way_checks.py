@@ -51,14 +51,14 @@ class WayChecks:
         url: str,
         *,
         token: str | None,
-        insecure: bool,
+        tls: ssl.SSLContext,
         store: Store | None,
         publish_as: str | None,
     ) -> None:
         """`store` is where the labels should come from; None when no database is known."""
         self._url = url
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
-        self._insecure = insecure
+        self._tls = tls
         self._store = store
         self._publish_as = publish_as
         #: Who stands between, as far as `address` could see.
@@ -121,11 +121,11 @@ class WayChecks:
                     "serve it by https with HTTP/2, as nginx/sse_labels.conf does",
                 )
             ]
-        context = self._context()
-        context.set_alpn_protocols(["h2", "http/1.1"])
+        # httpx sets its own for each connection.
+        self._tls.set_alpn_protocols(["h2", "http/1.1"])
         async with asyncio.timeout(FIRST_SECONDS):
             _, writer = await asyncio.open_connection(
-                parts.hostname, parts.port or 443, ssl=context
+                parts.hostname, parts.port or 443, ssl=self._tls
             )
         tls = writer.get_extra_info("ssl_object")
         writer.close()
@@ -333,19 +333,12 @@ class WayChecks:
             response.raise_for_status()
             return int(ujson.loads(response.text)["head"])
 
-    def _context(self) -> ssl.SSLContext:
-        context = ssl.create_default_context()
-        if self._insecure:
-            context.check_hostname = False
-            context.verify_mode = ssl.CERT_NONE
-        return context
-
     def _client(self) -> httpx.AsyncClient:
         return httpx.AsyncClient(
             headers=self._headers,
             timeout=httpx.Timeout(FIRST_SECONDS),
             follow_redirects=True,
-            verify=self._context(),
+            verify=self._tls,
         )
 
     @asynccontextmanager

@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
@@ -93,11 +94,13 @@ class Upstream:
         any_source: bool = False,
         message_max_bytes: int,
         message_max_labels: int = 10_000,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         """With `did`, labels of that source alone are taken; those of others are left out.
 
         Without it, labels of every source with `any_source`, else those whose signature is right
         by `source_keys`. With `source_keys` labels whose signature is wrong are set aside.
+        `tls` is what is trusted; None: this machine's authorities.
         """
         self.url = url
         self.did = did
@@ -105,6 +108,7 @@ class Upstream:
         self._any_source = any_source
         self._message_max_bytes = message_max_bytes
         self.message_max_labels = message_max_labels
+        self._tls = tls
         #: Labels of other sources.
         self.left_out = 0
 
@@ -144,6 +148,7 @@ class Upstream:
                     # aiohttp would answer all pings that came at once before anybody else's turn.
                     autoping=False,
                     autoclose=False,
+                    ssl=self._tls or True,
                 )
         except aiohttp.WSServerHandshakeError as error:
             hint = error.headers.get("Retry-After", "") if error.headers else ""

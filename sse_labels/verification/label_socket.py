@@ -9,6 +9,7 @@ Does not belong here: what is right and wrong; a second reading: the lexicon pro
 from __future__ import annotations
 
 import asyncio
+import ssl
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -49,7 +50,7 @@ class SocketReading:
         findings: Findings,
         *,
         headers: Mapping[str, str],
-        insecure: bool,
+        tls: ssl.SSLContext,
         follow: bool,
         quiet_seconds: float,
         retry_seconds: float,
@@ -60,7 +61,7 @@ class SocketReading:
         self._continuity = continuity
         self._findings = findings
         self._headers = headers
-        self._insecure = insecure
+        self._tls = tls
         self._follow = follow
         self._quiet_seconds = quiet_seconds
         self._patience = Patience(retry_seconds)
@@ -158,7 +159,7 @@ class SocketReading:
                     max_msg_size=MESSAGE_MAX_BYTES,
                     heartbeat=PING_SECONDS,
                     timeout=aiohttp.ClientWSTimeout(ws_close=CLOSE_SECONDS),
-                    ssl=not self._insecure,
+                    ssl=self._tls,
                 )
         except aiohttp.WSServerHandshakeError as error:
             text = f"{self._place} answered {error.status}, no WebSocket"

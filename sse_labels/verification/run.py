@@ -7,6 +7,7 @@ Does not belong here: options, signals, exit statuses (`cli.verify`).
 
 from __future__ import annotations
 
+import ssl
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -38,7 +39,7 @@ class Wanted(NamedTuple):
     cross_check: bool
     quiet_seconds: float
     retry_seconds: float
-    insecure: bool
+    tls: ssl.SSLContext
     #: Tells the person at the terminal something.
     say: Callable[[str], None]
 
@@ -58,7 +59,7 @@ class StreamRun:
         self._resources = ExitStack()
         timeout = httpx.Timeout(CONNECT_SECONDS, read=SILENCE_SECONDS)
         client = httpx.Client(
-            timeout=timeout, follow_redirects=True, verify=not wanted.insecure,
+            timeout=timeout, follow_redirects=True, verify=wanted.tls,
             headers=wanted.headers,
         )  # fmt: skip
         self._resources.enter_context(client)
@@ -104,7 +105,7 @@ class SocketRun:
         self._continuity = Continuity(wanted.cursor, wanted.keys, self._findings)
         self._reading = SocketReading(
             wanted.url, self._continuity, self._findings, headers=wanted.headers,
-            insecure=wanted.insecure, follow=wanted.follow, quiet_seconds=wanted.quiet_seconds,
+            tls=wanted.tls, follow=wanted.follow, quiet_seconds=wanted.quiet_seconds,
             retry_seconds=wanted.retry_seconds, say=wanted.say,
         )  # fmt: skip
 

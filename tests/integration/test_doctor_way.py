@@ -11,6 +11,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
+from sse_labels.cli.options import any_certificate
 from sse_labels.config import Settings
 from sse_labels.doctor import Finding, Patient, Verdict, database_checks, examine
 from sse_labels.doctor import way_checks as way
@@ -87,7 +88,7 @@ async def test_the_site_that_operators_are_given_has_no_finding_but_ok(
     closed = {"allow 127.0.0.1;\n": "\n"}
     async with front(closed) as proxy:
         url = f"https://localhost:{proxy.tls_port}"
-        findings = await look(url, database.dsn, insecure=True, publish_as=DID)
+        findings = await look(url, database.dsn, tls=any_certificate(), publish_as=DID)
     assert {finding.verdict for finding in findings} == {Verdict.OK}, findings
     words = "\n".join(finding.seen for finding in findings)
     assert "a server answers through nginx" in words
@@ -181,7 +182,7 @@ class TestAProxy:
 
     async def test_without_http_2_is_a_warning(self, front: Front) -> None:
         async with front({" ssl http2;": " ssl;"}) as proxy:
-            findings = await look(f"https://localhost:{proxy.tls_port}", insecure=True)
+            findings = await look(f"https://localhost:{proxy.tls_port}", tls=any_certificate())
         [found] = of(findings, "protocol")
         assert found.verdict is Verdict.WARNING
         assert "six connections" in found.seen

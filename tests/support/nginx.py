@@ -68,6 +68,11 @@ class Nginx:
         """Where it serves without TLS."""
         return f"http://127.0.0.1:{self.port}"
 
+    @property
+    def certificate(self) -> Path:
+        """What whoever is to trust it needs."""
+        return self._directory / "certificate.pem"
+
     def check(self) -> str:
         """What `nginx -t` says of the configuration."""
         done = subprocess.run([*self._command(), "-t"], capture_output=True, text=True)
@@ -147,8 +152,9 @@ class Nginx:
             [
                 *(program("openssl"), "req", "-x509", "-newkey", "ec", "-pkeyopt"),
                 *("ec_paramgen_curve:P-256", "-nodes", "-days", "2", "-subj", "/CN=localhost"),
+                *("-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"),
                 *("-keyout", str(self._directory / "key.pem")),
-                *("-out", str(self._directory / "certificate.pem")),
+                *("-out", str(self.certificate)),
             ],
             check=True,
             capture_output=True,
