@@ -55,9 +55,9 @@ PREFLIGHT_SECONDS = 86_400
 
 
 def json_response(value: object, *, status: int = 200) -> web.Response:
-    """Return `value` as compact JSON."""
+    """Return `value` as compact JSON on a line: a shell's prompt comes below it."""
     return web.Response(
-        text=dumps(value),
+        text=f"{dumps(value)}\n",
         status=status,
         content_type="application/json",
         headers={hdrs.CACHE_CONTROL: "no-store"},

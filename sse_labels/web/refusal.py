@@ -107,8 +107,8 @@ def refuse_at_once(
 
 
 def error_body(error: RequestError) -> str:
-    """Return the JSON that says what is wrong."""
-    return dumps({"error": error.name, "message": str(error)})
+    """Return the JSON that says what is wrong, as `json_response` makes it."""
+    return f"{dumps({'error': error.name, 'message': str(error)})}\n"
 
 
 def encode_refusal(

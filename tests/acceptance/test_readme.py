@@ -233,7 +233,7 @@ async def test_state(lines: list[str], shell: Shell, database: TestDatabase) -> 
 
 @block("curl http://127.0.0.1:8080/labels \\")
 async def test_publishing(lines: list[str], shell: Shell, database: TestDatabase) -> None:
-    assert await shell.run("\n".join(lines)) == '{"seqs":[61]}'
+    assert await shell.run("\n".join(lines)) == '{"seqs":[61]}\n'
     [stored] = database.stored(after=60)
     assert stored["labels"][0]["src"] == "did:web:labeler.example"
 
