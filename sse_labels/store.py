@@ -202,6 +202,10 @@ class Store:
             )  # fmt: skip
         return str(epoch)
 
+    async def others_here(self) -> list[int]:
+        """Return the sessions that servers and other commands have on this database."""
+        return [pid for (pid,) in await self._database.fetch("others_here")]
+
     async def reseed(self, above: int) -> tuple[int, str]:
         """Use no seq up to `above` again and begin a new epoch; return the seq and the epoch."""
         [(seq, epoch)] = await self._database.fetch("reseed", above=above)

@@ -18,6 +18,14 @@ UPDATE label_stream
        identity = %(identity)s
 RETURNING epoch::text;
 
+-- name: others_here
+-- Rows (pid): this program's other sessions on this database. Every role sees their names; a DSN may
+-- give them one of its own.
+SELECT pid FROM pg_stat_activity
+ WHERE datname = current_database() AND pid <> pg_backend_pid()
+   AND application_name IN ('sse-labels', current_setting('application_name'))
+ ORDER BY pid;
+
 -- name: reseed
 -- One row: the last seq that will not be used, and the new epoch.
 WITH moved AS (

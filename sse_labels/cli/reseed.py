@@ -12,7 +12,7 @@ import asyncio
 import click
 
 from sse_labels.cli.layout import Command
-from sse_labels.cli.options import key_of, named_as_given, option, settings_options
+from sse_labels.cli.options import key_of, named_as_given, option, settings_options, switch
 from sse_labels.cli.serve import database_at, database_of, interruptible
 from sse_labels.cli.standard_streams import tell_result
 from sse_labels.config import Settings, integer, load
@@ -23,20 +23,23 @@ from sse_labels.store import Store
 
 #: The largest bigint is PostgreSQL's last id; a sequence that stands there has none left.
 ABOVE_MAX = SEQ_MAX - 1
+#: Of the sessions that hold it up.
+PIDS_SHOWN = 5
 
 
 @click.command(cls=Command, short_help="Use no seq twice after a restore.")
 @option(
     "above", integer(1, ABOVE_MAX), "The highest seq that any consumer has seen.", metavar="SEQ"
 )
+@switch("force", "Do it although sessions of other servers or commands are on that database.")
 @settings_options("dsn", "data_dir", "connect_timeout_seconds", "log_level", "log_format")
-def reseed(above: int | None, **options: str | None) -> None:
+def reseed(above: int | None, force: bool, **options: str | None) -> None:
     """Give new labels seqs above SEQ, and begin a new epoch.
 
     For a database that was rebuilt from a backup older than what consumers have
     seen: without it, new labels would get seqs that consumers have already, and
-    be skipped by them. Run it while no server runs on that database, and before
-    anything is published.
+    be skipped by them. Run it before anything is published, and while no server
+    and no mirror runs on that database: it is refused while one does.
     """
     with named_as_given(), interruptible():
         if above is None:
@@ -44,11 +47,11 @@ def reseed(above: int | None, **options: str | None) -> None:
         settings = load(options)
         configure_logging(settings.log_level, settings.log_format)
         with database_of(settings, key_of("dsn")) as place:
-            seq, epoch = asyncio.run(move(settings, place.dsn, above))
+            seq, epoch = asyncio.run(move(settings, place.dsn, above, force=force))
     tell_result(f"the next seq is {seq + 1}, the epoch is {epoch}")
 
 
-async def move(settings: Settings, dsn: str, above: int) -> tuple[int, str]:
+async def move(settings: Settings, dsn: str, above: int, *, force: bool) -> tuple[int, str]:
     """Return the last seq that will not be used, and the new epoch."""
     database = database_at(settings, dsn)
     try:
@@ -56,6 +59,19 @@ async def move(settings: Settings, dsn: str, above: int) -> tuple[int, str]:
         await store.check()
         if not store.has_state:
             raise ConfigError("--dsn", "a database without label_stream", "one of `migrate`'s")
+        others = await store.others_here()
+        if others and not force:
+            # They would go on with the old epoch, and what a server has in memory.
+            raise ConfigError(
+                key_of("data_dir" if settings.dsn is None else "dsn"),
+                f"a database with other sessions of sse-labels, {_counted(others)}",
+                "one on which no server and no mirror runs; stop them, or give --force",
+            )
         return await store.reseed(above)
     finally:
         database.close()
+
+
+def _counted(pids: list[int]) -> str:
+    more = ", …" if len(pids) > PIDS_SHOWN else ""
+    return f"PostgreSQL's processes {', '.join(map(str, pids[:PIDS_SHOWN]))}{more}"

@@ -622,6 +622,29 @@ def test_reseed_says_the_next_seq_and_begins_a_new_epoch(database: TestDatabase)
     assert database.insert() == [501]
 
 
+def test_reseed_is_refused_while_a_server_runs_unless_it_is_forced(database: TestDatabase) -> None:
+    arguments = ("reseed", "--above=500", "--dsn", database.dsn)
+    with running("serve", *QUICK_SERVER, "--dsn", database.dsn) as server:
+        server.url()
+        status, said = failure(ran(*arguments))
+        assert status == 2
+        assert (
+            "--dsn: got \"a database with other sessions of sse-labels, PostgreSQL's proc" in said
+        )
+        assert "expected one on which no server and no mirror runs; stop them, or give" in said
+        assert database.insert() == [1]
+        # Every role sees how a session calls itself, also one that sees nothing else of it.
+        role = f"stranger_{database.name}"
+        with database.connect().cursor() as cursor:
+            cursor.execute(f"CREATE ROLE {role}; SET ROLE {role}")
+            cursor.execute("SELECT query FROM pg_stat_activity WHERE application_name='sse-labels'")
+            seen = cursor.fetchall()
+            cursor.execute(f"RESET ROLE; DROP ROLE {role}")
+        assert set(seen) == {("<insufficient privilege>",)}
+        assert ran(*arguments, "--force").process.returncode == 0
+        assert database.insert() == [501]
+
+
 def test_reseed_changes_nothing_when_it_is_asked_for_wrongly(
     database: TestDatabase, empty_database: TestDatabase
 ) -> None:

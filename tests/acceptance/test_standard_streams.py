@@ -50,7 +50,7 @@ COMMANDS: dict[str, tuple[Callable[[str, str, Path], Sequence[str]], str | None]
     ),
     "migrate": (lambda url, dsn, folder: ["migrate", "--dsn", dsn], "schema version "),
     "reseed": (
-        lambda url, dsn, folder: ["reseed", "--dsn", dsn, "--above=1000"],
+        lambda url, dsn, folder: ["reseed", "--dsn", dsn, "--above=1000", "--force"],
         "the next seq is 1001",
     ),
 }
