@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import logging
 import random
+import shlex
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
@@ -21,7 +22,7 @@ import click
 
 from sse_labels.app import base_url
 from sse_labels.cli.layout import Command
-from sse_labels.cli.options import is_given, named_as_given, option, settings_options
+from sse_labels.cli.options import DEMO_FOLDER, is_given, named_as_given, option, settings_options
 from sse_labels.cli.serve import Place, database_of, interruptible, run
 from sse_labels.cli.standard_streams import OutputLost
 from sse_labels.config import load, seconds
@@ -31,8 +32,6 @@ from sse_labels.sse import dumps
 
 log = logging.getLogger(__name__)
 
-#: Where the demo keeps its data, inside of the data directory.
-FOLDER = "demo"
 QUIET = {"log_level": "warning"}
 #: How often each value is seen, roughly as on the public network: mostly adult content and spam.
 VALUES = {"porn": 30, "spam": 22, "sexual": 14, "nudity": 10, "graphic-media": 6, "rude": 6,
@@ -55,7 +54,7 @@ def demo(interval_seconds: float, **options: str | None) -> None:
     """
     with named_as_given(), contextlib.suppress(KeyboardInterrupt), interruptible():
         settings = load(options if is_given("log_level") else options | QUIET)
-        data_dir = (settings.data_dir or default_data_dir()) / FOLDER
+        data_dir = (settings.data_dir or default_data_dir()) / DEMO_FOLDER
         settings = replace(settings, dsn=None, data_dir=data_dir)
         configure_logging(settings.log_level, settings.log_format)
         with database_of(settings) as place:
@@ -71,6 +70,8 @@ def demo(interval_seconds: float, **options: str | None) -> None:
                         f"  read it     curl -N {url}/stream\n"
                         f"  from start  curl -N '{url}/stream?cursor=0'\n"
                         f"  look at it  {url}/\n"
+                        f"  publish     sse-labels publish --data-dir {shlex.quote(str(data_dir))} "
+                        f"--url {url} FILE\n"
                         + (f"  {place.note}\n" if place.note else "")
                         + "Ctrl-C stops it; the labels stay for the next time."
                     )

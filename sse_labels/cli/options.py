@@ -34,6 +34,8 @@ from sse_labels.config import (
 from sse_labels.embedded import default_data_dir
 from sse_labels.errors import ConfigError
 
+#: Where the demo keeps its data, inside of the data directory.
+DEMO_FOLDER = "demo"
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 #: The settings as `serve --help` shows them; what is not listed comes last.

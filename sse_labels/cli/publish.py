@@ -33,10 +33,17 @@ import ujson
 from sse_labels.backoff import Backoff
 from sse_labels.cli.layout import Command
 from sse_labels.cli.lines import Batch, NotJson, read_batches
-from sse_labels.cli.options import option, server_url, shown_data_dir, tls_options, token_text
+from sse_labels.cli.options import (
+    DEMO_FOLDER,
+    option,
+    server_url,
+    shown_data_dir,
+    tls_options,
+    token_text,
+)
 from sse_labels.cli.standard_streams import tell_result
 from sse_labels.config import integer, path, seconds, size
-from sse_labels.embedded import default_data_dir
+from sse_labels.embedded import EmbeddedPostgres, default_data_dir
 from sse_labels.errors import ConfigError, SseLabelsError
 from sse_labels.publish_token import FILE_NAME, read_token
 from sse_labels.seq import SEQ_MAX, number_in, seconds_in
@@ -47,6 +54,11 @@ RETRY_MAX_SECONDS = 43_200
 RATE_LIMITED = 429
 #: Answers after which the same request may be answered better.
 TEMPORARY = {408, RATE_LIMITED, 502, 503, 504}
+#: What to do about some answers.
+HINTS = {
+    401: " (give a token that may publish: --publish-token, or SSE_LABELS_PUBLISH_TOKEN)",
+    413: " (a smaller --batch or --batch-bytes?)",
+}
 #: How the server names a label of a request.
 _INDEX = re.compile(r"^labels\[([0-9]+)\](?:\.|: )?")
 #: Failures before the request was on its way.
@@ -176,7 +188,7 @@ class Sender:
         if match is not None and index is not None:
             number = batch.numbers[index]
             return Trouble(f"line {number}: {message[match.end() :]}", certain)
-        hint = " (a smaller --batch or --batch-bytes?)" if status == 413 else ""
+        hint = HINTS.get(status, "")
         return Trouble(
             f"{self._url} answered {status}: {message}{hint}",
             certain,
@@ -286,16 +298,29 @@ def publish(
 
 
 def kept_token(data_dir: Path | None) -> str:
-    """Return the embedded server's token; raise ConfigError when it cannot be read."""
+    """Return the embedded server's token; raise ConfigError when it cannot be read.
+
+    Without a data directory: the demo's, when it runs and no other server does.
+    """
     try:
-        return read_token((data_dir or default_data_dir()) / FILE_NAME)
+        place = data_dir or default_data_dir()
+        demo = place / DEMO_FOLDER
+        if data_dir is None and runs_in(demo) and not runs_in(place):
+            say(f"taking the token of the demo, which runs: {demo}")
+            place = demo
+        return read_token(place / FILE_NAME)
     except ConfigError as error:
         raise ConfigError(
             "--publish-token",
             None,
             "a token, here or as SSE_LABELS_PUBLISH_TOKEN, or the --data-dir of an embedded "
-            f"server ({error})",
+            f"server or a demo, which prints it ({error})",
         ) from error
+
+
+def runs_in(data_dir: Path) -> bool:
+    """Return whether an embedded server's PostgreSQL runs in a data directory."""
+    return data_dir.is_dir() and EmbeddedPostgres(data_dir).runs()
 
 
 def seqs_of(response: httpx.Response) -> list[int]:

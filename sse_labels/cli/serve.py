@@ -65,9 +65,13 @@ def database_of(settings: Settings, dsn_key: str = "--dsn") -> Iterator[Place]:
     """Give the DSN that was set, or that of the embedded PostgreSQL, which runs meanwhile."""
     if settings.dsn is not None:
         token = settings.publish_token
-        note = "publishing is off: neither --publish-token nor SSE_LABELS_PUBLISH_TOKEN is given"
+        note = (
+            "publishing is off: neither --publish-token (SSE_LABELS_PUBLISH_TOKEN) nor "
+            "--publish-tokens-file is given"
+        )
+        publishes = token or settings.publish_tokens_file
         try:
-            yield Place(settings.dsn, token, "" if token else note)
+            yield Place(settings.dsn, token, "" if publishes else note)
         except DatabaseUnavailable as error:
             # Only a start can end like this: later on, a lost database is waited for.
             raise DatabaseUnavailable(f"{dsn_key}: {address_in(settings.dsn)}{error}") from error

@@ -38,6 +38,7 @@ from sse_labels.cli.standard_streams import OutputLost
 from sse_labels.cli.state import State
 from sse_labels.client.event_stream import (
     HEADERS,
+    TOKEN_HINT,
     Block,
     EventStream,
     MessageTooLong,
@@ -205,6 +206,8 @@ class Tail:
         except (ValueError, TypeError, KeyError):
             text = response.reason_phrase
         text = f"{self._place} answered {response.status_code}, {text}"
+        if response.status_code == httpx.codes.UNAUTHORIZED:
+            text += f" ({TOKEN_HINT})"
         if response.status_code not in TEMPORARY:
             raise Refused(text)
         say(text)

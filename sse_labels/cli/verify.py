@@ -31,10 +31,13 @@ from sse_labels.errors import ConfigError
 from sse_labels.seq import SEQ_MAX
 from sse_labels.signatures import SourceKeys
 from sse_labels.verification import Report, SocketRun, StreamRun, Wanted
+from sse_labels.verification.crosscheck import NotCompared
 from sse_labels.xrpc import SUBSCRIBE_PATH
 
 #: Longer than that nobody waits for a report.
 WAIT_MAX_SECONDS = 86_400
+#: How long comparing what was read may take after it was interrupted.
+LAST_SECONDS = 10.0
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -143,16 +146,26 @@ def verify(
 
 
 def read_stream(run: StreamRun) -> Report:
-    """Run it; a first signal ends the first reading, a second one all."""
+    """Run it; a first signal ends the first reading, and soon the second; another one all."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         for each in SIGNALS:
             signal.signal(each, interrupt)
+        signal.signal(signal.SIGALRM, give_up)
+        signal.setitimer(signal.ITIMER_REAL, LAST_SECONDS)
         run.stop()
 
     for each in SIGNALS:
         signal.signal(each, stop)
-    return run.run()
+    try:
+        return run.run()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def give_up(number: int, frame: FrameType | None) -> None:
+    """End what is compared after the first reading was stopped: the server may be away."""
+    raise NotCompared(f"it was interrupted, and not done within {LAST_SECONDS:g} s")
 
 
 async def read_socket(run: SocketRun) -> Report:

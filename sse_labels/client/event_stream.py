@@ -14,6 +14,8 @@ from typing import NamedTuple
 from sse_labels.errors import SseLabelsError
 from sse_labels.seq import seconds_in
 
+#: What to do about an answer 401, in every client that reads.
+TOKEN_HINT = "give a token that may read: --token, or SSE_LABELS_TOKEN"  # noqa: S105
 #: What an `EventSource` asks with.
 HEADERS = {"Accept": "text/event-stream", "Cache-Control": "no-store"}
 #: The longest label is about 12 KB on the wire (8 KiB of URI, 2 KiB of DID, 128 bytes in escapes).

@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 import httpx
 import ujson
 
-from sse_labels.client.event_stream import is_event_stream
+from sse_labels.client.event_stream import TOKEN_HINT, is_event_stream
 from sse_labels.doctor.database_checks import clock_finding
 from sse_labels.doctor.findings import Finding, failure, ok, unchecked, warning
 from sse_labels.doctor.proxies import UNKNOWN, Proxy, proxy_of
@@ -41,6 +41,7 @@ LABEL_SECONDS = 5.0
 #: The value of the labels that are published here, and a filter that keeps all others away.
 VALUE = "sse-labels-doctor"
 _OPENED = re.compile(rb"event: info\ndata: (\{[^\n]*\"StreamOpened\"[^\n]*\})\n\n")
+_ERROR = re.compile(rb"event: error\ndata: (\{[^\n]*\})\n\n")
 
 
 class WayChecks:
@@ -162,7 +163,7 @@ class WayChecks:
     def _head_findings(self, response: httpx.Response) -> list[Finding]:
         proxy = self._proxy
         if response.status_code != 200:
-            do = "give a token (--token)" if response.status_code == 401 else "see the message"
+            do = TOKEN_HINT if response.status_code == 401 else "see the message"
             return [failure("stream", f"{response.status_code}: {_said(response)}", do)]
         found = []
         kind = response.headers.get("content-type", "")
@@ -196,6 +197,8 @@ class WayChecks:
         if reader.response.status_code != 200:
             return []
         opened = await reader.opened(FIRST_SECONDS)
+        if said := reader.error():
+            return [_ended_by_server(said)]
         if opened is None:
             return [_buffered(proxy, reader, "its first bytes, sent at once, did not come")]
         found = [ok("stream", f"first bytes after {1000 * (time.monotonic() - began):.0f} ms")]
@@ -203,6 +206,8 @@ class WayChecks:
         silent = time.monotonic()
         more = await reader.more(heartbeat + LATE_SECONDS)
         silence = time.monotonic() - silent
+        if said := reader.error():
+            return [*found, _ended_by_server(said)]
         if more:
             return [*found, ok("stream", f"a heartbeat after {silence:.1f} s of silence")]
         if reader.ended:
@@ -387,6 +392,11 @@ class Reader:
         opened: dict[str, Any] = ujson.loads(found[1])
         return opened
 
+    def error(self) -> str:
+        """Return with what the server itself has ended the stream; nothing when it has not."""
+        found = _ERROR.search(self.received)
+        return "" if found is None else _words(found[1].decode("utf-8", "replace"), "an error")
+
     async def label(self, seq: int, seconds: float) -> bool:
         """Return whether the label of this seq came in time."""
         start = b"id: %d\ndata: " % seq
@@ -463,10 +473,23 @@ def _buffered(proxy: Proxy, reader: Reader, seen: str) -> Finding:
     return failure("stream", f"{seen}: {how}", proxy.unbuffered)
 
 
+def _ended_by_server(said: str) -> Finding:
+    return failure("stream", f"the server ends it: {said}", "see its log and its limits")
+
+
 def _said(response: httpx.Response) -> str:
     """Return the server's own words, or what the status is called."""
+    otherwise = response.reason_phrase or "no reason given"
     try:
-        answer = ujson.loads(response.text)
+        return _words(response.text, otherwise)
+    except httpx.ResponseNotRead:
+        return otherwise
+
+
+def _words(text: str, otherwise: str) -> str:
+    """Return what an error says in JSON."""
+    try:
+        answer = ujson.loads(text)
         return f"{answer['error']}: {answer['message']}"
-    except (ValueError, TypeError, KeyError, httpx.ResponseNotRead):
-        return response.reason_phrase or "no reason given"
+    except (ValueError, TypeError, KeyError):
+        return otherwise

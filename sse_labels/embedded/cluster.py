@@ -31,6 +31,10 @@ DATABASE = "sse_labels"
 PORT = 5432  # Only a part of the socket's name: nothing listens on TCP.
 _LOG_MAX_BYTES = 10_000_000
 
+#: Where PostgreSQL makes what its processes share (`dynamic_shared_memory_type` is posix), and what
+#: its messages call that: it has nothing to do with the data directory.
+SHARED_MEMORY = "/dev/shm"  # noqa: S108
+_SHARED_MEMORY = "shared memory segment"
 #: What strerror(3) says when the place is at fault and not the server.
 _PLACE_COMPLAINTS = ("No space left", "quota exceeded", "Read-only file", "Permission denied")
 #: What initdb says where a container's user has no name; the server itself asks for none.
@@ -196,9 +200,24 @@ class Cluster:
     def failure(self, what: str, said: str) -> ConfigError | DatabaseUnavailable:
         """Return the error for a program that could not do `what`, and `said` why."""
         for line in said.splitlines():
+            if _SHARED_MEMORY in line:
+                return self.no_shared_memory(line.strip())
             if any(complaint in line for complaint in _PLACE_COMPLAINTS):
                 return self.unusable(line.strip())
         return DatabaseUnavailable(f"PostgreSQL in {self.path} could not {what}. It said:\n{said}")
+
+    def no_shared_memory(self, reason: str) -> ConfigError:
+        """Return the error for memory that PostgreSQL's processes share and that has no room."""
+        try:
+            size = shutil.disk_usage(SHARED_MEMORY)
+            found = f"{size.free >> 10} KiB free of {size.total >> 10}"
+        except OSError as error:
+            found = str(error.strerror)
+        return ConfigError(
+            SHARED_MEMORY, found,
+            "a few MiB for the memory that PostgreSQL's processes share; remove what fills it, or "
+            f"make it larger (docker run --shm-size=64m) ({reason})",
+        )  # fmt: skip
 
     def unusable(self, reason: object) -> ConfigError:
         """Return the error for a place that we cannot work in."""

@@ -13,7 +13,13 @@ from typing import NamedTuple
 
 import httpx
 
-from sse_labels.client.event_stream import HEADERS, EventStream, MessageTooLong, is_event_stream
+from sse_labels.client.event_stream import (
+    HEADERS,
+    TOKEN_HINT,
+    EventStream,
+    MessageTooLong,
+    is_event_stream,
+)
 from sse_labels.seq import number_in, seconds_in
 from sse_labels.verification.continuity import object_in, words_of
 from sse_labels.verification.patience import (
@@ -88,6 +94,8 @@ def ended(data: str) -> Refused | Unavailable:
 def refusal(place: str, response: httpx.Response) -> Refused | Unavailable:
     """Return what an answer other than the one hoped for means."""
     text = f"{place} answered {response.status_code}, {said_in(response)}"
+    if response.status_code == httpx.codes.UNAUTHORIZED:
+        text += f" ({TOKEN_HINT})"
     if response.status_code not in TEMPORARY:
         return Refused(text)
     seconds = seconds_in(response.headers.get("Retry-After", "")) or 0

@@ -18,7 +18,7 @@ import aiohttp
 import httpx
 from aiohttp import WSMsgType
 
-from sse_labels.client.event_stream import MESSAGE_MAX_BYTES
+from sse_labels.client.event_stream import MESSAGE_MAX_BYTES, TOKEN_HINT
 from sse_labels.labels import expires_at
 from sse_labels.seq import number_in
 from sse_labels.verification.continuity import Continuity, words_of
@@ -163,6 +163,8 @@ class SocketReading:
                 )
         except aiohttp.WSServerHandshakeError as error:
             text = f"{self._place} answered {error.status}, no WebSocket"
+            if error.status == httpx.codes.UNAUTHORIZED:
+                text += f" ({TOKEN_HINT})"
             if error.status in TEMPORARY:
                 raise Lost(text) from None
             raise Refused(text) from None

@@ -32,11 +32,11 @@ class LabelQueries:
         self._client = client
         self._url = query_url(stream)
         self._place = place_of(self._url)
-        self._retry_seconds = retry_seconds
+        self.retry_seconds = retry_seconds
 
     def page(self, cursor: int, limit: int) -> Page:
         """Return at most `limit` labels after `cursor`; raise NotCompared."""
-        patience = Patience(self._retry_seconds)
+        patience = Patience(self.retry_seconds)
         try:
             while True:
                 try:

@@ -66,8 +66,9 @@ class StreamRun:
         streams = EventStreams(client, wanted.url)
         self._again = StreamAgain(streams, wanted.retry_seconds)
         self._not_compared = why_not(wanted)
+        self._queries = LabelQueries(client, wanted.url, wanted.retry_seconds)
         self._crosscheck = None if self._not_compared else CrossCheck(
-            wanted.cursor, LabelQueries(client, wanted.url, wanted.retry_seconds).page,
+            wanted.cursor, self._queries.page,
             self._again, self._findings, time.sleep,
         )  # fmt: skip
         self._reading = StreamReading(
@@ -76,7 +77,11 @@ class StreamRun:
         )  # fmt: skip
 
     def stop(self) -> None:
-        """End the first reading; to be called by a signal, once."""
+        """End the first reading; to be called by a signal, once.
+
+        What it has read is still compared, and for that no server is waited for.
+        """
+        self._again.retry_seconds = self._queries.retry_seconds = 0.0
         self._reading.stop()
 
     def run(self) -> Report:
@@ -88,7 +93,9 @@ class StreamRun:
             if self._crosscheck is not None:
                 self._crosscheck.compare(self._continuity.position)
                 holes = HoleCheck(self._again, self._findings, time.sleep)
-                holes.run(self._continuity.holes.kept())
+                if not (self._reading.interrupted and self._crosscheck.ended):
+                    # Else whoever stopped it would wait again.
+                    holes.run(self._continuity.holes.kept())
         return report_on(
             self._wanted, self._continuity, self._findings, head=self._reading.head,
             interrupted=self._reading.interrupted, crosscheck=self._crosscheck, holes=holes,

@@ -28,7 +28,7 @@ class StreamAgain:
 
     def __init__(self, streams: EventStreams, retry_seconds: float) -> None:
         self._streams = streams
-        self._retry_seconds = retry_seconds
+        self.retry_seconds = retry_seconds
 
     def after(self, cursor: int, until: int) -> list[Event]:
         """Return the events in `(cursor, until]`, the first ones if there are many."""
@@ -52,7 +52,7 @@ class StreamAgain:
     def _read(
         self, cursor: int, until: int | None, key: tuple[Any, ...] | None = None, **filters: str
     ) -> Part:
-        patience = Patience(self._retry_seconds)
+        patience = Patience(self.retry_seconds)
         try:
             while True:
                 try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 import socket
@@ -13,6 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from sse_labels.cli import publish as publish_command
 from sse_labels.embedded import EmbeddedPostgres
 
 from support.database import TestDatabase, reachable_directory
@@ -60,7 +62,9 @@ def directory() -> Iterator[Path]:
         yield made / "data"
 
 
-def test_demo_prints_commands_that_work_and_ends_without_a_trace(directory: Path) -> None:
+def test_demo_prints_commands_that_work_and_ends_without_a_trace(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data_dir = directory / "demo"
     arguments = ("demo", "--port=0", "--data-dir", str(directory), "--interval-seconds=0.02")
     with running(*arguments) as demo:
@@ -69,6 +73,14 @@ def test_demo_prints_commands_that_work_and_ends_without_a_trace(directory: Path
         everything = first_events(printed(demo, "from start"), 10)
         page = httpx.get(printed(demo, "look at it"))
         token_file = printed(demo, "the publish token is in")
+        file = directory / "labels"
+        file.write_text(json.dumps(live[0]["labels"][0]))
+        published = shlex.split(printed(demo, "publish"))
+        assert (published[0], published[-1]) == ("sse-labels", "FILE")
+        stored_one = ran(*published[1:-1], str(file))
+        assert re.fullmatch(r"1 label stored, the last as seq \d+\n", stored_one.output)
+        monkeypatch.setattr(publish_command, "default_data_dir", lambda: directory)
+        assert publish_command.kept_token(None) == Path(token_file).read_text().strip()
         # Not among what `serve --data-dir` would show.
         assert postgres_runs_in(data_dir)
         demo.press_ctrl_c()

@@ -30,6 +30,8 @@ from support.program import (
 
 TOKEN = "a-token-for-tests"
 
+HINT = "give a token that may publish: --publish-token, or SSE_LABELS_PUBLISH_TOKEN"
+
 
 @pytest.fixture
 def url(database: TestDatabase) -> Iterator[str]:
@@ -287,14 +289,15 @@ def test_who_may_not_publish_and_where_nobody_answers(database: TestDatabase, ur
     assert failure(no_token) == (
         2,
         "sse-labels: --publish-token: got None, expected a token, here or as "
-        "SSE_LABELS_PUBLISH_TOKEN, or the --data-dir of an embedded server (the token file: got "
+        "SSE_LABELS_PUBLISH_TOKEN, or the --data-dir of an embedded server or a demo, "
+        "which prints it (the token file: got "
         f"'{directory}/publish-token', expected a readable file (No such file or directory))",
     )
     nothing = "nothing was stored before (go on with --from-line 1)"
     assert failure(unknown) == (
         1,
-        f"sse-labels: {url}/labels answered 401: this token is not known here; nothing of line 1 "
-        f"is stored; {nothing}",
+        f"sse-labels: {url}/labels answered 401: this token is not known here ({HINT}); nothing of "
+        f"line 1 is stored; {nothing}",
     )
     status, said = failure(nobody)
     assert status == 1
@@ -491,7 +494,7 @@ def test_refusal_says_nothing_about_an_earlier_try(database: TestDatabase, url: 
     with front(url, lost, refused(401)) as proxy:
         run = publish(proxy.address, lines(label(0), label(1)))
         assert len(proxy.keys) == 2
-    assert f"answered 401: a reason; {UNCERTAIN.format(1, 2)}; " in failure(run)[1]
+    assert f"answered 401: a reason ({HINT}); {UNCERTAIN.format(1, 2)}; " in failure(run)[1]
     assert database.stored() == events(label(0), label(1))
 
 

@@ -10,6 +10,8 @@ import resource
 import signal
 import socket
 import stat
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -22,6 +24,7 @@ import pytest
 from sse_labels.cli import cli
 from sse_labels.cli.layout import Option
 from sse_labels.embedded import EmbeddedPostgres
+from sse_labels.publish_tokens import add_token
 
 from support.database import TestDatabase, reachable_directory
 from support.program import (
@@ -29,6 +32,8 @@ from support.program import (
     QUICK_SERVER,
     REPOSITORY,
     Program,
+    command,
+    environment,
     failure,
     free_port,
     postgres_runs_in,
@@ -245,7 +250,7 @@ def test_with_a_dsn_and_no_token_publishing_is_off(database: TestDatabase) -> No
         answer = publish(server.url(), TOKEN)
         assert server.end(signal.SIGINT) == 0
     assert answer.status_code == 403
-    assert server.err[0].startswith("publishing is off: neither --publish-token nor SSE_LABELS_")
+    assert server.err[0].startswith("publishing is off: neither --publish-token (SSE_LABELS_")
     assert server.out == []
     assert "Traceback" not in server.errors
 
@@ -434,8 +439,8 @@ async def test_sigterm_ends_a_thousand_streams_in_order(database: TestDatabase) 
     )
     assert seconds < 5
     assert (
-        quiet.errors == "publishing is off: neither --publish-token nor"
-        " SSE_LABELS_PUBLISH_TOKEN is given\n"
+        quiet.errors == "publishing is off: neither --publish-token (SSE_LABELS_PUBLISH_TOKEN) nor"
+        " --publish-tokens-file is given\n"
     )
 
 
@@ -643,6 +648,31 @@ def test_reseed_is_refused_while_a_server_runs_unless_it_is_forced(database: Tes
         assert set(seen) == {("<insufficient privilege>",)}
         assert ran(*arguments, "--force").process.returncode == 0
         assert database.insert() == [501]
+
+
+def test_publishing_is_off_only_where_nobody_may_publish(
+    database: TestDatabase, tmp_path: Path
+) -> None:
+    file = tmp_path / "tokens"
+    add_token(file, "alice")
+    off = "publishing is off: neither --publish-token"
+    for more, said in (((), True), ((f"--publish-tokens-file={file}",), False)):
+        with running("serve", *QUICK_SERVER, "--dsn", database.dsn, *more) as server:
+            server.url()
+        assert (off in server.errors) is said
+
+
+def test_package_runs_as_the_program() -> None:
+    same = [
+        subprocess.run([*call, "--help"], env=environment(), capture_output=True, check=True)
+        for call in (command(), [sys.executable, "-m", "sse_labels"])
+    ]
+    assert same[0].stdout == same[1].stdout
+    wrong = subprocess.run(
+        [sys.executable, "-m", "sse_labels", "tail", "nowhere"], env=environment(),
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert (wrong.returncode, wrong.stderr[:12]) == (2, "sse-labels: ")
 
 
 def test_reseed_changes_nothing_when_it_is_asked_for_wrongly(

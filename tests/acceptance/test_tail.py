@@ -384,7 +384,7 @@ def test_reader_that_has_enough_ends_it_quietly(database: TestDatabase, count: i
             )
             tail.stdout.close()
             errors = tail.stderr.read()
-            assert tail.wait(PATIENCE_SECONDS) == 0
+            assert tail.wait(PATIENCE_SECONDS) == 128 + signal.SIGPIPE
     assert json.loads(head.stdout) == database.stored()[0]
     assert errors == b""
 
@@ -425,6 +425,7 @@ def test_protected_stream_is_read_with_a_token_that_no_message_shows(
     for run in (refused, in_url):
         status, said = failure(run)
         assert (status, "answered 401, AuthRequired" in said) == (1, True)
+        assert "--token, or SSE_LABELS_TOKEN)" in said
         assert token not in said
 
 

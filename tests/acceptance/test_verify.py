@@ -325,6 +325,8 @@ def test_a_protected_server_is_verified_with_a_token_that_nothing_shows(
         assert token not in run.output + run.errors
     assert "answered 401, AuthRequired" in failure(refused)[1]
     assert "answered 401" in failure(refused_socket)[1]
+    for each in (refused, refused_socket):
+        assert "--token, or SSE_LABELS_TOKEN)" in failure(each)[1]
 
 
 def test_a_full_server_is_waited_for_and_then_given_up(database: TestDatabase) -> None:
@@ -688,6 +690,23 @@ def test_a_server_that_goes_away_for_good_is_given_up(database: TestDatabase) ->
     assert "Connection refused; given up after" in report["findings"][0]["text"]
     assert report["events"] == 3
     assert "Connection refused; given up after" in report["cross_check"]["ended"]
+
+
+def test_ctrl_c_ends_it_although_the_server_is_away(database: TestDatabase) -> None:
+    database.fill(3)
+    arguments = ("serve", *QUICK_SERVER, "--dsn", database.dsn)
+    with (
+        running(*arguments) as server,
+        running("verify", server.url(), "--follow", "--json", "--retry-seconds=600") as verify,
+    ):
+        verify.wait_for("following")
+        server.end(signal.SIGKILL)
+        verify.wait_for("reconnecting after seq 3")
+        verify.press_ctrl_c()
+        assert verify.wait() == 0
+    report = report_of(verify)
+    assert (report["events"], report["interrupted"], report["findings"]) == (3, True, [])
+    assert report["cross_check"]["ended"].endswith("given up after 0.0 s of waiting")
 
 
 def test_another_epoch_is_another_stream() -> None:

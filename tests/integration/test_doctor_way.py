@@ -193,7 +193,18 @@ class TestTheServer:
         async with run_server(jwt_secret="0123456789abcdef0123456789abcdef") as server:
             found = failure_of(await look(server.url), "stream")
         assert "401: AuthRequired" in found.seen
-        assert "--token" in found.do
+        assert "--token, or SSE_LABELS_TOKEN" in found.do
+
+    async def test_that_is_full_is_named_and_no_proxy_blamed(self, front: Front) -> None:
+        async with (
+            front(max_streams=1) as proxy,
+            aiohttp.ClientSession() as session,
+            session.get(f"{proxy.url}/stream") as stream,
+        ):
+            await stream.content.readline()
+            found = failure_of(await look(proxy.url), "stream")
+        assert "the server ends it: TooManyConnections: " in found.seen
+        assert "proxy" not in found.seen + found.do
 
     async def test_on_another_database_is_found(self, front: Front, database: TestDatabase) -> None:
         async with front() as proxy:

@@ -653,11 +653,14 @@ def test_a_read_only_place_is_refused() -> None:
     ("complaint", "expected"),
     [
         ('error: could not write file "x": No space left on device', "No space left on device"),
+        ('FATAL: could not resize shared memory segment "/PostgreSQL.1" to 1048576 bytes: No space '
+         "left on device",
+         r"^/dev/shm: got '\d+ KiB free of \d+', expected a few MiB for the memory that "),
         # In a container that runs as any user ID.
         ("could not look up effective user ID 12345: user does not exist",
          r"user ID: got \d+, expected one with an entry in /etc/passwd"),
     ],
-    ids=["full", "user without a name"],
+    ids=["full", "shared memory full", "user without a name"],
 )  # fmt: skip
 def test_what_keeps_initdb_from_working_is_refused(
     place: Path, monkeypatch: pytest.MonkeyPatch, complaint: str, expected: str
