@@ -23,6 +23,9 @@ from sse_labels.seq import SEQ_MAX
 
 log = logging.getLogger(__name__)
 
+#: Each of 15,000 streams may cause such a line: they are limited together.
+_OF_STREAMS = {"caused_by": "expiries"}
+
 
 class ExpiryReader:
     """Asks while it is between `begin` and `leave`; not reusable."""
@@ -123,11 +126,14 @@ class ExpiryReader:
             try:
                 return await self._expiry.page(self._mark)
             except DatabaseRefused as error:
-                log.error("expiries may not be read: error=%s", error)
+                log.error("expiries may not be read: error=%s", error, extra=_OF_STREAMS)
                 raise HistoryRefused from error
             except DatabaseUnavailable as error:
                 wait = backoff.next()
-                log.info("expiries are not read yet: error=%s next_try_seconds=%.1f", error, wait)
+                log.info(
+                    "expiries are not read yet: error=%s next_try_seconds=%.1f", error, wait,
+                    extra=_OF_STREAMS,
+                )  # fmt: skip
                 await asyncio.sleep(wait)
 
 

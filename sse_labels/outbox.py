@@ -37,6 +37,9 @@ from sse_labels.store import Page, Snapshot
 
 log = logging.getLogger(__name__)
 
+#: Each of 15,000 streams may cause such a line: they are limited together.
+_OF_STREAMS = {"caused_by": "backfills"}
+
 
 class Events(NamedTuple):
     """Chunks to write, in order; they continue what was yielded before."""
@@ -415,14 +418,13 @@ class Outbox:
                 if page.floor > self._sequencer.floor:
                     await self._sequencer.look_at_state()
             except DatabaseRefused as error:
-                log.error("a backfill is refused: error=%s", error)
+                log.error("a backfill is refused: error=%s", error, extra=_OF_STREAMS)
                 raise HistoryRefused from error
             except DatabaseUnavailable as error:
                 wait = backoff.next()
                 log.info(
                     "a backfill waits: error=%s next_try_seconds=%.1f", error, wait,
-                    # Each of 15,000 streams may wait: their lines are limited together.
-                    extra={"caused_by": "backfills"},
+                    extra=_OF_STREAMS,
                 )  # fmt: skip
                 await asyncio.sleep(wait)
             else:

@@ -100,7 +100,11 @@ def errors_as_json(metrics: Metrics, client: Callable[[web.Request], str]) -> Mi
             name = NotReady.name
         except DatabaseRefused as error:
             # What it is about is the operator's to know, and no business of who asked.
-            log.error("the database refuses a request: path=%s error=%s", request.path, error)
+            peer = client(request)
+            log.error(
+                "the database refuses a request: peer=%s path=%s error=%s", peer, request.path,
+                error, extra=caused_by(peer),
+            )  # fmt: skip
             name = type(error).__name__
             message = "the database does not let this server do that; its log says why"
             answer = json_response({"error": name, "message": message}, status=500)

@@ -192,10 +192,24 @@ async def test_whoever_asks_meanwhile_is_not_told_to_try_again(
             database.execute(f"GRANT SELECT ON label TO {name}")
             async with reading(server.stream_url, cursor=0) as stream:
                 assert await stream.until_events(3) == database.stored()
+    # Anybody causes these lines: they are limited.
+    caused_by = causes(caplog)
+    assert caused_by["the database refuses a request"] == "127.0.0.1"
+    assert caused_by["a backfill is refused"] == "backfills"
+
+
+def causes(caplog: pytest.LogCaptureFixture) -> dict[str, str | None]:
+    return {
+        str(record.msg).partition(":")[0]: getattr(record, "caused_by", None)
+        for record in caplog.records
+    }
 
 
 async def test_expiries_that_may_not_be_read_end_the_stream(
-    server: Server, database: TestDatabase, monkeypatch: pytest.MonkeyPatch
+    server: Server,
+    database: TestDatabase,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     clock = Clock(server)
     database.insert(1, exp=at(1))
@@ -208,6 +222,7 @@ async def test_expiries_that_may_not_be_read_end_the_stream(
     async with reading(server.stream_url, expired=at(0)) as stream:
         await stream.until_closed()
     assert stream.news[-1][1]["error"] == "HistoryRefused"
+    assert causes(caplog)["expiries may not be read"] == "expiries"
 
 
 async def test_labels_that_a_policy_hides_are_not_skipped(database: TestDatabase) -> None:
