@@ -145,6 +145,11 @@ async def test_show_all_leads_back_from_a_bad_start(
     await expect(page.get_by_role("combobox", name="Start from")).to_have_value("now")
     assert page.url == f"{server.url}/"
     await dashboard.shows(database.insert(2))
+    await page.go_back()
+    await expect(page.locator("#wrong, #state-words").filter(has_text=says)).to_be_visible()
+    await page.go_forward()
+    await dashboard.says("Live")
+    await expect(page.locator("#wrong")).to_be_hidden()
 
 
 async def test_rate_is_made_of_whole_seconds(server: Server, context: BrowserContext) -> None:

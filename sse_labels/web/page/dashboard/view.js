@@ -98,6 +98,7 @@ export class View {
     input("sources").value = asked.getAll("sources").join(", ");
     input("prefix").value = asked.get("prefix") ?? "";
     this.#showSeq();
+    byId("wrong").hidden = true;
     try {
       this.#take();
     } catch (error) {
