@@ -35,7 +35,7 @@ def parse_json(text: str) -> Any:
     try:
         value = json.loads(text, object_pairs_hook=once, parse_constant=_refuse)
         for members, name in ambiguous[:1]:
-            where = _path_to(members, value, "") or "the body"
+            where = (_path_to(members, value) or "").removeprefix(".") or "the body"
             raise InvalidRequest(f"{where}: the name {name[:60]!r} stands twice")
     except RecursionError:
         raise InvalidRequest("the body is nested too deeply") from None
@@ -48,13 +48,19 @@ def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is no JSON value")
 
 
-def _path_to(wanted: object, value: object, path: str) -> str | None:
-    """Return where `wanted` is in `value`, as `labels[3].sig`; None when it is not there."""
+def _path_to(wanted: object, value: object) -> str | None:
+    """Return where `wanted` is in `value`, as `.labels[3].sig`; None when it is not there.
+
+    The path is made on the way back: a text for each of 350,000 places took 3 s.
+    """
     if value is wanted:
-        return path
-    inner: list[tuple[str, object]] = []
+        return ""
     if isinstance(value, dict):
-        inner = [(f"{path}.{name[:60]}".lstrip("."), item) for name, item in value.items()]
+        for name, item in value.items():
+            if isinstance(item, dict | list) and (rest := _path_to(wanted, item)) is not None:
+                return f".{name[:60]}{rest}"
     elif isinstance(value, list):
-        inner = [(f"{path}[{index}]", item) for index, item in enumerate(value)]
-    return next(filter(None, (_path_to(wanted, item, at) for at, item in inner)), None)
+        for index, item in enumerate(value):
+            if isinstance(item, dict | list) and (rest := _path_to(wanted, item)) is not None:
+                return f"[{index}]{rest}"
+    return None
