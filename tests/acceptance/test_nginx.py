@@ -24,7 +24,7 @@ from yarl import URL
 
 from sse_labels.config import Settings
 from sse_labels.embedded import EmbeddedPostgres
-from sse_labels.xrpc import decode
+from sse_labels.xrpc import SUBSCRIBE_PATH, decode
 
 from support.database import TestDatabase, until
 from support.eventsource import parse
@@ -225,7 +225,19 @@ async def test_thousand_streams_get_the_whole_table(database: TestDatabase) -> N
             await until(all_are_open, 60)
             # One more of an address that has its share.
             async with sessions[0].get(f"{proxy.url}/stream") as response:
-                assert response.status == 429
+                assert (response.status, response.headers["Retry-After"]) == (429, "30")
+                assert json.loads(await response.text())["error"] == "TooManyFromAddress"
+            headers = {"Accept": "text/event-stream", "Last-Event-ID": "7"}
+            async with sessions[0].get(f"{proxy.url}/stream", headers=headers) as response:
+                assert (response.status, response.content_type) == (200, "text/event-stream")
+                said = parse(await response.read())
+            assert [json.loads(event.data)["error"] for event in said.events] == [
+                "TooManyFromAddress"
+            ]
+            assert said.last_event_id == "7"
+            assert said.retry_ms in {20_000, 30_000, 40_000, 50_000}
+            with pytest.raises(aiohttp.ServerDisconnectedError):
+                await sessions[0].ws_connect(f"{proxy.url}{SUBSCRIBE_PATH}")
             await asyncio.to_thread(database.insert, 5)
             stored = database.stored()
             async with asyncio.timeout(60):
