@@ -117,7 +117,12 @@ class App:
         self.signature_watch = (
             SignatureWatch(self.source_keys, self.metrics) if self.source_keys and first else None
         )
-        self.expiry = Expiry(self.store, lambda: self.sequencer.head, self.metrics)
+        self.expiry = Expiry(
+            self.store,
+            lambda: self.sequencer.head,
+            self.metrics,
+            floor=lambda: self.sequencer.floor,
+        )
         watchers = [self.expiry.take]
         if self.signature_watch is not None:
             watchers.append(self.signature_watch.take)

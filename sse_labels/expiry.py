@@ -103,12 +103,14 @@ class Expiry:
         head: Callable[[], int],
         metrics: Metrics,
         *,
+        floor: Callable[[], int] = lambda: 1,
         clock: Callable[[], float] = time.time,
         max_labels: int = SCHEDULE_MAX_LABELS,
     ) -> None:
-        """`clock` is what times are compared with; it may be set."""
+        """`clock` is what times are compared with; it may be set. Nothing below `floor` is told."""
         self._store = store
         self._head = head
+        self._floor = floor
         self._max_labels = max_labels
         self._readers: dict[Filter | None, dict[Reader, None]] = {}
         self._asked = asyncio.Event()
@@ -331,8 +333,9 @@ class Expiry:
             notices = [
                 self._notice(at[row[0]], row)
                 for row in rows
-                # Streamed since the head of the query: a newer one came first.
-                if self._newer.get(row[1:5], 0) <= row[0]
+                # Rows below the floor stay for as long as a sweep takes, or until the next one.
+                # What was streamed since the head of the query: a newer one came first.
+                if row[0] >= self._floor() and self._newer.get(row[1:5], 0) <= row[0]
             ]
         finally:
             self._checks -= 1

@@ -225,6 +225,22 @@ async def test_nothing_below_the_floor_is_served_while_its_rows_are_there(
     }
 
 
+async def test_no_expiry_below_the_floor_is_told_while_its_rows_are_there(
+    run_server: RunServer, database: TestDatabase
+) -> None:
+    for number in range(20):
+        database.insert(1, uri=f"at://a/{number}", exp="2026-01-01T00:00:00Z")
+    # As a sweep leaves it that was killed.
+    database.execute("UPDATE label_stream SET floor = 11")
+    async with (
+        run_server() as server,
+        reading(server.stream_url, cursor=20, expired="2025-01-01T00:00:00Z") as reader,
+    ):
+        await reader.until(lambda: bool(reader.news) and reader.news[-1][1]["seq"] == 20)
+    assert [news["seq"] for _, news in reader.news] == list(range(11, 21))
+    assert len(database.stored()) == 20
+
+
 async def test_new_consumers_share_no_snapshot_of_before_the_floor(
     server: Server, database: TestDatabase
 ) -> None:
