@@ -9,6 +9,7 @@ Does not belong here: comparing.
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import httpx
 
@@ -21,6 +22,8 @@ from sse_labels.verification.patience import Lost, Patience, Refused
 NAME = "com.atproto.label.queryLabels"
 #: A page of the longest labels is 3 MB.
 PAGE_MAX_BYTES = 16 * 1024**2
+#: Answers that are put together to one page.
+PARTS_MAX = 10_000
 #: What a stream is asked for and a query is not.
 NO_PARAMETERS = ("cursor", "epoch", "limit")
 
@@ -35,7 +38,21 @@ class LabelQueries:
         self.retry_seconds = retry_seconds
 
     def page(self, cursor: int, limit: int) -> Page:
-        """Return at most `limit` labels after `cursor`; raise NotCompared."""
+        """Return at most `limit` labels after `cursor`; raise NotCompared.
+
+        Fewer only at the end: a server may answer with a part of them, or none, and a cursor.
+        """
+        labels: list[Any] = []
+        for _ in range(PARTS_MAX):
+            part = self._part(cursor, limit - len(labels))
+            labels += part.labels
+            if part.cursor is None or len(labels) == limit:
+                return Page(labels, part.cursor)
+            cursor = part.cursor
+        raise NotCompared(f"{self._place} has not given {limit} labels in {PARTS_MAX} answers")
+
+    def _part(self, cursor: int, limit: int) -> Page:
+        """Return one answer, as often as it takes."""
         patience = Patience(self.retry_seconds)
         try:
             while True:

@@ -30,7 +30,7 @@ from sse_labels.verification.crosscheck import (
 from sse_labels.verification.event_stream import ended, place_of
 from sse_labels.verification.findings import HOPELESS, SHOWN_MAX, Findings, Kind
 from sse_labels.verification.patience import STEADY_SECONDS, Lost, Patience, Refused
-from sse_labels.verification.queries import query_url
+from sse_labels.verification.queries import LabelQueries, query_url
 from sse_labels.verification.second_reading import filters_for
 from sse_labels.xrpc import encode_labels
 
@@ -457,6 +457,27 @@ def test_queries_go_where_the_stream_comes_from(stream: str, query: str) -> None
     found = query_url(httpx.URL(stream))
     assert found.copy_with(query=None) == wanted.copy_with(query=None)
     assert found.params == wanted.params
+
+
+def test_a_page_is_put_together_of_answers_that_hold_fewer_labels() -> None:
+    asked = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        cursor, limit = (int(request.url.params[name]) for name in ("cursor", "limit"))
+        asked.append((cursor, limit))
+        # Seqs are multiples of ten, and it looks at twenty of them at a time.
+        seqs = range(cursor // 10 * 10 + 10, cursor // 10 * 10 + 30, 10)[:limit]
+        found = [{"seq": seq} for seq in seqs if seq % 50 == 0]
+        more = {} if seqs[-1] >= 200 else {"cursor": str(seqs[-1])}
+        return httpx.Response(200, json={"labels": found, **more})
+
+    with httpx.Client(transport=httpx.MockTransport(answer)) as client:
+        queries = LabelQueries(client, httpx.URL("http://a/stream"), 0)
+        assert queries.page(0, 1) == ([{"seq": 50}], 50)
+        page = queries.page(60, 10)
+    assert page == ([{"seq": 100}, {"seq": 150}, {"seq": 200}], None)
+    assert asked[0] == (0, 1)
+    assert asked[-1][1] == 8
 
 
 def test_a_key_is_asked_for_by_filters_that_the_server_takes() -> None:
