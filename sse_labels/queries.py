@@ -13,7 +13,10 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-_NAME = re.compile(r"^-- name: (?P<name>\w+)\n(?P<returns>(-- .+\n)+)", re.MULTILINE)
+_NAME = re.compile(
+    r"^-- (?P<kind>name|fragment): (?P<name>\w+)\n(?P<returns>(-- .+\n)+)", re.MULTILINE
+)
+_USED = re.compile(r"\{(\w+)\}")
 _MIGRATION = re.compile(r"^(?P<number>\d{4})_(?P<name>\w+)\.sql$")
 
 
@@ -34,18 +37,27 @@ def folder() -> Path:
 
 @cache
 def blocks() -> dict[str, str]:
-    """Return all named blocks of `sql/queries/`: name to statement."""
+    """Return all named blocks of `sql/queries/`: name to statement.
+
+    A fragment is no block: each block that has its name in braces holds its text.
+    """
     found: dict[str, str] = {}
+    fragments: dict[str, str] = {}
     for file in sorted((folder() / "queries").glob("*.sql")):
         text = file.read_text(encoding="utf-8")
         heads = list(_NAME.finditer(text))
         for head, following in zip(heads, [*heads[1:], None], strict=True):
             name = head["name"]
-            if name in found:
+            if name in found or name in fragments:
                 raise ValueError(f"{file.name}: the block {name} is defined twice")
             end = following.start() if following else len(text)
-            found[name] = text[head.end() : end].strip().rstrip(";")
-    return found
+            into = found if head["kind"] == "name" else fragments
+            into[name] = text[head.end() : end].strip().rstrip(";")
+
+    def filled(text: str) -> str:
+        return _USED.sub(lambda used: filled(fragments[used[1]]), text)
+
+    return {name: filled(text) for name, text in found.items()}
 
 
 def block(name: str) -> str:

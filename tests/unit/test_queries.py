@@ -40,6 +40,19 @@ class TestReading:
         )
         assert blocks() == {"first": "SELECT 1", "second": "SELECT a\n  FROM b"}
 
+    def test_a_fragment_stands_in_the_blocks_that_name_it_and_is_none(self, sql: Path) -> None:
+        (sql / "queries" / "a.sql").write_text(
+            "-- name: first\n-- One row: 3.\nSELECT {sum};\n\n"
+            "-- fragment: sum\n-- Three.\n1 + {two};\n"
+        )
+        (sql / "queries" / "b.sql").write_text("-- fragment: two\n-- Two.\n(1 + 1);\n")
+        assert blocks() == {"first": "SELECT 1 + (1 + 1)"}
+
+    def test_a_fragment_that_does_not_exist_is_a_key_error(self, sql: Path) -> None:
+        (sql / "queries" / "a.sql").write_text("-- name: first\n-- One row.\nSELECT {sum};\n")
+        with pytest.raises(KeyError, match="sum"):
+            blocks()
+
     def test_a_name_that_does_not_exist_is_a_key_error(self) -> None:
         with pytest.raises(KeyError):
             block("no_such_block")
