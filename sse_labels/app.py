@@ -188,7 +188,7 @@ class App:
             max_labels=settings.publish_max_labels,
             body_seconds=settings.request_seconds,
         )
-        self.query = QueryHandler(self.store, self.sequencer, self.auth)
+        self.query = QueryHandler(self.store, self.sequencer, self.auth, self.proxies)
 
     def routes(self) -> web.Application:
         """Return the HTTP side."""

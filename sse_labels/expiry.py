@@ -14,9 +14,9 @@ import asyncio
 import logging
 import time
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from math import inf
 from typing import NamedTuple, Protocol
 from weakref import WeakValueDictionary
@@ -28,6 +28,7 @@ from sse_labels.filters import Filter
 from sse_labels.labels import expires_at
 from sse_labels.metrics import Metrics
 from sse_labels.notice import Notice
+from sse_labels.reads import Reads
 from sse_labels.schedule import Due, Schedule
 from sse_labels.seq import SEQ_MAX
 from sse_labels.store import Store
@@ -123,9 +124,7 @@ class Expiry:
         self._newer: dict[Key, int] = {}
         #: Where pages are cut from. What was stored since is told to readers as late.
         self._run = NOTHING
-        self._reading: dict[Due, asyncio.Task[Page]] = {}
-        self._wanted: Counter[Due] = Counter()
-        self._slot = asyncio.Semaphore(1)
+        self._reads = Reads(1)
         self.clock = clock
         #: What the clock said last.
         self._looked_at = 0.0
@@ -189,32 +188,16 @@ class Expiry:
                 log.warning("expiries wait: error=%s next_try_seconds=%.1f", error, wait)
                 await asyncio.sleep(wait)
 
-    async def page(self, after: Due) -> Page:
+    async def page(self, client: str, after: Due) -> Page:
         """Return the next of what has been told already, from the table; raise DatabaseUnavailable.
 
-        One page is read at a time, one for all who ask for the same, and none for nobody.
+        One page is read at a time, when it is the turn of `client`.
         """
-        task = self._reading.get(after)
-        if task is None:
-            task = asyncio.create_task(self._page(after), name=f"expired after {after.at}")
-            # Whoever asked may be gone when it fails; then nobody else would look at the error.
-            task.add_done_callback(lambda done: done.cancelled() or done.exception())
-            self._reading[after] = task
-        self._wanted[after] += 1
-        try:
-            # A cancelled query would close its connection.
-            return await asyncio.shield(task)
-        finally:
-            self._wanted[after] -= 1
-            if not self._wanted[after]:
-                del self._wanted[after]
+        return await self._reads.read(client, after, partial(self._page, after))
 
     async def close(self) -> None:
         """End the reads that are under way; called when no stream is left."""
-        reading = list(self._reading.values())
-        for task in reading:
-            task.cancel()
-        await asyncio.gather(*reading, return_exceptions=True)
+        await self._reads.close()
 
     async def _step(self) -> None:
         """Tell what is due; else load what comes next; else wait."""
@@ -286,22 +269,15 @@ class Expiry:
             pass
 
     async def _page(self, after: Due) -> Page:
-        try:
-            async with self._slot:
-                if after not in self._wanted:
-                    # All have left while it waited its turn.
-                    return Page([], after)
-                run, schedule = self._run, self._schedule
-                if not run.begin <= after < run.end:
-                    run = Run(after, *await self._earliest(after, self.told, RUN_LABELS))
-                    if schedule is self._schedule:
-                        self._run = run
-                first = bisect_right(run.dues, after)
-                dues = run.dues[first : first + PAGE_LABELS]
-                whole = first + len(dues) == len(run.dues)
-                return Page(await self._check(dues), run.end if whole else dues[-1])
-        finally:
-            del self._reading[after]
+        run, schedule = self._run, self._schedule
+        if not run.begin <= after < run.end:
+            run = Run(after, *await self._earliest(after, self.told, RUN_LABELS))
+            if schedule is self._schedule:
+                self._run = run
+        first = bisect_right(run.dues, after)
+        dues = run.dues[first : first + PAGE_LABELS]
+        whole = first + len(dues) == len(run.dues)
+        return Page(await self._check(dues), run.end if whole else dues[-1])
 
     async def _earliest(self, after: Due, end: Due, most: int) -> tuple[list[Due], Due]:
         """Return the first of what the table has after one and up to another, and up to where."""

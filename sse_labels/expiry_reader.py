@@ -31,13 +31,14 @@ class ExpiryReader:
     """Asks while it is between `begin` and `leave`; not reusable."""
 
     __slots__ = (
-        "__weakref__", "_expiry", "_live", "_mark", "_narrowed", "_on_news", "_page", "_reading",
-        "_since", "_waiting",
+        "__weakref__", "_client", "_expiry", "_live", "_mark", "_narrowed", "_on_news", "_page",
+        "_reading", "_since", "_waiting",
     )  # fmt: skip
 
-    def __init__(self, expiry: Expiry, narrowed: Filter | None, since: float) -> None:
+    def __init__(self, expiry: Expiry, client: str, narrowed: Filter | None, since: float) -> None:
         """Tell of what expires after `since`, in seconds since 1970; of none before `begin`."""
         self._expiry = expiry
+        self._client = client
         self._narrowed = narrowed
         self._since = since
         #: What expired up to here has been read, or is not asked for.
@@ -124,7 +125,7 @@ class ExpiryReader:
         backoff = Backoff()
         while True:
             try:
-                return await self._expiry.page(self._mark)
+                return await self._expiry.page(self._client, self._mark)
             except DatabaseRefused as error:
                 log.error("expiries may not be read: error=%s", error, extra=_OF_STREAMS)
                 raise HistoryRefused from error

@@ -44,6 +44,12 @@ class Filter:
         entries = [*self.sources, *self.uris, *self.uri_prefixes, *self.values]
         return EMPTY_BYTES + sum(ENTRY_BYTES + 4 * len(entry) for entry in entries)
 
+    def of_any_uri(self) -> Filter | None:
+        """Return the part of it that is about sources and values, None when there is none."""
+        if not (self.sources or self.values):
+            return None
+        return Filter(sources=self.sources, values=self.values)
+
     def matches(self, src: str, uri: str, val: str) -> bool:
         """Tell whether the label with these columns passes; case and bytes must agree exactly."""
         if self.values and val not in self.values:

@@ -15,6 +15,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 from sse_labels.backoff import Backoff
@@ -85,10 +86,10 @@ class Outbox:
     """
 
     __slots__ = (
-        "_expiries", "_from_ring", "_heartbeat_seconds", "_loop", "_max_events", "_metrics",
-        "_narrowed", "_next", "_page_max_events", "_pages", "_parked", "_queue", "_quiet_since",
-        "_reading", "_sequencer", "_snapshot", "_timer", "caught_up", "closed", "express",
-        "on_close", "position",
+        "_client", "_expiries", "_from_ring", "_heartbeat_seconds", "_loop", "_max_events",
+        "_metrics", "_narrowed", "_next", "_page_max_events", "_pages", "_parked", "_queue",
+        "_quiet_since", "_reading", "_sequencer", "_snapshot", "_timer", "caught_up", "closed",
+        "express", "on_close", "position",
     )  # fmt: skip
 
     def __init__(
@@ -97,6 +98,7 @@ class Outbox:
         pages: Pages,
         metrics: Metrics,
         *,
+        client: str,
         narrowed: Filter | None,
         page_max_events: int,
         max_events: int,
@@ -104,7 +106,9 @@ class Outbox:
         snapshot: Snapshot | None = None,
         expiries: ExpiryReader | None = None,
     ) -> None:
-        """With `snapshot` history is that state, and then the events after it.
+        """`client` is who reads: reads of history are shared by turns among clients.
+
+        With `snapshot` history is that state, and then the events after it.
 
         With `expiries` what they tell is told once the stream is live.
         """
@@ -113,6 +117,7 @@ class Outbox:
         self._expiries = expiries
         self._pages = pages
         self._metrics = metrics
+        self._client = client
         self._narrowed = narrowed
         self._page_max_events = page_max_events
         self._max_events = max_events
@@ -322,13 +327,17 @@ class Outbox:
             return Events(self._advance(waiting))
         if self._sequencer.ring.covers(self.position):
             # Others get their turn, also when the filter hides all.
-            await asyncio.sleep(0)
-            ring = self._sequencer.ring
-            if not ring.covers(self.position):
-                return None
-            page = ring.page(self.position, self._page_max_events, self._narrowed)
-            return Events(self._advance([page]))
+            cut = partial(self._cut, self.position)
+            page = await self._pages.turn(self._client, (self.position, self._narrowed), cut)
+            return None if page is None else Events(self._advance([page]))
         return await self._page()
+
+    def _cut(self, cursor: int) -> Chunk | None:
+        """Return the page of the ring after `cursor`, None when it reaches no longer so far."""
+        ring = self._sequencer.ring
+        if not ring.covers(cursor):
+            return None
+        return ring.page(cursor, self._page_max_events, self._narrowed)
 
     async def _fold(self, snapshot: Snapshot) -> Step:
         """Return the next step of a snapshot: from the database, whatever the ring holds."""
@@ -414,7 +423,7 @@ class Outbox:
         backoff = Backoff()
         while True:
             try:
-                page = await self._pages.read(cursor, self._narrowed, self._snapshot)
+                page = await self._pages.read(self._client, cursor, self._narrowed, self._snapshot)
                 if page.floor > self._sequencer.floor:
                     await self._sequencer.look_at_state()
             except DatabaseRefused as error:

@@ -17,24 +17,10 @@ SELECT left(exp, 10) COLLATE "C", id, exp
 -- Rows (id, src, uri, cid, val, neg, cts, exp, sig) of the seqs that are, up to a seq, the newest of
 -- their key and no negation; in no order. How that is found, state.sql tells.
 SELECT id, src, uri, cid, val, neg, cts, exp, sig
-  FROM label
- WHERE id = ANY (%(seqs)s::bigint[])
-   AND neg IS NOT TRUE
+  FROM (SELECT id, src, uri, cid, val, neg, cts, exp, sig,
+               hashtextextended(src || ' ' || uri || ' ' || cid || ' ' || val, 0) AS hash
+          FROM label
+         WHERE id = ANY (%(seqs)s::bigint[])) AS looked
+ WHERE neg IS NOT TRUE
    AND id <= %(until)s
-   AND (%(keys_are_unique)s
-        OR id = (SELECT newer.id
-                   FROM label AS newer
-                  WHERE hashtextextended(
-                            newer.src || ' ' || newer.uri || ' ' || newer.cid || ' ' || newer.val, 0)
-                        BETWEEN hashtextextended(
-                            label.src || ' ' || label.uri || ' ' || label.cid || ' ' || label.val, 0)
-                        AND hashtextextended(
-                            label.src || ' ' || label.uri || ' ' || label.cid || ' ' || label.val, 0)
-                    AND newer.id <= %(until)s AND (%(unsigned)s OR newer.sig IS NOT NULL)
-                    AND CASE WHEN newer.src = label.src AND newer.uri = label.uri
-                              AND newer.cid = label.cid AND newer.val = label.val
-                             THEN true END
-                  ORDER BY hashtextextended(
-                            newer.src || ' ' || newer.uri || ' ' || newer.cid || ' ' || newer.val, 0)
-                           DESC, newer.id DESC
-                  LIMIT 1));
+   AND {newest_of_key};

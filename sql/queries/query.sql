@@ -1,101 +1,65 @@
--- What queryLabels reads, one block per kind of URI pattern: the planner sees the
--- pattern itself and chooses between the index on uri and the order of ids. That
--- index holds the first 600 characters of a URI: hence each condition stands twice.
--- Empty arrays of sources and values mean any; without `unsigned`, signed labels alone;
--- with `in_force`, the newest of each key up to a seq, unless it is a negation (state.sql
--- tells how it is found). What lies beyond the head is cut off by the caller, for the
--- reason that rows_after gives.
-
--- name: query_any
--- Rows (id, src, uri, cid, val, neg, cts, exp, sig) of any URI after a cursor, by id.
-SELECT id, src, uri, cid, val, neg, cts, exp, sig
-  FROM label
- WHERE id > %(cursor)s
-   AND (cardinality(%(sources)s::varchar[]) = 0 OR src = ANY (%(sources)s::varchar[]))
-   AND (cardinality(%(values)s::varchar[]) = 0 OR val = ANY (%(values)s::varchar[]))
-   AND (%(unsigned)s OR sig IS NOT NULL)
-   AND (NOT %(in_force)s
-        OR neg IS NOT TRUE
-       AND (%(keys_are_unique)s
-            OR id = (SELECT newer.id
-                       FROM label AS newer
-                      WHERE hashtextextended(
-                                newer.src || ' ' || newer.uri || ' ' || newer.cid || ' ' || newer.val, 0)
-                            BETWEEN hashtextextended(
-                                label.src || ' ' || label.uri || ' ' || label.cid || ' ' || label.val, 0)
-                            AND hashtextextended(
-                                label.src || ' ' || label.uri || ' ' || label.cid || ' ' || label.val, 0)
-                        AND newer.id <= %(until)s AND (%(unsigned)s OR newer.sig IS NOT NULL)
-                        AND CASE WHEN newer.src = label.src AND newer.uri = label.uri
-                                  AND newer.cid = label.cid AND newer.val = label.val
-                                 THEN true END
-                      ORDER BY hashtextextended(
-                                newer.src || ' ' || newer.uri || ' ' || newer.cid || ' ' || newer.val, 0)
-                               DESC, newer.id DESC
-                      LIMIT 1)))
- ORDER BY id
- LIMIT %(limit)s;
+-- What queryLabels reads of URIs, whatever else the table holds: at most `window` rows of each URI
+-- or prefix, by the index on uri and in its order. That index holds the first 600 characters of a
+-- URI: hence each condition stands twice. Rows in the order of the index, and not by id, so that no
+-- planner takes the order of ids and reads the whole table for a URI that it thinks is frequent;
+-- for the same reason the URI is a range. What passes, state.sql tells.
 
 -- name: query_exact
--- Likewise, of the URIs listed.
-SELECT id, src, uri, cid, val, neg, cts, exp, sig
-  FROM label
- WHERE left(uri, 600) = ANY (%(uri_heads)s::text[])
-   AND uri = ANY (%(uris)s::varchar[])
-   AND id > %(cursor)s
-   AND (cardinality(%(sources)s::varchar[]) = 0 OR src = ANY (%(sources)s::varchar[]))
-   AND (cardinality(%(values)s::varchar[]) = 0 OR val = ANY (%(values)s::varchar[]))
-   AND (%(unsigned)s OR sig IS NOT NULL)
-   AND (NOT %(in_force)s
-        OR neg IS NOT TRUE
-       AND (%(keys_are_unique)s
-            OR id = (SELECT newer.id
-                       FROM label AS newer
-                      WHERE hashtextextended(
-                                newer.src || ' ' || newer.uri || ' ' || newer.cid || ' ' || newer.val, 0)
-                            BETWEEN hashtextextended(
-                                label.src || ' ' || label.uri || ' ' || label.cid || ' ' || label.val, 0)
-                            AND hashtextextended(
-                                label.src || ' ' || label.uri || ' ' || label.cid || ' ' || label.val, 0)
-                        AND newer.id <= %(until)s AND (%(unsigned)s OR newer.sig IS NOT NULL)
-                        AND CASE WHEN newer.src = label.src AND newer.uri = label.uri
-                                  AND newer.cid = label.cid AND newer.val = label.val
-                                 THEN true END
-                      ORDER BY hashtextextended(
-                                newer.src || ' ' || newer.uri || ' ' || newer.cid || ' ' || newer.val, 0)
-                               DESC, newer.id DESC
-                      LIMIT 1)))
- ORDER BY id
- LIMIT %(limit)s;
+-- Rows (end, id, src, uri, cid, val, neg, cts, exp, sig) of the URIs listed after a cursor, by id,
+-- `limit` at most: of each URI the first rows, and of all URIs no row behind `end`, up to which all
+-- were looked at; a null when there is nothing more. One row of nulls when none passes.
+WITH found AS MATERIALIZED (
+    SELECT asked.number, label.*
+      FROM unnest(%(uris)s::varchar[]) WITH ORDINALITY AS asked (uri, number)
+     CROSS JOIN LATERAL (
+           SELECT id, src, uri, cid, val, neg, cts, exp, sig,
+                  hashtextextended(src || ' ' || uri || ' ' || cid || ' ' || val, 0) AS hash
+             FROM label
+            WHERE left(label.uri, 600) ~>=~ left(asked.uri, 600)
+              AND left(label.uri, 600) ~<=~ left(asked.uri, 600)
+              AND label.uri = asked.uri
+              AND id > %(cursor)s
+            ORDER BY left(label.uri, 600) USING ~<~, id
+            LIMIT %(window)s) AS label
+), edge AS (
+    SELECT min(last) AS "end"
+      FROM (SELECT max(id) AS last FROM found GROUP BY number HAVING count(*) = %(window)s) AS ends
+), kept AS (
+    SELECT id, src, uri, cid, val, neg, cts, exp, sig
+      FROM found AS looked
+     WHERE looked.id <= coalesce((SELECT "end" FROM edge), looked.id)
+       AND {passes}
+     ORDER BY id
+     LIMIT %(limit)s
+)
+SELECT edge."end", kept.*
+  FROM edge LEFT JOIN kept ON true
+ ORDER BY kept.id;
 
 -- name: query_prefix
--- Likewise, of the URIs that a LIKE pattern matches.
-SELECT id, src, uri, cid, val, neg, cts, exp, sig
-  FROM label
- WHERE left(uri, 600) LIKE %(head_pattern)s
-   AND uri LIKE %(pattern)s
-   AND id > %(cursor)s
-   AND (cardinality(%(sources)s::varchar[]) = 0 OR src = ANY (%(sources)s::varchar[]))
-   AND (cardinality(%(values)s::varchar[]) = 0 OR val = ANY (%(values)s::varchar[]))
-   AND (%(unsigned)s OR sig IS NOT NULL)
-   AND (NOT %(in_force)s
-        OR neg IS NOT TRUE
-       AND (%(keys_are_unique)s
-            OR id = (SELECT newer.id
-                       FROM label AS newer
-                      WHERE hashtextextended(
-                                newer.src || ' ' || newer.uri || ' ' || newer.cid || ' ' || newer.val, 0)
-                            BETWEEN hashtextextended(
-                                label.src || ' ' || label.uri || ' ' || label.cid || ' ' || label.val, 0)
-                            AND hashtextextended(
-                                label.src || ' ' || label.uri || ' ' || label.cid || ' ' || label.val, 0)
-                        AND newer.id <= %(until)s AND (%(unsigned)s OR newer.sig IS NOT NULL)
-                        AND CASE WHEN newer.src = label.src AND newer.uri = label.uri
-                                  AND newer.cid = label.cid AND newer.val = label.val
-                                 THEN true END
-                      ORDER BY hashtextextended(
-                                newer.src || ' ' || newer.uri || ' ' || newer.cid || ' ' || newer.val, 0)
-                               DESC, newer.id DESC
-                      LIMIT 1)))
- ORDER BY id
- LIMIT %(limit)s;
+-- Rows (whole, id, src, uri, cid, val, neg, cts, exp, sig) of the URIs that a LIKE pattern matches,
+-- after a cursor, by id, `limit` at most; `whole` says whether the index had fewer than `window`
+-- of them, before the cursor too: else there are others, and these are not the first. One row of
+-- nulls when none passes.
+WITH found AS MATERIALIZED (
+    SELECT id, src, uri, cid, val, neg, cts, exp, sig,
+           hashtextextended(src || ' ' || uri || ' ' || cid || ' ' || val, 0) AS hash
+      FROM label
+     WHERE left(uri, 600) LIKE %(head_pattern)s
+     ORDER BY left(uri, 600) USING ~<~, id
+     LIMIT %(window)s
+), edge AS (
+    SELECT count(*) < %(window)s AS whole FROM found
+), kept AS (
+    SELECT id, src, uri, cid, val, neg, cts, exp, sig
+      FROM found AS looked
+     WHERE looked.id > %(cursor)s
+       AND looked.uri LIKE %(pattern)s
+       AND (SELECT whole FROM edge)
+       AND {passes}
+     ORDER BY id
+     LIMIT %(limit)s
+)
+SELECT edge.whole, kept.*
+  FROM edge LEFT JOIN kept ON true
+ ORDER BY kept.id;

@@ -77,6 +77,14 @@ class TrustedProxies:
         return address
 
 
+def reader_of(address: str, subject: str | None) -> str:
+    """Return whom reads are shared among: whose token it is if it says, else the address.
+
+    A proxy that nobody stands behind, as far as it says, is one as well.
+    """
+    return f"address {group(address)}" if subject is None else f"subject {subject}"
+
+
 class PerAddress:
     """Counts what addresses hold; an IPv6 network of 64 bits counts as one address."""
 

@@ -1,25 +1,26 @@
 """`GET /xrpc/com.atproto.label.queryLabels`, as the lexicon describes it.
 
-Promises: ordered by seq, so that following `cursor` reaches every match once.
+Promises: ordered by seq, so that following `cursor` reaches every match once. A request looks at so
+many rows and no more: an answer may hold fewer labels than were asked for, or none, and a cursor.
 Stands beside the corridor: it reads the same table, up to the same head.
 Does not belong here: streams.
 """
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import Sequence
+from functools import partial
 
 from aiohttp import web
 
-from sse_labels.chunk import Row
 from sse_labels.errors import InvalidRequest, NotReady
 from sse_labels.filters import Filter
 from sse_labels.labels import is_expired, label_json
+from sse_labels.reads import Reads
 from sse_labels.seq import SEQ_MAX
 from sse_labels.sequencer import Sequencer
 from sse_labels.store import Store
+from sse_labels.web.addresses import TrustedProxies, reader_of
 from sse_labels.web.answers import json_response
 from sse_labels.web.auth import StreamAuth, narrow
 from sse_labels.web.parameters import (
@@ -35,20 +36,22 @@ LIMIT_MAX = 250
 LIMIT_DEFAULT = 50
 
 
-#: Queries that read at the same time, fewer than the pool has connections for requests:
-#: however many ask, publishing finds one.
+#: Queries that read at the same time, fewer than the pool has connections for requests: however
+#: many ask, publishing finds one. Backfills have others, and never wait for queries.
 QUERIES_AT_ONCE = 4
 
 
 class QueryHandler:
     """Answers with labels whose URI matches; `sources` and `values` narrow further."""
 
-    def __init__(self, store: Store, sequencer: Sequencer, auth: StreamAuth) -> None:
+    def __init__(
+        self, store: Store, sequencer: Sequencer, auth: StreamAuth, proxies: TrustedProxies
+    ) -> None:
         self._store = store
         self._sequencer = sequencer
         self._auth = auth
-        self._slots = asyncio.Semaphore(QUERIES_AT_ONCE)
-        self._reading: set[asyncio.Task[Sequence[Row]]] = set()
+        self._proxies = proxies
+        self._reads = Reads(QUERIES_AT_ONCE)
 
     async def handle(self, request: web.Request) -> web.Response:
         """Answer `{"cursor": "…", "labels": […]}`; no cursor when there is nothing more."""
@@ -63,41 +66,26 @@ class QueryHandler:
             raise NotReady("the sequencer has no head yet")
         cursor = whole_number(request, "cursor", 0, 0, SEQ_MAX)
         in_force = wants_state(request)
-        # One more than asked for says whether there is a next page.
-        rows = await self._read(narrowed, cursor, limit + 1, in_force)
-        now = time.time()
-        shown = [row for row in rows[:limit] if not (in_force and is_expired(row[7], now))]
-        answer: dict[str, object] = {"labels": [label_json(*row[1:]) for row in shown]}
-        if len(rows) > limit:
-            answer["cursor"] = str(rows[limit - 1][0])
-        return json_response(answer)
+        asked = (narrowed, cursor, limit, in_force)
+        reader = reader_of(self._proxies.client(request), grant.subject)
+        return json_response(await self._reads.read(reader, asked, partial(self._answer, *asked)))
 
-    async def _read(
+    async def _answer(
         self, narrowed: Filter | None, cursor: int, limit: int, in_force: bool
-    ) -> Sequence[Row]:
-        """Return the rows; the query goes on, and keeps its slot, when the client leaves.
-
-        A cancelled one would close its connection, which PostgreSQL notices only when it is done:
-        clients that hang up could have it work on more than the pool allows.
-        """
-        await self._slots.acquire()
+    ) -> dict[str, object]:
         head = self._sequencer.head
-        query = self._store.query(narrowed, cursor, head, limit, in_force=in_force)
-        task = asyncio.create_task(query, name="query")
-        self._reading.add(task)
-        task.add_done_callback(self._done)
-        return await asyncio.shield(task)
-
-    def _done(self, task: asyncio.Task[Sequence[Row]]) -> None:
-        self._slots.release()
-        self._reading.discard(task)
-        # The client may be gone when it fails; then nobody else would look at the error.
-        if not task.cancelled():
-            task.exception()
+        # One more than asked for says whether there is a next page.
+        found = await self._store.query(narrowed, cursor, head, limit + 1, in_force=in_force)
+        rows, end, now = found.rows[:limit], found.end, time.time()
+        if len(found.rows) > limit or (len(rows) == limit and end < head):
+            # Behind as many labels as were asked for, the cursor is the last one's seq.
+            end = rows[-1][0]
+        shown = [row for row in rows if not (in_force and is_expired(row[7], now))]
+        answer: dict[str, object] = {"labels": [label_json(*row[1:]) for row in shown]}
+        if end < head:
+            answer["cursor"] = str(end)
+        return answer
 
     async def close(self) -> None:
         """End the queries that are under way; called when no request is left."""
-        reading = tuple(self._reading)
-        for task in reading:
-            task.cancel()
-        await asyncio.gather(*reading, return_exceptions=True)
+        await self._reads.close()

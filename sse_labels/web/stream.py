@@ -45,7 +45,7 @@ from sse_labels.shared import Share
 from sse_labels.shared.counts import Tally
 from sse_labels.sse import encode_error, encode_opening
 from sse_labels.store import Snapshot, Store
-from sse_labels.web.addresses import PerAddress, TrustedProxies, caused_by
+from sse_labels.web.addresses import PerAddress, TrustedProxies, caused_by, reader_of
 from sse_labels.web.auth import Grant, StreamAuth, narrow
 from sse_labels.web.delivery import retry_ms
 from sse_labels.web.event_stream import HEADERS, EventStream
@@ -247,16 +247,20 @@ class StreamHandler:
         except TooManyFromAddress:
             self._places.give_back()
             raise
+        reader = reader_of(client, subject)
         outbox = Outbox(
             self._sequencer,
             self._pages,
             self._metrics,
+            client=reader,
             narrowed=narrowed,
             page_max_events=self._settings.page_max_events,
             max_events=self._settings.outbox_max_events,
             heartbeat_seconds=self._settings.heartbeat_seconds,
             snapshot=snapshot,
-            expiries=None if since is None else ExpiryReader(self._expiry, narrowed, since),
+            expiries=(
+                None if since is None else ExpiryReader(self._expiry, reader, narrowed, since)
+            ),
         )
         visit = Visit(
             secrets.token_hex(8), outbox, client, narrowed, subject, share, time.monotonic()

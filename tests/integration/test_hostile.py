@@ -193,7 +193,9 @@ async def test_pages_that_many_filters_hide_are_counted_with_their_filters(
 ) -> None:
     database.fill(1200)
     bound = 64 * 1024
-    async with run_server(page_cache_max_bytes=bound, ring_max_bytes=0) as server:
+    async with run_server(
+        page_cache_max_bytes=bound, ring_max_bytes=0, page_max_events=100
+    ) as server:
         for number in range(40):
             values = [f"v{number}-{place}" for place in range(90)]
             async with reading(server.stream_url, cursor=0, values=values) as reader:
@@ -218,11 +220,10 @@ async def test_queries_of_clients_that_hang_up_keep_to_their_slots(
 
         monkeypatch.setattr(server.app.store, "query", held)
         host, port = "127.0.0.1", int(server.url.rsplit(":", 1)[1])
-        for _ in range(20):
+        for cursor in range(20):
             _, writer = await asyncio.open_connection(host, port)
-            writer.write(
-                b"GET /xrpc/com.atproto.label.queryLabels?uriPatterns=* HTTP/1.1\r\nHost: x\r\n\r\n"
-            )
+            path = f"/xrpc/com.atproto.label.queryLabels?uriPatterns=*&cursor={cursor}"
+            writer.write(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
             await gate.reached.wait()
             writer.transport.abort()
         await until(lambda: server.app.metrics.gauges["connections"]() == 0)
@@ -231,7 +232,8 @@ async def test_queries_of_clients_that_hang_up_keep_to_their_slots(
         gate.opened.set()
         async with httpx.AsyncClient() as client:
             answer = await client.get(
-                f"{server.url}/xrpc/com.atproto.label.queryLabels", params={"uriPatterns": "*"}
+                f"{server.url}/xrpc/com.atproto.label.queryLabels",
+                params={"uriPatterns": "*", "cursor": 20},
             )
         assert answer.status_code == 200
         assert len(under_way) == QUERIES_AT_ONCE + 1

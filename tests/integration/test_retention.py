@@ -110,11 +110,11 @@ async def test_running_backfill_that_retention_overtakes_is_told_and_skips_nothi
     asked, go = asyncio.Event(), asyncio.Event()
     read = Pages.read
 
-    async def gated(self: Pages, cursor: int, *more: Any) -> Page:
+    async def gated(self: Pages, client: str, cursor: int, *more: Any) -> Page:
         if cursor == 20:
             asked.set()
             await go.wait()
-        return await read(self, cursor, *more)
+        return await read(self, client, cursor, *more)
 
     monkeypatch.setattr(Pages, "read", gated)
     async with (

@@ -264,10 +264,21 @@ async def test_an_unknown_snapshot_is_refused_by_name(server: Server) -> None:
         assert "snapshot: got 'all', expected 'active'" in (await answer.json())["message"]
 
 
+#: Rows that a query looks at by ids, and by URIs: all, or so few that it has to be asked again.
+WINDOWS = [(10_000, 2500), (7, 5), (1, 1)]
+
+
+@pytest.mark.parametrize("windows", WINDOWS)
 @pytest.mark.parametrize("pattern", ["*", f"at://did:plc:{'b' * 24}/app.bsky.feed.post/1", "at:*"])
 async def test_query_labels_leaves_out_what_is_over_and_reaches_each_match_once(
-    server: Server, database: TestDatabase, pattern: str
+    server: Server,
+    database: TestDatabase,
+    pattern: str,
+    windows: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("sse_labels.store.QUERY_WINDOW", windows[0])
+    monkeypatch.setattr("sse_labels.store.URI_WINDOW", windows[1])
     write(database, random.Random(8), 60)
     await until(lambda: server.app.sequencer.head == 60)
     url = f"{server.url}/xrpc/com.atproto.label.queryLabels"
@@ -293,7 +304,7 @@ async def test_a_page_of_a_snapshot_is_no_larger_than_any_other(
     async with run_server(page_max_events=10) as server:
         await until(lambda: server.app.sequencer.head == 100)
         page = await server.app.store.snapshot_page(0, Snapshot(100, resumed=False), 10, None)
-        assert (len(page.chunk), page.full) == (10, True)
+        assert (len(page.rows), page.full) == (10, True)
         async with reading(server.stream_url, snapshot="active") as stream:
             await until_complete(stream)
     state = folded(database.stored())

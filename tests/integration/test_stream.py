@@ -767,7 +767,7 @@ async def test_a_reader_that_hangs_up_leaves_nothing_behind(
         await until(lambda: not server.app.streams._open)
         await until(lambda: not asyncio.all_tasks() - before)
         assert server.app.sequencer._subscribers == {}
-        assert server.app.pages._reading == {}
+        assert server.app.pages._reads._reads == server.app.pages._table._reads == {}
         assert server.app.metrics.streams_ended == {"ClientGone": 3}
         assert "sse_labels_streams 0.0" in server.app.metrics.render().decode()
 

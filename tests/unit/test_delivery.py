@@ -324,6 +324,7 @@ class Delivery(RuleBasedStateMachine):
             self.sequencer,
             self.pages,
             self.metrics,
+            client=f"client {len(self.consumers) % 2}",
             narrowed=narrowed,
             page_max_events=self.page_max_events,
             max_events=max_events,

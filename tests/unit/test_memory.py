@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -14,8 +15,10 @@ from sse_labels.chunk import Chunk, Row, encode_rows, kept_nbytes
 from sse_labels.filters import Filter
 from sse_labels.metrics import Metrics
 from sse_labels.outbox import CaughtUp, Outbox
+from sse_labels.pages import Pages
 from sse_labels.ring import PAGES_SHARE, Ring
 from sse_labels.sequencer import Sequencer
+from sse_labels.store import PageRows
 from sse_labels.web.label_socket import Messages
 
 #: What the caches are allowed here, in bytes.
@@ -99,21 +102,30 @@ def test_pages_of_a_ring_at_their_bound(held: Callable[[], int], value: str, eve
     assert held() <= FACTOR * (counted + ring.nbytes) + ONCE
 
 
+class Table:
+    """A store of endless history, a page of 100 rows at a time."""
+
+    async def page(self, cursor: int, head: int, limit: int) -> PageRows:
+        rows = [(*make_row(seq)[:8], bytes(64)) for seq in range(cursor + 1, cursor + limit + 1)]
+        return PageRows(rows, cursor, cursor + limit, True, 1)
+
+
 @pytest.mark.parametrize("value", VALUES)
-def test_entries_of_the_page_cache(held: Callable[[], int], value: str) -> None:
-    cache: dict[Any, Chunk] = {}
-    counted = 0
-    for number in range(60):
-        start, narrowed = 100 * number, make_filter(value, number)
-        if number % 2:
-            rows = [make_row(seq) for seq in range(start + 1, start + 101)]
-            chunk = encode_rows(rows, start=start, end=start + 100, narrowed=narrowed)
-            del rows
-        else:
-            chunk = make_chunk(start, 100).select(narrowed)
-        cache[start, narrowed, None] = chunk
-        counted += kept_nbytes(chunk, narrowed)
-    assert held() <= FACTOR * counted + ONCE
+def test_page_cache_at_its_bound(held: Callable[[], int], value: str) -> None:
+    store: Any = Table()
+    pages = Pages(
+        store, lambda: 2**40, Metrics(), page_max_events=100, max_reads=1, cache_max_bytes=4 * BOUND
+    )
+
+    async def read() -> None:
+        for number in range(60):
+            await pages.read("somebody", 700 * number, make_filter(value, number))
+            await pages.read("somebody", 350 * number, None)
+
+    asyncio.run(read())
+    assert 3 * BOUND <= pages._cache_bytes <= 4 * BOUND
+    assert pages._cache_bytes == sum(nbytes for _, nbytes in pages._cache.values())
+    assert held() <= FACTOR * pages._cache_bytes + ONCE
 
 
 @pytest.mark.parametrize("value", VALUES)
@@ -132,7 +144,7 @@ async def lagging_outbox(sequencer: Sequencer, narrowed: Filter | None, max_even
     """An outbox of a consumer that is live, and does not read."""
     pages: Any = None
     outbox = Outbox(
-        sequencer, pages, Metrics(), narrowed=narrowed, page_max_events=500,
+        sequencer, pages, Metrics(), client="somebody", narrowed=narrowed, page_max_events=500,
         max_events=max_events, heartbeat_seconds=15,
     )  # fmt: skip
     steps = outbox.events(sequencer.head)

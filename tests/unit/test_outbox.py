@@ -94,6 +94,11 @@ class Bench:
         self.gate.set()
         self.parked = asyncio.Event()
 
+    async def turn(self, client: str, key: object, make: Callable[[], Any]) -> Any:
+        """As `Pages.turn` does beside others."""
+        await asyncio.sleep(0)
+        return make()
+
     def outbox(self, **options: Any) -> Outbox:
         pages: Any = self
         return Outbox(
@@ -101,6 +106,7 @@ class Bench:
             pages,
             self.metrics,
             **{
+                "client": "somebody",
                 "narrowed": None,
                 "page_max_events": self.page_max_events,
                 "max_events": 1000,
@@ -129,7 +135,9 @@ class Bench:
         kept = [row[0] for row in self.table if row[0] >= self.floor]
         return State(self.floor, None, kept[0] if kept else None)
 
-    async def read(self, cursor: int, narrowed: Filter | None, _snapshot: None = None) -> Page:
+    async def read(
+        self, client: str, cursor: int, narrowed: Filter | None, _snapshot: None = None
+    ) -> Page:
         """As `Pages.read` does, from the list."""
         self.reads.append(cursor)
         self.parked.set()
@@ -1222,7 +1230,7 @@ class TestBrokenPromises:
         bench = Bench(history=10)
         outbox = bench.outbox()
 
-        async def read(_cursor: int, _narrowed: Filter | None, _snapshot: None = None) -> Page:
+        async def read(*_asked: object) -> Page:
             return Page(encode_rows([make_row(5)], start=4, end=5), False, 1)
 
         bench.read = read  # type: ignore[method-assign]
@@ -1346,14 +1354,16 @@ class World(Bench):
             self.published += [make_row(seq) for seq in seqs]
             self.publish(*seqs, end=end)
 
-    async def read(self, cursor: int, narrowed: Filter | None, _snapshot: None = None) -> Page:
+    async def read(
+        self, client: str, cursor: int, narrowed: Filter | None, _snapshot: None = None
+    ) -> Page:
         if not self.open:
             gate = asyncio.Event()
             self.gates.append(gate)
             await gate.wait()
             if self.random.random() < 0.1:
                 raise DatabaseUnavailable("gone")
-        return await super().read(cursor, narrowed)
+        return await super().read(client, cursor, narrowed)
 
     async def run(self) -> None:
         random, head = self.random, self.sequencer.head
