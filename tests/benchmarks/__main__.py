@@ -31,6 +31,8 @@ def limited(numbers: Numbers, history: int) -> Numbers:
         numbers,
         d_rows=tuple(dict.fromkeys(min(rows, history) for rows in numbers.d_rows)),
         h_rows=tuple(dict.fromkeys(min(rows, history) for rows in numbers.h_rows)),
+        n_rows=min(numbers.n_rows, history),
+        n_read=min(numbers.n_read, history // len(numbers.n_strangers)),
         s_rows=max(200, min(numbers.s_rows, history) // 200 * 200),
     )
 

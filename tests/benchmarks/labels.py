@@ -32,6 +32,9 @@ FILL = f"""
            '\\x{SIGNATURE.hex()}'
       FROM generate_series(%s, %s) AS n
 """
+#: The same of so many keys only, each of which has its newest event at the end.
+KEYS = 1000
+FILL_KEYS = FILL.replace("|| n ||", f"|| n %% {KEYS} ||")
 #: A table whose state is a tenth of it. Takes the number of keys, a multiple of 40; there are five
 #: times as many rows. Of every ten keys three have one event and one has twenty, which lie all over
 #: the table. The newest event of a key in force is one of two; of the others half are negations

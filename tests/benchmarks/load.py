@@ -143,6 +143,7 @@ class Crowd:
         Each group is a `count` of clients with one `request`, each of which is to get `events`
         (`gaps`: its filter hides some; `snapshot`: they are a snapshot, to be complete).
         `samples` clients, spread over all, are read in full, and so is the first snapshot.
+        The clients of a group come from its `address`, if it names one.
         No address has more than `per_address` clients.
         """
         began = self._began = time.monotonic_ns()
@@ -154,11 +155,12 @@ class Crowd:
             connection.setblocking(False)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             source = 1 + number // per_address
-            if source > 1:
+            address = group.get("address") or (f"127.0.0.{source}" if source > 1 else None)
+            if address is not None:
                 connection.setsockopt(
                     socket.SOL_IP, getattr(socket, "IP_BIND_ADDRESS_NO_PORT", 24), 1
                 )
-                connection.bind((f"127.0.0.{source}", 0))
+                connection.bind((address, 0))
             connection.connect_ex((host, port))
             fd = connection.fileno()
             self._sockets[fd] = connection

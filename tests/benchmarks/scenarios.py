@@ -8,12 +8,15 @@ rate that it reached, or is `wrong`: an event came twice or out of order.
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from typing import Any
+from urllib.parse import quote
 
 from benchmarks import labels, measure, nchan, servers
 from benchmarks.servers import SERVICE, Place, Server, Service
@@ -26,6 +29,8 @@ LATE_SECONDS = 1.0
 CONNECT_SECONDS = 120.0
 #: A CPU reading is a multiple of 10 ms; shares of less than so many of them say little.
 LEAST_CPU_SECONDS = 0.1
+#: How long an answer of queryLabels is waited for.
+QUERY_SECONDS = 60.0
 NO_HISTORY = "keeps no history: each application writes its own"
 
 
@@ -51,6 +56,11 @@ class Numbers:
     h_rows: tuple[int, ...] = (10_000, 100_000, 1_000_000, 10_000_000)
     h_read: int = 100_000
     idle: tuple[int, float, float] = (1, 20, 15)
+    n_rows: int = 5_000_000
+    n_strangers: tuple[int, ...] = (0, 200, 900)
+    n_read: int = 200_000
+    n_live: tuple[int, float, float] = (20, 20, 5)
+    n_queries: int = 24
     s_rows: int = 1_000_000  # a multiple of 200; a tenth is in force
     s_readers: tuple[int, ...] = (1, 20)
     #: How long after its due time a scenario is waited for.
@@ -74,6 +84,11 @@ SMALL = Numbers(
     h_rows=(1000, 10_000, 100_000),
     h_read=2000,
     idle=(1, 20, 2),
+    n_rows=20_000,
+    n_strangers=(0, 20),
+    n_read=5000,
+    n_live=(5, 20, 1),
+    n_queries=8,
     s_rows=20_000,
     s_readers=(1, 5),
     patience_seconds=15,
@@ -175,16 +190,22 @@ class Run:
         self.tell(f"{scenario} {variant} {name}")
         try:
             with self.opened(name, history, kind) as server:
-                result.version, result.published_by = server.version, server.how
-                with load(self.load_core) as two:
-                    result.verdict = "complete"
-                    work(server, two, result)
+                self.worked(server, result, work)
         except servers.CannotRun as error:
             result.problems.append(str(error))
             result.verdict = "left out"
         except (WorkerError, OSError) as error:
             result.problem("falls behind", f"the scenario broke off: {error}")
         return result
+
+    def worked(
+        self, server: Server, result: Result, work: Callable[[Server, Load, Result], None]
+    ) -> None:
+        """Run one scenario on a server that runs."""
+        result.version, result.published_by = server.version, server.how
+        with load(self.load_core) as two:
+            result.verdict = "complete"
+            work(server, two, result)
 
 
 @dataclass
@@ -646,6 +667,146 @@ def h(run: Run) -> None:
         run.measured("H", f"{rows} stored", SERVICE, work, history=rows)
 
 
+def n(run: Run) -> None:
+    """Neighbours: what a client gets beside greedy readers and queries of another address."""
+    numbers = run.numbers
+    with run.opened(SERVICE, numbers.n_rows, servers.KEYS) as server:
+        assert isinstance(server, Service)
+        _until_head(server, numbers.n_rows)
+        for turn, strangers in enumerate(numbers.n_strangers):
+            result = Result("N", f"beside {strangers} readers, {numbers.n_rows} stored", SERVICE)
+            run.results.append(result)
+            run.tell(f"N {result.variant}")
+            run.worked(server, result, _beside(run, turn, strangers))
+        result = Result("N", f"beside {numbers.n_queries} queries", SERVICE)
+        run.results.append(result)
+        run.tell(f"N {result.variant}")
+        run.worked(server, result, _queries(run))
+    for name in run.others:
+        run.left_out("N", name, "has no filters")
+
+
+def _beside(run: Run, turn: int, strangers: int) -> Callable[[Server, Load, Result], None]:
+    """History, a filtered snapshot and live events; strangers read with filters of nothing."""
+    numbers = run.numbers
+    connections, rate, seconds = numbers.n_live
+    events = round(rate * seconds)
+
+    def one(group: dict[str, Any]) -> dict[str, Any]:
+        """One client that reads history, in a process of its own."""
+        with load(run.load_core) as reader:
+            reader.crowd.ask(
+                "connect", host=servers.HOST, port=group.pop("port"), groups=[group], samples=0,
+                seconds=CONNECT_SECONDS,
+            )  # fmt: skip
+            return reader.crowd.ask("receive", seconds=numbers.patience_seconds, since_connect=True)
+
+    def work(server: Server, two: Load, result: Result) -> None:
+        # One half begins where everybody does, the other all over the table.
+        groups = [
+            {
+                "count": 1,
+                "request": server.request(
+                    f"?values=nobody-{each}&cursor={each % 2 * each * numbers.n_rows // strangers}"
+                ),
+                "events": 0,
+                "address": "127.0.0.2",
+            }
+            for each in range(strangers)
+        ]
+        with load(run.load_core) as crowd:
+            if groups:
+                crowd.crowd.ask(
+                    "connect", host=servers.HOST, port=server.port, groups=groups, samples=0,
+                    seconds=CONNECT_SECONDS,
+                )  # fmt: skip
+                time.sleep(SETTLE_SECONDS)
+            request = server.request(f"?cursor={turn * numbers.n_read}")
+            read = one(
+                {"count": 1, "request": request, "events": numbers.n_read, "port": server.port}
+            )
+            if read["deliveries"] < numbers.n_read:
+                result.problem("falls behind", f"{read['deliveries']} of {numbers.n_read} read")
+            took = max(1e-9, (read["last_ns"] - read["began_ns"]) / 1e9)
+            result.more["history events/s"] = round(read["deliveries"] / took)
+            request = server.request("?snapshot=active&values=value-7")
+            folded = one(
+                {
+                    "count": 1, "request": request, "events": labels.KEYS // labels.VALUES,
+                    "snapshot": True, "port": server.port,
+                }
+            )  # fmt: skip
+            [snapshot] = folded["snapshots"]
+            if snapshot["seconds"] is None:
+                result.problem("falls behind", "the snapshot was not complete")
+            result.more["snapshot s"] = snapshot["seconds"] and round(snapshot["seconds"], 2)
+            fan_out(
+                server, two, result, groups=everyone(server, connections, events), events=events,
+                rate=rate, patience=numbers.patience_seconds,
+                first=numbers.n_rows + turn * events,
+            )  # fmt: skip
+
+    return work
+
+
+def _queries(run: Run) -> Callable[[Server, Load, Result], None]:
+    """Queries for one URI, beside others that look at all there is."""
+    numbers = run.numbers
+    path = "/xrpc/com.atproto.label.queryLabels?limit=250&uriPatterns="
+    greedy = [
+        f"{path}{pattern}&snapshot=active&cursor={each}"
+        for each in range(numbers.n_queries // 2)
+        for pattern in ("*", quote(labels.URI) + "*")
+    ]
+
+    def work(server: Server, two: Load, result: Result) -> None:
+        stop = threading.Event()
+        answered: list[int] = []
+
+        def ask_on(path: str) -> None:
+            while not stop.is_set():
+                with contextlib.suppress(OSError, http.client.HTTPException):
+                    answered.append(servers.ask(server.port, path, "127.0.0.2", QUERY_SECONDS)[0])
+
+        meter = Meter(server)
+        began_ns = time.monotonic_ns()
+        asking = [threading.Thread(target=ask_on, args=(each,)) for each in greedy]
+        for thread in asking:
+            thread.start()
+        time.sleep(SETTLE_SECONDS)
+        took = []
+        for number in range(20):
+            began = time.monotonic()
+            uri = quote(f"{labels.URI}0.{number}~")
+            try:
+                status, body = servers.ask(server.port, f"{path}{uri}", None, QUERY_SECONDS)
+            except TimeoutError:
+                took.append(QUERY_SECONDS * 1000)
+                break
+            took.append((time.monotonic() - began) * 1000)
+            wanted = min(250, numbers.n_rows // labels.KEYS)
+            if status != 200:
+                result.problem("falls behind", f"a query for one URI was answered by {status}")
+            elif len(json.loads(body)["labels"]) != wanted:
+                result.problem("wrong", f"not {wanted} labels: {body[:80]!r}")
+        stop.set()
+        for thread in asking:
+            thread.join()
+        took.sort()
+        result.unit, result.connections = "query", len(greedy)
+        result.deliveries = len(answered) + len(took)
+        result.seconds = (time.monotonic_ns() - began_ns) / 1e9
+        result.rate = result.deliveries / result.seconds
+        meter.read(result, result.deliveries)
+        result.latency_ms = {
+            f"p{share}": measure.percentile(took, share / 100) for share in (50, 95, 99)
+        }
+        if took[-1] > 1000 * LATE_SECONDS:
+            result.problem("falls behind", f"a query for one URI took {took[-1] / 1000:.1f} s")
+
+    return work
+
+
 def idle(run: Run) -> None:
     """One client on an idle server: how long from publishing to receiving."""
     _paced(run, "L", run.numbers.idle)
@@ -703,5 +864,5 @@ def _snapshot(run: Run, rows: int, readers: int) -> Callable[[Server, Load, Resu
 
 SCENARIOS: dict[str, Callable[[Run], None]] = {
     "A": a, "A2": a2, "B": b, "C": c, "D": d, "E": e, "F": f, "G": g, "H": h, "L": idle,
-    "P": p, "S": s,
+    "N": n, "P": p, "S": s,
 }  # fmt: skip

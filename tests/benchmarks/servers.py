@@ -43,7 +43,8 @@ NCHAN_SERIAL = "nchan-serial"
 BEHIND_NGINX = "service, nginx"
 #: What a table is filled with: events each of another key; events that replace one another;
 #: the rows of Ozone's table, in which each key has one.
-EVENTS, STATE, OZONE = "events", "state", "ozone"
+#: And events of few keys, of which the table holds nothing but old ones until its end.
+EVENTS, STATE, OZONE, KEYS = "events", "state", "ozone", "keys"
 START_SECONDS = 30.0
 FILL_ROWS = 100_000
 
@@ -298,8 +299,9 @@ def _fill(place: Place, dsn: str, history: int, kind: str) -> None:
         elif kind == STATE:
             run(labels.FILL_STATE, (history // 5,))
         else:
+            fill = labels.FILL_KEYS if kind == KEYS else labels.FILL
             for first in range(0, history, FILL_ROWS):
-                run(labels.FILL, (first, min(history, first + FILL_ROWS) - 1))
+                run(fill, (first, min(history, first + FILL_ROWS) - 1))
         # Not later, when it would be measured.
         run("VACUUM (FREEZE, ANALYZE) label")
         run("CHECKPOINT")
@@ -416,9 +418,10 @@ PEERS: dict[str, Callable[[Place], AbstractContextManager[Server]]] = {
 }
 
 
-def ask(port: int, path: str) -> tuple[int, bytes]:
+def ask(port: int, path: str, address: str | None = None, seconds: float = 10) -> tuple[int, bytes]:
     """GET something on a connection of its own; return the status and the body."""
-    connection = http.client.HTTPConnection(HOST, port, timeout=10)
+    source = None if address is None else (address, 0)
+    connection = http.client.HTTPConnection(HOST, port, timeout=seconds, source_address=source)
     try:
         connection.request("GET", path)
         answer = connection.getresponse()
