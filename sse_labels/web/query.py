@@ -74,6 +74,8 @@ class QueryHandler:
         self, narrowed: Filter | None, cursor: int, limit: int, in_force: bool
     ) -> dict[str, object]:
         head = self._sequencer.head
+        # Rows below the floor stay for as long as a sweep takes, or until the next one.
+        cursor = max(cursor, self._sequencer.floor - 1)
         # One more than asked for says whether there is a next page.
         found = await self._store.query(narrowed, cursor, head, limit + 1, in_force=in_force)
         rows, end, now = found.rows[:limit], found.end, time.time()

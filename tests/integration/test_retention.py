@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import httpx
 import pytest
 
 from sse_labels.app import App
@@ -223,6 +224,22 @@ async def test_nothing_below_the_floor_is_served_while_its_rows_are_there(
     assert {event["seq"] for event in new.events} == {
         event["seq"] for event in database.stored(60) if not event["labels"][0].get("neg")
     }
+
+
+@pytest.mark.parametrize("pattern", ["*", "at://*", f"at://did:plc:{'b' * 23}3/*"])
+async def test_no_query_finds_what_is_below_the_floor_while_its_rows_are_there(
+    run_server: RunServer, database: TestDatabase, pattern: str
+) -> None:
+    database.fill(20)
+    # As a sweep leaves it that was killed.
+    database.execute("UPDATE label_stream SET floor = 11")
+    async with run_server() as server, httpx.AsyncClient(base_url=server.url, verify=False) as http:
+        path = "/xrpc/com.atproto.label.queryLabels"
+        answer = await http.get(path, params={"uriPatterns": [pattern, "at://nobody"], "limit": 250})
+    kept = [event["labels"][0] for event in database.stored(10)]
+    begin = pattern.removesuffix("*")
+    assert answer.json() == {"labels": [each for each in kept if each["uri"].startswith(begin)]}
+    assert len(database.stored()) == 20
 
 
 async def test_no_expiry_below_the_floor_is_told_while_its_rows_are_there(
