@@ -160,8 +160,8 @@ class Outbox:
 
     @property
     def filtered(self) -> bool:
-        """Whether a filter hides events from the consumer."""
-        return self._narrowed is not None
+        """Whether events are hidden from the consumer: by a filter, or as no part of a state."""
+        return self._narrowed is not None or self._snapshot is not None
 
     def __aiter__(self) -> Outbox:
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import time
 from collections.abc import Iterable
@@ -140,6 +141,32 @@ async def test_where_all_is_negated_the_snapshot_is_empty_however_long_history_i
         async with reading(server.stream_url, snapshot="active") as stream:
             assert (await until_complete(stream))["seq"] == 200
             assert stream.events == []
+
+
+async def test_a_consumer_is_told_how_far_a_snapshot_is_while_it_is_empty(
+    run_server: RunServer, database: TestDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database.fill(100)
+    database.execute(
+        "INSERT INTO label (src, uri, cid, val, neg, cts)"
+        " SELECT src, uri, cid, val, true, cts FROM label ORDER BY id"
+    )
+    async with run_server(page_max_events=2, heartbeat_seconds=0.05) as server:
+        await until(lambda: server.app.sequencer.head == 200)
+        read, on = server.app.pages.read, asyncio.Event()
+
+        async def hold(cursor: int, *rest: Any) -> Any:
+            if cursor >= 100:
+                await on.wait()
+            return await read(cursor, *rest)
+
+        monkeypatch.setattr(server.app.pages, "read", hold)
+        # Else whoever is cut begins anew each time.
+        async with reading(server.stream_url, snapshot="active") as stream:
+            await stream.until(lambda: int(stream.last_id or 0) >= 100)
+            assert stream.news == []
+            on.set()
+            assert (await until_complete(stream))["seq"] == 200
 
 
 async def test_a_filter_narrows_the_snapshot(server: Server, database: TestDatabase) -> None:
