@@ -167,6 +167,9 @@ class EmbeddedPostgres:
             except SseLabelsError as error:
                 if not self._ending.is_set():
                     logger.error("embedded PostgreSQL was not restarted: error=%s", error)
+            except Exception:
+                # Such as a wheel that is being replaced: nobody else would try again.
+                logger.exception("embedded PostgreSQL was not restarted")
             began = time.monotonic()
 
     def _is_dead(self) -> bool:

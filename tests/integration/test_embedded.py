@@ -589,6 +589,17 @@ def test_pauses_grow_while_it_does_not_start_and_it_comes_back_when_it_can(
     assert 'parameter "nonsense"' in caplog.text
 
 
+def test_it_is_tried_again_after_a_failure_that_nobody_expects(
+    kept: Kept, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with monkeypatch.context() as patch:
+        # As while the package is being replaced.
+        patch.delattr("sse_labels.embedded.cluster.importlib.metadata.version")
+        kept.kill()
+        wait_until(lambda: caplog.text.count("was not restarted") >= 2)
+    kept.until_restarted()
+
+
 def test_told_to_stop_in_a_pause_it_stops_at_once(
     data_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
