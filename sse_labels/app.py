@@ -23,7 +23,7 @@ from aiohttp import web
 
 from sse_labels.config import Settings, option_name
 from sse_labels.database import Database
-from sse_labels.errors import ConfigError
+from sse_labels.errors import ConfigError, DatabaseRefused
 from sse_labels.expiry import Expiry
 from sse_labels.listener import Listener
 from sse_labels.logs import by_address
@@ -169,7 +169,7 @@ class App:
             batch_labels=settings.retention_batch_labels,
         )
         self.health = HealthHandlers(self.sequencer, self.listener, self.metrics)
-        tokens = PublishTokens(publish_token, settings.publish_tokens_file)
+        self.tokens = tokens = PublishTokens(publish_token, settings.publish_tokens_file)
         self.operators = OperatorHandlers(self.streams, tokens, share.neighbours if share else None)
         self.publish = PublishHandler(
             Publisher(
@@ -251,8 +251,19 @@ class App:
         """Bring the database to where it can be served from, or raise as `running` does."""
         await self.store.find_source()
         if self.settings.migrate and not self.store.attached:
-            await migrate(self.database)
+            try:
+                await migrate(self.database)
+            except DatabaseRefused as error:
+                raise DatabaseRefused(
+                    f"{error}; run `sse-labels migrate` as the owner of the schema, and serve with "
+                    "--no-migrate"
+                ) from error
         await self.store.check()
+        if not (self.store.attached or self.store.may_publish or self.tokens.empty):
+            log.warning(
+                "publishing will be refused, the role may not do all that it takes: see the rights "
+                "to publish in the README; --no-migrate may also have left the schema too old"
+            )
         await self.store.claim_epoch()
         self._check_retention()
         did = self.settings.signing_did
@@ -349,7 +360,7 @@ def listening_sockets(settings: Settings) -> list[socket.socket]:
     sockets: dict[str, socket.socket] = {}
     port = settings.port
     try:
-        for addresses in places.values():
+        for host, addresses in places.items():
             for family, address in addresses:
                 if address[0] in sockets:
                     continue
@@ -359,8 +370,8 @@ def listening_sockets(settings: Settings) -> list[socket.socket]:
                         dualstack_ipv6=both and address[0] == "::",
                     )  # fmt: skip
                 except OSError as error:
-                    if error.errno in _NO_SUCH_ADDRESS and len(addresses) > 1:
-                        # A name stands for both families, and this machine has one.
+                    if error.errno in _NO_SUCH_ADDRESS:
+                        # A name may stand for both families where the machine has one.
                         continue
                     # asyncio's and socket's own text repeats the address.
                     reason = os.strerror(error.errno or 0)
@@ -370,10 +381,8 @@ def listening_sockets(settings: Settings) -> list[socket.socket]:
                 sockets[address[0]] = listener
                 port = listener.getsockname()[1]
                 _tune(listener, settings)
-        if not sockets:
-            raise ConfigError(
-                option_name("host"), ",".join(settings.host), "an address of this machine"
-            )
+            if not any(address[0] in sockets for _, address in addresses):
+                raise ConfigError(option_name("host"), host, "an address of this machine")
     except BaseException:
         for listener in sockets.values():
             listener.close()

@@ -244,16 +244,25 @@ async def test_the_rights_of_the_readme_are_enough_to_publish(
 
 
 @pytest.mark.parametrize("missing", RIGHTS_TO_PUBLISH[1:])
-async def test_a_server_that_may_not_publish_says_so(
-    run_server: RunServer, database: TestDatabase, missing: str
+async def test_a_server_that_may_not_publish_says_so_and_needs_no_restart_once_it_may(
+    run_server: RunServer,
+    database: TestDatabase,
+    missing: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     rights = [right for right in RIGHTS_TO_PUBLISH if right != missing]
+    key = {"Idempotency-Key": "once"}
     with role(database, *rights) as dsn:
         async with run_server(dsn) as server:
-            answer = await publish(server, [LEAST])
+            assert "publishing will be refused" in caplog.text
+            answer = await publish(server, [LEAST], **key)
             assert (answer.status_code, answer.json()["error"]) == (403, "Forbidden")
-            assert "may not write" in answer.json()["message"]
-    assert database.stored() == []
+            assert "its log says why" in answer.json()["message"]
+            assert "GRANT " in caplog.text
+            assert database.stored() == []
+            database.execute(f"GRANT {missing} TO role_{database.name}")
+            assert (await publish(server, [LEAST], **key)).status_code == 201
+    assert len(database.stored()) == 1
 
 
 async def test_a_table_that_is_not_ours_is_not_published_to(

@@ -88,7 +88,8 @@ function draw() {
   rate.draw();
   byValue.draw();
   bySource.draw();
-  head.draw(stream?.position ?? null);
+  // What was asked for and not yet taken is no position: it may be refused.
+  if (stream && ["live", "catching-up"].includes(stream.state.name)) head.draw(stream.position);
   if (stream) snippets.show(stream.href);
 }
 
