@@ -312,9 +312,8 @@ def test_a_host_that_is_not_here_beside_one_that_is_ends_the_start(database: Tes
         "serve", "--port", "0", "--host", "127.0.0.1", "--host", "192.0.2.1", "--dsn", database.dsn
     ) as server:
         assert server.wait() == 2
-    assert server.err == [
-        "sse-labels: --host: got '192.0.2.1', expected an address of this machine"
-    ]
+    said = "sse-labels: --host: got '192.0.2.1', expected an address of this machine"
+    assert server.err[-1] == said
 
 
 def test_told_to_stop_while_another_server_migrates_it_ends_at_once(
