@@ -106,7 +106,10 @@ class Table:
     """A store of endless history, a page of 100 rows at a time."""
 
     async def page(self, cursor: int, head: int, limit: int) -> PageRows:
-        rows = [(*make_row(seq)[:8], bytes(64)) for seq in range(cursor + 1, cursor + limit + 1)]
+        rows = [
+            (*make_row(seq)[:8], memoryview(bytes(64)))
+            for seq in range(cursor + 1, cursor + limit + 1)
+        ]
         return PageRows(rows, cursor, cursor + limit, True, 1)
 
 
