@@ -184,17 +184,13 @@ def encode_rows(
     *,
     start: int,
     end: int,
-    narrowed: Filter | None = None,
     with_keys: bool = False,
 ) -> Chunk:
     """Return the chunk of `rows`, which must be all of the settled rows in `(start, end]`, by id.
 
-    `narrowed` leaves rows out before they are encoded. `with_keys` keeps what
-    `select` needs; pages of a backfill are read for one filter and do without.
+    `with_keys` keeps what `select` needs; pages of a backfill are made for one filter and do
+    without. Such a filter has left rows out before.
     """
-    if narrowed is not None:
-        matches = narrowed.matches
-        rows = [row for row in rows if matches(row[1], row[2], row[4])]
     return Chunk(
         start,
         end,

@@ -152,7 +152,7 @@ class Bench:
         rows = [row for row in self.table if cursor < row[0] <= head][: self.page_max_events]
         full = len(rows) == self.page_max_events
         end = rows[-1][0] if full else head
-        chunk = encode_rows(rows, start=cursor, end=end, narrowed=narrowed)
+        chunk = encode_rows(rows, start=cursor, end=end, with_keys=True).select(narrowed)
         return Page(chunk, full, self.floor)
 
     @property
