@@ -173,7 +173,7 @@ $(DONE)/dev: $(DONE)/run
 
 $(DONE)/javascript: $(DONE)/dev $(JAVASCRIPT)/package-lock.json
 	@echo 'installing what the page is checked with'
-	@PATH="$(abspath $(BIN)):$$PATH" npm ci --prefix $(JAVASCRIPT) --silent --no-audit --no-fund
+	@PATH="$(abspath $(BIN)):$$PATH" npm ci --prefix $(JAVASCRIPT) --loglevel=error --no-audit --no-fund >/dev/null
 	@touch $@
 
 # Looked at each time: the cache may be emptied, and another VENV may have filled it.
@@ -185,7 +185,7 @@ $(DONE)/node: $(DONE)/dev FORCE
 	  echo "installing the packages of $${lock%/*} into $(NODE_CACHE)"; \
 	  made="$$(mktemp -d "$(NODE_CACHE)/making.XXXXXX")"; \
 	  cp "$${lock%/*}/package.json" "$$lock" "$$made"; \
-	  PATH="$(abspath $(BIN)):$$PATH" npm ci --prefix "$$made" --silent --no-audit --no-fund --ignore-scripts; \
+	  PATH="$(abspath $(BIN)):$$PATH" npm ci --prefix "$$made" --loglevel=error --no-audit --no-fund --ignore-scripts >/dev/null; \
 	  mv -T "$$made" "$(NODE_CACHE)/$$name" 2>/dev/null || [ -d "$(NODE_CACHE)/$$name" ]; \
 	done
 

@@ -40,7 +40,8 @@ class ConfigError(SseLabelsError):
     """A setting that cannot be used; the message names its key, its value, what was expected."""
 
     def __init__(self, key: str, value: object, expected: str) -> None:
-        super().__init__(f"{key}: got {value!r}, expected {expected}")
+        given = "not given" if value is None else f"got {value!r}"
+        super().__init__(f"{key}: {given}, expected {expected}")
         self.key = key
         self.value = value
         self.expected = expected

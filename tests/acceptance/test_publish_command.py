@@ -288,7 +288,7 @@ def test_who_may_not_publish_and_where_nobody_answers(database: TestDatabase, ur
     nobody = publish(away, lines(label(0), label(1)))
     assert failure(no_token) == (
         2,
-        "sse-labels: --publish-token: got None, expected a token, here or as "
+        "sse-labels: --publish-token: not given, expected a token, here or as "
         "SSE_LABELS_PUBLISH_TOKEN, or the --data-dir of an embedded server or a demo, "
         "which prints it (the token file: got "
         f"'{directory}/publish-token', expected a readable file (No such file or directory))",

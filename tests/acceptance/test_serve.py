@@ -234,7 +234,7 @@ def test_without_a_home_and_a_name_every_help_is_shown_and_a_missing_place_is_na
     commands = ("demo", "serve", "migrate", "publish", "doctor")
     for program in ran_all([((name,), env) for name in commands]):
         status, said = failure(program)
-        assert "--data-dir: got None, expected a directory: this user has no home" in said
+        assert "--data-dir: not given, expected a directory: this user has no home" in said
         assert status == 2
     gone = f"--dsn=host={tmp_path} user=x dbname=x"
     for program in ran_all([(("serve", "--port=0", gone), env), (("doctor", gone), env)]):
@@ -680,7 +680,7 @@ def test_reseed_changes_nothing_when_it_is_asked_for_wrongly(
     database: TestDatabase, empty_database: TestDatabase
 ) -> None:
     for arguments, complaint in [
-        (("--dsn", database.dsn), "--above: got None, expected the highest seq"),
+        (("--dsn", database.dsn), "--above: not given, expected the highest seq"),
         (("--dsn", database.dsn, "--above=0"), "--above: got '0', expected a whole number"),
         (("--dsn", empty_database.dsn, "--above=5"), "--dsn: got 'a database without a label"),
     ]:

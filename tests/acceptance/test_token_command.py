@@ -51,7 +51,7 @@ def test_token_is_refused_without_a_file_or_with_a_name_twice(tmp_path: Path) ->
     file = tmp_path / "tokens"
     nowhere = ran("token", "first")
     assert (nowhere.process.returncode, nowhere.output) == (2, "")
-    assert "--publish-tokens-file: got None, expected" in nowhere.errors
+    assert "--publish-tokens-file: not given, expected" in nowhere.errors
     assert ran("token", "first", f"--publish-tokens-file={file}").process.returncode == 0
     before = file.read_text()
     for arguments, complaint in [
