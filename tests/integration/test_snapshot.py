@@ -155,10 +155,10 @@ async def test_a_consumer_is_told_how_far_a_snapshot_is_while_it_is_empty(
         await until(lambda: server.app.sequencer.head == 200)
         read, on = server.app.pages.read, asyncio.Event()
 
-        async def hold(cursor: int, *rest: Any) -> Any:
+        async def hold(client: str, cursor: int, *rest: Any) -> Any:
             if cursor >= 100:
                 await on.wait()
-            return await read(cursor, *rest)
+            return await read(client, cursor, *rest)
 
         monkeypatch.setattr(server.app.pages, "read", hold)
         # Else whoever is cut begins anew each time.

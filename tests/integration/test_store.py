@@ -8,7 +8,6 @@ from typing import Any
 
 import psycopg2
 import pytest
-from psycopg2.extensions import make_dsn
 
 from sse_labels.chunk import Chunk, encode_rows
 from sse_labels.database import Database
@@ -188,25 +187,6 @@ class TestFloor:
         database.execute("SELECT setval('label_id_seq', 5)")
         database.insert()
         assert (await page_of(store, 0, 6, 10)).floor == 1
-
-    async def test_who_may_not_read_the_floor_reads_history_all_the_same(
-        self, database: TestDatabase
-    ) -> None:
-        reader = f"role_{database.name}"
-        database.execute("SELECT setval('label_id_seq', 5)")
-        database.insert()
-        database.execute(f"CREATE ROLE {reader} LOGIN")
-        edge = edge_to(make_dsn(database.dsn, user=reader))
-        try:
-            database.execute(f"GRANT SELECT ON label TO {reader}")
-            store = Store(edge)
-            await store.check()
-            page = await page_of(store, 0, 6, 10)
-        finally:
-            edge.close()
-            database.execute(f"DROP OWNED BY {reader}")
-            database.execute(f"DROP ROLE {reader}")
-        assert (list(page.chunk.seqs), page.floor) == ([6], 1)
 
 
 #: What the planner may know of the table: nothing after a bulk load or an upgrade, what it was
