@@ -8,10 +8,12 @@ Does not belong here: what a command does about lost output.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, TextIO
 
 import click
@@ -44,34 +46,48 @@ def tell_result(text: str) -> None:
         raise
 
 
-class _Output(io.FileIO):
-    """Fails with OutputLost, once: what is still buffered is then dropped."""
+class _Output(io.BufferedWriter):
+    """Fails with OutputLost, once: what is still buffered is then dropped.
+
+    The buffer is ours and not what is under it: a signal that is handled between a write and the
+    buffer's learning of it would have the same bytes written twice
+    (test_ctrl_c_ends_a_wait_at_once).
+    """
 
     _lost = False
 
     def write(self, data: ReadableBuffer, /) -> int:
         size = memoryview(data).nbytes
-        if self._lost:
-            return size
+        if not self._lost:
+            with self._losing():
+                super().write(data)
+        return size
+
+    def flush(self) -> None:
+        if not self._lost:
+            with self._losing():
+                super().flush()
+
+    @contextlib.contextmanager
+    def _losing(self) -> Iterator[None]:
         try:
-            written = super().write(data)
+            yield
         except OSError as error:
             self._lost = True
             raise OutputLost(error) from error
-        # None: it does not block, and is full for now. BufferedWriter makes an error of it.
-        return written
 
 
-class _Messages(io.FileIO):
+class _Messages(io.BufferedWriter):
     """Drops what cannot be written."""
 
     def write(self, data: ReadableBuffer, /) -> int:
-        size = memoryview(data).nbytes
-        try:
-            written = super().write(data)
-        except OSError:
-            return size
-        return size if written is None else written
+        with contextlib.suppress(OSError):
+            super().write(data)
+        return memoryview(data).nbytes
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            super().flush()
 
 
 def guard() -> None:
@@ -85,13 +101,14 @@ def guard() -> None:
             os.set_inheritable(number, True)
     if sys.stdin is None:
         sys.stdin = open(STDIN, closefd=False)  # noqa: SIM115 - for as long as we live
-    sys.stdout = _text(_Output(STDOUT, "w", closefd=False), sys.stdout)
-    sys.stderr = _text(_Messages(STDERR, "w", closefd=False), sys.stderr, "backslashreplace")
+    output, messages = (io.FileIO(number, "w", closefd=False) for number in (STDOUT, STDERR))
+    sys.stdout = _text(_Output(output), sys.stdout)
+    sys.stderr = _text(_Messages(messages), sys.stderr, "backslashreplace")
 
 
-def _text(raw: io.FileIO, before: TextIO | None, errors: str = "") -> io.TextIOWrapper:
+def _text(buffer: io.BufferedWriter, before: TextIO | None, errors: str = "") -> io.TextIOWrapper:
     """Return a text stream as `before`, which Python made; None: it was closed."""
-    lines = bool(errors) or raw.isatty()
+    lines = bool(errors) or buffer.isatty()
     encoding = "utf-8" if before is None else before.encoding
     errors = errors or ("strict" if before is None else before.errors or "strict")
-    return io.TextIOWrapper(io.BufferedWriter(raw), encoding, errors, line_buffering=lines)
+    return io.TextIOWrapper(buffer, encoding, errors, line_buffering=lines)
