@@ -231,7 +231,7 @@ class Database:
         # psycopg2 quotes as it found the strings when it connected, and they must stay so.
         dropped = {name: pinned[name] for name in pinned if name != "standard_conforming_strings"}
         try:
-            [(standby, encoding, _)] = await connection.fetch(
+            [(standby, encoding, no_triggers, _)] = await connection.fetch(
                 "begin_session",
                 timeout_seconds=self._connect_timeout,
                 names=list(dropped),
@@ -253,6 +253,15 @@ class Database:
                 "UTF8, which can hold every label: make another database by CREATE DATABASE labels "
                 "TEMPLATE template0 ENCODING 'UTF8', and copy this one's tables into it by "
                 "pg_dump --encoding=UTF8 and psql",
+            )
+        if no_triggers:
+            # Nobody would be told of new labels, nor a mirror kept from sources that are ours.
+            connection.close()
+            raise SchemaError(
+                "session_replication_role",
+                "replica",
+                "origin: a superuser has turned triggers off for this role or database; "
+                "ALTER ROLE … RESET session_replication_role, or ALTER DATABASE likewise",
             )
         return connection
 

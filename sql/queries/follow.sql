@@ -43,12 +43,15 @@ SELECT to_regclass('label') IS NOT NULL AS has_label,
                     THEN pg_get_serial_sequence('label', 'id') END AS name) AS sequence;
 
 -- name: begin_session
--- One row: does this server follow another one; the encoding of the database. Sets what the
+-- One row: does this server follow another one; the encoding of the database; are triggers off for
+-- this role, which cannot turn them on. Sets what the
 -- connection's options cannot: a setting that PostgreSQL 13 does not know, one that only a superuser
 -- may set, and one that depends on what it was. A session that listens is idle for long. Labels that
 -- were published are on the disk, and what an operator set beyond that stays. Triggers fire. What
 -- the options do say is set here where a pooler that pools by session has dropped them.
 SELECT pg_is_in_recovery(), getdatabaseencoding(),
+       current_setting('session_replication_role') = 'replica'
+           AND NOT (SELECT rolsuper FROM pg_roles WHERE rolname = current_user),
        (SELECT count(set_config(name, value, false))
           FROM (VALUES ('idle_session_timeout', '0', true),
                        ('synchronous_commit', 'local',

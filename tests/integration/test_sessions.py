@@ -57,7 +57,7 @@ HOSTILE = {
     "jit_above_cost": "0",
 }
 #: Those that a superuser alone may set, for everybody in a database.
-HOSTILE_BY_A_SUPERUSER = {"session_replication_role": "replica", "track_activities": "off"}
+HOSTILE_BY_A_SUPERUSER = {"track_activities": "off"}
 ENVIRONMENT = {
     "PGCLIENTENCODING": "LATIN1",
     "PGOPTIONS": "-c client_encoding=LATIN1 -c array_nulls=off",
@@ -217,6 +217,15 @@ async def test_what_is_published_is_on_the_disk_at_least(
 async def test_triggers_fire_for_a_role_that_may_have_them_fire(database: TestDatabase) -> None:
     database.execute(f"ALTER DATABASE {database.name} SET session_replication_role = replica")
     assert (await settings_of(database.dsn))["session_replication_role"] == "origin"
+
+
+async def test_a_role_that_cannot_have_triggers_fire_is_refused(database: TestDatabase) -> None:
+    with role(database, *PUBLISH) as dsn:
+        assert (await settings_of(dsn))["session_replication_role"] == "origin"
+        name = parse_dsn(dsn)["user"]
+        database.execute(f"ALTER ROLE {name} SET session_replication_role = replica")
+        with pytest.raises(SchemaError, match="RESET session_replication_role"):
+            await settings_of(dsn)
 
 
 async def test_the_schema_that_a_role_or_the_dsn_names_is_read(database: TestDatabase) -> None:
