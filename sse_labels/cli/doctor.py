@@ -24,12 +24,12 @@ from sse_labels.cli.options import (
     switch,
     tls_options,
     token_text,
+    url_argument,
 )
 from sse_labels.cli.serve import interruptible
-from sse_labels.config import Settings, did, load, read
+from sse_labels.config import Settings, did, load
 from sse_labels.doctor import Finding, Patient, Verdict, count, examine
 from sse_labels.embedded import EmbeddedPostgres, default_data_dir
-from sse_labels.errors import ConfigError
 
 #: How each verdict is coloured where colours are shown.
 COLOURS = {Verdict.OK: "green", Verdict.WARNING: "yellow", Verdict.FAILURE: "red"}
@@ -37,18 +37,13 @@ COLOURS = {Verdict.OK: "green", Verdict.WARNING: "yellow", Verdict.FAILURE: "red
 VERDICT_COLUMNS = 11
 
 
-def address(context: click.Context, parameter: click.Parameter, given: str | None) -> str | None:
-    """Read the argument, or its environment variable; a stream's address is its server's."""
-    try:
-        found = read("url", server_url, {"url": given})
-    except ConfigError as error:
-        raise ConfigError(error.key.replace("--url", "URL"), error.value, error.expected) from None
-    url = found.get("url")
-    return None if url is None else str(url).partition("?")[0].removesuffix("/stream")
+def server_address(text: str) -> str:
+    """Read the address of a server; a stream's is its server's."""
+    return server_url(text).partition("?")[0].removesuffix("/stream")
 
 
 @click.command(cls=Command, short_help="Say what is wrong with a deployment.")
-@click.argument("url", required=False, callback=address)
+@url_argument(server_address)
 @settings_options(
     "dsn", "data_dir", "workers", "migrate", "backfill_max_reads", "max_connections",
     "publish_token", "publish_tokens_file", "retention_max_age_seconds", "retention_max_labels",

@@ -119,6 +119,20 @@ def option(
     )  # fmt: skip
 
 
+def url_argument(parse: Parse, default: str | None = None) -> Decorator:
+    """Add the argument URL; the command gets the parsed value of it, or of SSE_LABELS_URL."""
+
+    def check(context: click.Context, parameter: click.Parameter, given: str | None) -> Any:
+        try:
+            found = read("url", parse, {"url": given})
+        except ConfigError as error:
+            key = error.key.replace("--url", "URL")
+            raise ConfigError(key, error.value, error.expected) from None
+        return found.get("url") or (default and parse(default))
+
+    return click.argument("url", required=False, callback=check)
+
+
 def switch(name: str, text: str) -> Decorator:
     """Add an option without a value, off by default."""
 

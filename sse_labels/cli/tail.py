@@ -33,6 +33,7 @@ from sse_labels.cli.options import (
     switch,
     tls_options,
     token_text,
+    url_argument,
 )
 from sse_labels.cli.standard_streams import OutputLost
 from sse_labels.cli.state import State
@@ -44,8 +45,8 @@ from sse_labels.client.event_stream import (
     MessageTooLong,
     is_event_stream,
 )
-from sse_labels.config import Expected, integer, path, read
-from sse_labels.errors import ConfigError, SseLabelsError
+from sse_labels.config import Expected, integer, path
+from sse_labels.errors import SseLabelsError
 from sse_labels.seq import SEQ_MAX, number_in, seconds_in
 
 #: The server writes at least a heartbeat each 15 s; after this silence the connection is dead.
@@ -251,17 +252,8 @@ def stream_url(given: str) -> str:
     return str(parts.copy_with(path="/stream")) if parts.path in ("", "/") else str(parts)
 
 
-def url_of(context: click.Context, parameter: click.Parameter, given: str | None) -> str:
-    """Read the argument, or its environment variable."""
-    try:
-        found = read("url", stream_url, {"url": given})
-    except ConfigError as error:
-        raise ConfigError(error.key.replace("--url", "URL"), error.value, error.expected) from None
-    return str(found.get("url", "http://127.0.0.1:8080/stream"))
-
-
 @click.command(cls=Command)
-@click.argument("url", required=False, callback=url_of)
+@url_argument(stream_url, "http://127.0.0.1:8080/stream")
 @option("cursor", integer(0, SEQ_MAX), "Start after this seq; 0: everything.",
         metavar="SEQ", shown_default="none, only what comes from now on")  # fmt: skip
 @option(

@@ -25,9 +25,9 @@ from sse_labels.cli.options import (
     switch,
     tls_options,
     token_text,
+    url_argument,
 )
-from sse_labels.config import Expected, integer, path, read, seconds
-from sse_labels.errors import ConfigError
+from sse_labels.config import Expected, integer, path, seconds
 from sse_labels.seq import SEQ_MAX
 from sse_labels.signatures import SourceKeys
 from sse_labels.verification import Report, SocketRun, StreamRun, Wanted
@@ -62,19 +62,8 @@ def stream_address(given: str) -> httpx.URL:
     return parts
 
 
-def url_of(context: click.Context, parameter: click.Parameter, given: str | None) -> httpx.URL:
-    """Read the argument, or its environment variable."""
-    try:
-        found = read("url", stream_address, {"url": given})
-    except ConfigError as error:
-        raise ConfigError(error.key.replace("--url", "URL"), error.value, error.expected) from None
-    url = found.get("url", httpx.URL("http://127.0.0.1:8080/stream"))
-    assert isinstance(url, httpx.URL)  # noqa: S101 - `stream_address` made it
-    return url
-
-
 @click.command(cls=Command, short_help="Check that a stream is whole, in order, and signed.")
-@click.argument("url", required=False, callback=url_of)
+@url_argument(stream_address, "http://127.0.0.1:8080/stream")
 @option("cursor", integer(0, SEQ_MAX), "Start after this seq.", metavar="SEQ",
         shown_default="that of URL, else 0: everything")  # fmt: skip
 @option(
