@@ -17,16 +17,13 @@ from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from itertools import accumulate, pairwise
 from sys import getsizeof
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from weakref import ref
 
 from sse_labels.errors import BrokenPromise
 from sse_labels.filters import Filter
-from sse_labels.labels import label_json
+from sse_labels.labels import Row, label_json
 from sse_labels.sse import encode_frame
-
-#: One row as the SQL blocks return it: id, src, uri, cid, val, neg, cts, exp, sig.
-Row = tuple[Any, ...]
 
 #: What a chunk takes beside its events: itself, two arrays, two numbers, the headers of its bytes
 #: and of its list; and an event beside its bytes: seq and offset, and for `select` the key's tuple
@@ -194,9 +191,9 @@ def encode_rows(
     return Chunk(
         start,
         end,
-        array("q", [row[0] for row in rows]),
-        [encode_frame(row[0], label_json(*row[1:])) for row in rows],
-        _keys_of((row[1], row[2], row[4]) for row in rows) if with_keys else None,
+        array("q", [row.seq for row in rows]),
+        [encode_frame(row.seq, label_json(*row.columns)) for row in rows],
+        _keys_of((row.src, row.uri, row.val) for row in rows) if with_keys else None,
     )
 
 

@@ -22,10 +22,9 @@ from typing import NamedTuple, Protocol
 from weakref import WeakValueDictionary
 
 from sse_labels.backoff import Backoff
-from sse_labels.chunk import Row
 from sse_labels.errors import DatabaseUnavailable
 from sse_labels.filters import Filter
-from sse_labels.labels import expires_at
+from sse_labels.labels import Row, expires_at
 from sse_labels.metrics import Metrics
 from sse_labels.notice import Notice
 from sse_labels.reads import Reads
@@ -165,14 +164,14 @@ class Expiry:
         if not (self._readers or self._checks):
             return
         for row in rows:
-            key = row[1:5]
+            key = row.key
             if self._checks:
-                self._newer[key] = row[0]
+                self._newer[key] = row.seq
             before = self._alive.get(key)
             if before is not None:
                 before.superseded = True
-            at = None if row[5] else expires_at(row[7])
-            if at is not None and self._schedule.add(Due(at, row[0])):
+            at = None if row.neg else expires_at(row.exp)
+            if at is not None and self._schedule.add(Due(at, row.seq)):
                 self.wake()
 
     async def run(self) -> None:
@@ -307,11 +306,11 @@ class Expiry:
             rows = await self._store.still_in_force([due.seq for due in dues], self._head())
             at = {due.seq: due.at for due in dues}
             notices = [
-                self._notice(at[row[0]], row)
+                self._notice(at[row.seq], row)
                 for row in rows
                 # Rows below the floor stay for as long as a sweep takes, or until the next one.
                 # What was streamed since the head of the query: a newer one came first.
-                if row[0] >= self._floor() and self._newer.get(row[1:5], 0) <= row[0]
+                if row.seq >= self._floor() and self._newer.get(row.key, 0) <= row.seq
             ]
         finally:
             self._checks -= 1
@@ -321,9 +320,9 @@ class Expiry:
 
     def _notice(self, at: float, row: Row) -> Notice:
         """Return the notice of a row, the one that others wait for if there is any."""
-        key = row[1:5]
+        key = row.key
         notice = self._alive.get(key)
-        if notice is None or notice.seq != row[0]:
+        if notice is None or notice.seq != row.seq:
             notice = Notice(at, row)
             self._alive[key] = notice
         return notice

@@ -53,6 +53,32 @@ class Label(NamedTuple):
     sig: bytes | None
 
 
+class Row(NamedTuple):
+    """One event as the SQL blocks return it: its seq, and the columns of its label."""
+
+    seq: int
+    src: str
+    uri: str
+    cid: str
+    val: str
+    neg: bool | None
+    cts: str
+    exp: str | None
+    sig: memoryview | None
+
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        """What a newer label must share to take this one's place: (src, uri, cid, val)."""
+        return self[1:5]
+
+    @property
+    def columns(
+        self,
+    ) -> tuple[str, str, str, str, bool | None, str, str | None, memoryview | None]:
+        """The label: `label_json` and `Label` take these, in this order."""
+        return self[1:]
+
+
 def parse_label(obj: object) -> Label:
     """Return the label that a decoded JSON object describes, nothing reformatted.
 

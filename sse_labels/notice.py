@@ -10,8 +10,7 @@ from __future__ import annotations
 
 from functools import cached_property
 
-from sse_labels.chunk import Row
-from sse_labels.labels import label_json
+from sse_labels.labels import Row, label_json
 from sse_labels.sse import encode_info
 from sse_labels.xrpc import cbor_label
 from sse_labels.xrpc import encode_info as encode_message
@@ -24,12 +23,12 @@ class Notice:
 
     def __init__(self, at: float, row: Row) -> None:
         self.at = at
-        self.seq: int = row[0]
+        self.seq = row.seq
         #: What a filter looks at.
-        self.looks: tuple[str, str, str] = (row[1], row[2], row[4])
+        self.looks = (row.src, row.uri, row.val)
         #: A newer label of its key is being streamed: whoever has not been told needs not be.
         self.superseded = False
-        self._label = label_json(*row[1:])
+        self._label = label_json(*row.columns)
         self._message = f"the label of seq {self.seq} has expired"
 
     def __repr__(self) -> str:

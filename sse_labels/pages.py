@@ -126,14 +126,14 @@ class Pages:
         clock = asyncio.get_running_loop().time
         until = clock() + TURN_SECONDS
         first = page = looked = await self._rows(key, keep=True)
-        rows = [row for row in page.rows if matches(row[1], row[2], row[4])]
+        rows = [row for row in page.rows if matches(row.src, row.uri, row.val)]
         lasts_until = page.lasts_until
         for _ in range(1, LOOKED_AT_ONCE):
             if not page.full or 2 * len(rows) >= self._limit or clock() > until:
                 break
             await asyncio.sleep(0)
             page = await self._rows((page.end, *key[1:]), keep=True)
-            more = [row for row in page.rows if matches(row[1], row[2], row[4])]
+            more = [row for row in page.rows if matches(row.src, row.uri, row.val)]
             if page.floor > page.start + 1 or len(rows) + len(more) > self._limit:
                 # What is gone is told at the beginning of a page.
                 break

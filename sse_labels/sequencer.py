@@ -16,10 +16,11 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from sse_labels.backoff import Backoff
-from sse_labels.chunk import Chunk, Row
+from sse_labels.chunk import Chunk
 from sse_labels.database import Connection
 from sse_labels.errors import BrokenPromise, DatabaseRefused, DatabaseUnavailable
 from sse_labels.filters import Filter
+from sse_labels.labels import Row
 from sse_labels.metrics import Metrics
 from sse_labels.ring import Ring
 from sse_labels.settled import HOLE_LOG_SECONDS, SettledRule
@@ -264,7 +265,7 @@ class Sequencer:
             # A hole. Its holders are read after the page, and when there are none, the page is
             # read again: who held the lock may have committed between the two.
             holders = await self._store.sequence_holders(connection)
-            rule.open_hole(rows[-1][0], holders)
+            rule.open_hole(rows[-1].seq, holders)
             if holders:
                 self._metrics.count["holes"] += 1
             else:
@@ -273,7 +274,7 @@ class Sequencer:
         more = rule.hole is None and (taken < len(rows) or len(rows) == self._limit)
         if head == rule.head:
             return None, more
-        if (not taken or rows[0][0] != rule.head + 1) and await self._was_overtaken(rule):
+        if (not taken or rows[0].seq != rule.head + 1) and await self._was_overtaken(rule):
             return None, True
         chunk = self._store.chunk(rows[:taken], start=rule.head, end=head, with_keys=True)
         self._metrics.count["unsigned_withheld"] += taken - len(chunk)
@@ -305,7 +306,7 @@ class Sequencer:
         return True
 
     def _admit(self, rule: SettledRule, rows: list[Row]) -> tuple[int, int]:
-        return rule.admit([row[0] for row in rows], complete=len(rows) < self._limit)
+        return rule.admit([row.seq for row in rows], complete=len(rows) < self._limit)
 
     def publish(self, chunk: Chunk) -> None:
         """Put the chunk into the ring and hand it to every subscriber, without an await."""

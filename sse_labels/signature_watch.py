@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Sequence
 from itertools import islice
 
-from sse_labels.labels import Label
+from sse_labels.labels import Label, Row
 from sse_labels.metrics import Metrics
 from sse_labels.signatures import SourceKeys, Verdict
 
@@ -35,10 +35,10 @@ class SignatureWatch:
         self._waiting: deque[tuple[int, Label]] = deque()
         self._wake = asyncio.Event()
 
-    def take(self, rows: Sequence[tuple[object, ...]]) -> None:
-        """Check these rows (id, src, uri, cid, val, neg, cts, exp, sig) soon."""
+    def take(self, rows: Sequence[Row]) -> None:
+        """Check these rows soon."""
         room = WAITING_MAX_LABELS - len(self._waiting)
-        self._waiting.extend((row[0], Label(*row[1:])) for row in rows[:room])  # type: ignore[misc,arg-type]
+        self._waiting.extend((row.seq, Label._make(row.columns)) for row in rows[:room])
         self._metrics.count["signatures_unchecked"] += max(0, len(rows) - room)
         self._wake.set()
 

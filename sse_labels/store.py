@@ -11,15 +11,15 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
-from sse_labels.chunk import Chunk, Row, encode_rows
+from sse_labels.chunk import Chunk, encode_rows
 from sse_labels.database import Connection, Database
 from sse_labels.errors import SchemaError
 from sse_labels.filters import Filter
-from sse_labels.labels import Label, expires_at
+from sse_labels.labels import Label, Row, expires_at
 
 log = logging.getLogger(__name__)
 
@@ -192,7 +192,7 @@ class Store:
 
     async def rows_after(self, connection: Connection, cursor: int, limit: int) -> list[Row]:
         """Return at most `limit` rows after `cursor`, by id; not yet known to be settled."""
-        return self._as_meant(await connection.fetch("rows_after", cursor=cursor, limit=limit))
+        return self._rows(await connection.fetch("rows_after", cursor=cursor, limit=limit))
 
     async def sequence_holders(self, connection: Connection) -> frozenset[str]:
         """Return the virtual transactions that took an id and have not ended."""
@@ -251,17 +251,17 @@ class Store:
 
     async def page(self, cursor: int, head: int, limit: int) -> PageRows:
         """Return what comes after `cursor`, at most `limit` rows and never beyond `head`."""
-        rows = self._as_meant(await self._database.fetch("rows_after", cursor=cursor, limit=limit))
-        full = len(rows) == limit and rows[-1][0] <= head
+        rows = self._rows(await self._database.fetch("rows_after", cursor=cursor, limit=limit))
+        full = len(rows) == limit and rows[-1].seq <= head
         if not full:
             # What lies beyond the head is not settled yet.
-            rows = [row for row in rows if row[0] <= head]
+            rows = [row for row in rows if row.seq <= head]
         floor = 1
-        if self.has_state and (not rows or rows[0][0] != cursor + 1):
+        if self.has_state and (not rows or rows[0].seq != cursor + 1):
             # Retention takes rows from the old end and raises the floor before: rows it took
             # show as a gap at the page's beginning, and a floor read now is as new as the page.
             floor = (await self.state()).floor
-        end = rows[-1][0] if full else head
+        end = rows[-1].seq if full else head
         return PageRows(self._shown(rows), cursor, end, full, floor)
 
     async def snapshot_page(
@@ -314,10 +314,10 @@ class Store:
             prefixes=list(narrowed.uri_prefixes) if narrowed else [],
         )
         last, looked_at = found[0][:2]
-        rows = self._as_meant([row[2:] for row in found if row[2] is not None])
+        rows = self._rows(row[2:] for row in found if row[2] is not None)
         if len(rows) == limit:
             # The window may hold more: what comes next begins there.
-            return Found(rows, rows[-1][0])
+            return Found(rows, rows[-1].seq)
         return Found(rows, min(last, until) if looked_at == window else until)
 
     def _asked(self, narrowed: Filter | None, until: int) -> dict[str, Any]:
@@ -343,7 +343,7 @@ class Store:
 
     async def still_in_force(self, seqs: Sequence[int], until: int) -> Sequence[Row]:
         """Return the rows that are the newest of their key as of `until`, unless withheld."""
-        rows = self._as_meant(
+        rows = self._rows(
             await self._database.fetch(
                 "still_in_force",
                 seqs=list(seqs),
@@ -367,7 +367,7 @@ class Store:
 
     def _shown(self, rows: Sequence[Row]) -> Sequence[Row]:
         """Return the rows less what is withheld."""
-        return [row for row in rows if row[8]] if self._withhold_unsigned else rows
+        return [row for row in rows if row.sig] if self._withhold_unsigned else rows
 
     async def query(
         self,
@@ -392,7 +392,7 @@ class Store:
         share = max(1, URI_WINDOW // (len(narrowed.uris) + len(narrowed.uri_prefixes)))
         common = {"cursor": cursor, "limit": limit, "window": share, **ways}
         common |= self._asked(narrowed, head)
-        rows: list[Row] = []
+        rows: list[tuple[Any, ...]] = []
         end = head
         for prefix in narrowed.uri_prefixes:
             # Ozone's table has no index for prefixes.
@@ -414,14 +414,15 @@ class Store:
             rows += [row[1:] for row in found]
         # Each block returned its first `limit`: the first `limit` of all are among them.
         once = {row[0]: row for row in rows if row[0] is not None and row[0] <= end}
-        rows = self._as_meant([once[seq] for seq in sorted(once)[:limit]])
-        return Found(rows, rows[-1][0] if len(rows) == limit else end)
+        first = self._rows(once[seq] for seq in sorted(once)[:limit])
+        return Found(first, first[-1].seq if len(first) == limit else end)
 
-    def _as_meant(self, rows: list[Row]) -> list[Row]:
+    def _rows(self, found: Iterable[tuple[Any, ...]]) -> list[Row]:
         """Return rows of the table; in Ozone's a `neg` that is false was never stated."""
+        rows = list(map(Row._make, found))
         if not self.attached:
             return rows
-        return [(*row[:5], row[5] or None, *row[6:]) for row in rows]
+        return [row if row.neg else row._replace(neg=None) for row in rows]
 
     async def note_own(self, src: str) -> bool:
         """Keep mirrors from labels of `src`, which is made here; say whether this role may."""
@@ -506,7 +507,7 @@ def _not_expired(rows: Sequence[Row], now: float) -> tuple[list[Row], float]:
     """Return the rows that have not expired, and when the first of them does."""
     left, first = [], math.inf
     for row in rows:
-        at = expires_at(row[7])
+        at = expires_at(row.exp)
         if at is None:
             left.append(row)
         elif at > now:

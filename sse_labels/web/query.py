@@ -81,9 +81,9 @@ class QueryHandler:
         rows, end, now = found.rows[:limit], found.end, time.time()
         if len(found.rows) > limit or (len(rows) == limit and end < head):
             # Behind as many labels as were asked for, the cursor is the last one's seq.
-            end = rows[-1][0]
-        shown = [row for row in rows if not (in_force and is_expired(row[7], now))]
-        answer: dict[str, object] = {"labels": [label_json(*row[1:]) for row in shown]}
+            end = rows[-1].seq
+        shown = [row for row in rows if not (in_force and is_expired(row.exp, now))]
+        answer: dict[str, object] = {"labels": [label_json(*row.columns) for row in shown]}
         if end < head:
             answer["cursor"] = str(end)
         return answer

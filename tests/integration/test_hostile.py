@@ -19,6 +19,7 @@ from sse_labels.database import Database
 from sse_labels.embedded import EmbeddedPostgres
 from sse_labels.errors import DatabaseUnavailable
 from sse_labels.filters import parse_filter
+from sse_labels.labels import Row
 from sse_labels.ring import Ring
 from sse_labels.web.query import QUERIES_AT_ONCE
 
@@ -67,7 +68,7 @@ async def test_standby_is_no_server_to_read_from() -> None:
 
 def row(seq: int) -> tuple[object, ...]:
     uri = f"at://did:web:a.example/app.bsky.feed.post/{seq}"
-    return (seq, "did:web:l.example", uri, "", "spam", None, "2026-01-01T00:00:00Z", None, None)
+    return Row(seq, "did:web:l.example", uri, "", "spam", None, "2026-01-01T00:00:00Z", None, None)
 
 
 def test_ring_page_is_a_page_of_a_large_chunk_and_shared() -> None:

@@ -247,7 +247,10 @@ class TestState:
         assert list(page.chunk.seqs) == [4]
         page = encoded(await store.snapshot_page(0, Snapshot(4, resumed=False), 10, None))
         assert list(page.chunk.seqs) == [3, 4]
-        assert [row[0] for row in (await store.query(None, 0, 4, 10, in_force=True)).rows] == [3, 4]
+        assert [row.seq for row in (await store.query(None, 0, 4, 10, in_force=True)).rows] == [
+            3,
+            4,
+        ]
 
     async def test_where_each_key_has_one_row_nothing_newer_is_looked_for(
         self, store: Store, database: TestDatabase
@@ -269,8 +272,8 @@ class TestState:
         page = encoded(await store.snapshot_page(2, Snapshot(5, resumed=True), 10, None))
         assert list(page.chunk.seqs) == [3, 4, 5]
         found = await store.query(None, 0, 5, 10, in_force=True)
-        assert [row[0] for row in found.rows] == [2, 3, 5]
-        assert [row[0] for row in await store.still_in_force([1, 2, 6], 5)] == [2]
+        assert [row.seq for row in found.rows] == [2, 3, 5]
+        assert [row.seq for row in await store.still_in_force([1, 2, 6], 5)] == [2]
 
 
 #: What LIKE and arrays give a meaning to, and what indexes and string limits end at.
@@ -350,7 +353,7 @@ class TestQueries:
         for uri in ODD:
             narrowed = Filter(uris=frozenset([uri]))
             rows = (await store.query(narrowed, 0, 10_000, 1000)).rows
-            assert {row[2] for row in rows} == {uri}
+            assert {row.uri for row in rows} == {uri}
             assert as_events(rows) == naive(table, narrowed, 0, 10_000, 1000), uri
 
     async def test_a_prefix_is_taken_literally(

@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sse_labels.chunk import CHUNK_BYTES, Chunk, Row, encode_rows, merge
+from sse_labels.chunk import CHUNK_BYTES, Chunk, encode_rows, merge
 from sse_labels.errors import BrokenPromise
 from sse_labels.filters import Filter
+from sse_labels.labels import Row
 
 from support.eventsource import parse
 
@@ -35,7 +36,7 @@ FILTERS = (
 
 
 def make_row(seq: int, src: str = SOURCES[0], uri: str = URIS[0], val: str = "spam") -> Row:
-    return (seq, src, uri, "", val, None, CTS, None, None)
+    return Row(seq, src, uri, "", val, None, CTS, None, None)
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Run:
 
     def after(self, cursor: int, max_events: int | None = None) -> Run:
         start = max(self.start, min(cursor, self.end))
-        rows = [row for row in self.rows if row[0] > cursor]
+        rows = [row for row in self.rows if row.seq > cursor]
         if max_events is None or len(rows) <= max_events:
             return Run(start, self.end, rows)
         # Cut short, it goes no further than what it shows.
@@ -59,14 +60,14 @@ class Run:
         return Run(start, rows[-1][0] if rows else start, rows)
 
     def select(self, narrowed: Filter) -> Run:
-        kept = [row for row in self.rows if narrowed.matches(row[1], row[2], row[4])]
+        kept = [row for row in self.rows if narrowed.matches(row.src, row.uri, row.val)]
         return Run(self.start, self.end, kept)
 
     def cut(self, cursors: list[int]) -> list[Run]:
         """The same run in consecutive pieces."""
         borders = [self.start, *sorted(cursors), self.end]
         return [
-            Run(low, high, [row for row in self.rows if low < row[0] <= high])
+            Run(low, high, [row for row in self.rows if low < row.seq <= high])
             for low, high in pairwise(borders)
         ]
 
@@ -113,7 +114,7 @@ class TestEncoding:
     @given(runs())
     def test_a_chunk_is_the_frames_of_its_rows_in_order(self, run: Run) -> None:
         chunk = run.encode()
-        assert list(chunk.seqs) == seqs_in(chunk.data) == [row[0] for row in run.rows]
+        assert list(chunk.seqs) == seqs_in(chunk.data) == [row.seq for row in run.rows]
         assert (chunk.start, chunk.end, len(chunk)) == (run.start, run.end, len(run.rows))
 
     def test_a_chunk_without_events_still_moves_the_position(self) -> None:
@@ -269,7 +270,7 @@ class TestTogether:
                     narrowed = data.draw(st.sampled_from(FILTERS))
                     chunk, run = chunk.select(narrowed), run.select(narrowed)
                 case "merge":
-                    seqs = [row[0] for row in run.rows[:-1]]
+                    seqs = [row.seq for row in run.rows[:-1]]
                     if seqs:
                         cut = data.draw(st.sampled_from(seqs))
                         head = chunk.after(run.start, seqs.index(cut) + 1)

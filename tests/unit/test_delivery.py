@@ -19,10 +19,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from sse_labels.chunk import Row, encode_rows
+from sse_labels.chunk import encode_rows
 from sse_labels.errors import ConsumerTooSlow, DatabaseUnavailable, ServerStopping, StreamClosed
 from sse_labels.filters import Filter
-from sse_labels.labels import label_json
+from sse_labels.labels import Row, label_json
 from sse_labels.metrics import Metrics
 from sse_labels.outbox import CaughtUp, Events, Outbox, Outdated, Silence, Step
 from sse_labels.pages import Pages
@@ -41,7 +41,7 @@ MAX_CONSUMERS = 3
 def make_row(seq: int) -> Row:
     """Any three rows in succession differ in what a filter looks at."""
     val = "spam" if seq % 3 else "porn"
-    return (seq, SOURCES[seq % 2], f"at://b/{seq}", "", val, None, "t", None, None)
+    return Row(seq, SOURCES[seq % 2], f"at://b/{seq}", "", val, None, "t", None, None)
 
 
 #: What consumers may ask for, and the same said plainly.
@@ -451,7 +451,7 @@ class Delivery(RuleBasedStateMachine):
         events = consumer.parser.feed(data)
         assert [dispatched.last_event_id for dispatched in events] == [str(seq) for seq in seqs]
         assert [json.loads(dispatched.data) for dispatched in events] == [
-            {"seq": seq, "labels": [label_json(*make_row(seq)[1:])]} for seq in seqs
+            {"seq": seq, "labels": [label_json(*make_row(seq).columns)]} for seq in seqs
         ]
         consumer.received += seqs
 

@@ -16,11 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sse_labels import expiry as module
-from sse_labels.chunk import Row
 from sse_labels.errors import DatabaseUnavailable
 from sse_labels.expiry import HORIZON_SECONDS, LOOK_SECONDS, Expiry
 from sse_labels.expiry_reader import ExpiryReader
 from sse_labels.filters import Filter
+from sse_labels.labels import Row
 from sse_labels.metrics import Metrics
 
 from support.virtual_time import VirtualTimeLoop, virtual_time
@@ -69,14 +69,14 @@ class Bench:
     def publish(self, key: str, exp: float | None, *, neg: bool = False, val: str = "spam") -> int:
         """Store a label and let the sequencer publish it; return its seq."""
         text = None if exp is None else exp_of(exp)
-        row = (self.head + 1, "did:plc:a", f"at://b/{key}", "", val, neg, "t", text, None)
+        row = Row(self.head + 1, "did:plc:a", f"at://b/{key}", "", val, neg, "t", text, None)
         self.expiry.take([row])
         self.table.append(row)
         return self.head
 
     def in_force(self, row: Row, head: int) -> bool:
-        newer = [other for other in self.table[row[0] : head] if other[1:5] == row[1:5]]
-        return row[0] <= head and not row[5] and not newer
+        newer = [other for other in self.table[row.seq : head] if other.key == row.key]
+        return row.seq <= head and not row.neg and not newer
 
     async def expiring(
         self, date: str, seq: int, last_date: str, limit: int
@@ -84,12 +84,12 @@ class Bench:
         """As the store does, from the list."""
         await self._answer()
         self.loads += 1
-        found = [(row[7][:10], row[0], row[7]) for row in self.table if row[7] and not row[5]]
-        return sorted(row for row in found if (date, seq) < row[:2] and row[0] <= last_date)[:limit]
+        found = [(row.exp[:10], row.seq, row.exp) for row in self.table if row.exp and not row.neg]
+        return sorted(one for one in found if (date, seq) < one[:2] and one[0] <= last_date)[:limit]
 
     async def still_in_force(self, seqs: list[int], until: int) -> list[Row]:
         """As the store does, from the list."""
-        rows = [row for row in self.table if row[0] in seqs and self.in_force(row, until)]
+        rows = [row for row in self.table if row.seq in seqs and self.in_force(row, until)]
         await self._answer()
         return rows[::-1]
 
@@ -390,11 +390,11 @@ def test_in_any_order_of_events_each_is_told_once_in_order_of_time(
             bench.away = False
             await asyncio.sleep(LONG_SECONDS + 9000)
             over = sorted(
-                (at, row[0])
+                (at, row.seq)
                 for row in bench.table
                 if bench.in_force(row, bench.head)
-                and row[7]
-                and (at := datetime.fromisoformat(row[7]).timestamp()) <= bench.clock()
+                and row.exp
+                and (at := datetime.fromisoformat(row.exp).timestamp()) <= bench.clock()
             )
             for consumer in consumers:
                 assert consumer.told == sorted(set(consumer.told))

@@ -16,9 +16,9 @@ import pytest
 from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 
-from sse_labels.chunk import Chunk, Row, encode_rows
+from sse_labels.chunk import Chunk, encode_rows
 from sse_labels.errors import InvalidLabel
-from sse_labels.labels import LABEL_TYPE, parse_label
+from sse_labels.labels import LABEL_TYPE, Row, parse_label
 
 from support.eventsource import parse
 
@@ -114,7 +114,7 @@ def stored(seq: int, given: object) -> Row:
         if isinstance(text, str):
             assert "\0" not in text, "PostgreSQL refuses it"
             assert text.encode().decode() == text
-    return (seq, *label[:-1], None if label.sig is None else memoryview(label.sig))
+    return Row(seq, *label[:-1], None if label.sig is None else memoryview(label.sig))
 
 
 def received(chunk: Chunk) -> list[tuple[str, dict[str, Any]]]:

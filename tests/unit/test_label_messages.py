@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sse_labels.chunk import Row, encode_rows
+from sse_labels.chunk import encode_rows
 from sse_labels.filters import Filter
-from sse_labels.labels import label_json
+from sse_labels.labels import Row, label_json
 from sse_labels.web import label_socket
 from sse_labels.web.label_socket import Messages
 from sse_labels.xrpc import encode_labels
@@ -21,13 +21,13 @@ SPAM = Filter(values=frozenset({"spam"}))
 
 def make_rows(count: int) -> list[Row]:
     return [
-        (seq, "did:a:b", f"a:{seq}", "", "spam" if seq % 3 else "rude", None, "now", None, None)
+        Row(seq, "did:a:b", f"a:{seq}", "", "spam" if seq % 3 else "rude", None, "now", None, None)
         for seq in range(1, count + 1)
     ]
 
 
 def expected(rows: list[Row]) -> bytes:
-    return b"".join(encode_labels(row[0], label_json(*row[1:])) for row in rows)
+    return b"".join(encode_labels(row.seq, label_json(*row.columns)) for row in rows)
 
 
 @given(st.integers(1, 12), st.sampled_from([0, 200, PLENTY]), st.data())
@@ -50,7 +50,7 @@ def test_messages_of_any_part_are_those_of_its_events(
         messages.events(part)
         del part
     for part in parts:
-        assert messages.events(part) == expected([row for row in rows if row[0] in part.seqs])
+        assert messages.events(part) == expected([row for row in rows if row.seq in part.seqs])
 
 
 @pytest.mark.parametrize("max_bytes", [1, PLENTY])

@@ -11,8 +11,9 @@ from weakref import ref
 
 import pytest
 
-from sse_labels.chunk import Chunk, Row, encode_rows, kept_nbytes
+from sse_labels.chunk import Chunk, encode_rows, kept_nbytes
 from sse_labels.filters import Filter
+from sse_labels.labels import Row
 from sse_labels.metrics import Metrics
 from sse_labels.outbox import CaughtUp, Outbox
 from sse_labels.pages import Pages
@@ -36,7 +37,9 @@ def make_row(seq: int, src: str = "did:plc:ewvi7nxzyoun6zhxrhs64oiz") -> Row:
     """A row as the driver makes one: no string is shared with another row."""
     uri = f"at://did:plc:{seq:024}/app.bsky.feed.post/3jwdwj2ctlk26"
     val = str(b"rare" if seq % 100 == 0 else b"spam", "ascii")
-    return (seq, str(src.encode(), "ascii"), uri, "", val, None, "2026-01-01T00:00:00Z", None, None)
+    return Row(
+        seq, str(src.encode(), "ascii"), uri, "", val, None, "2026-01-01T00:00:00Z", None, None
+    )
 
 
 def make_chunk(start: int, events: int, *, with_keys: bool = True) -> Chunk:
@@ -107,7 +110,7 @@ class Table:
 
     async def page(self, cursor: int, head: int, limit: int) -> PageRows:
         rows = [
-            (*make_row(seq)[:8], memoryview(bytes(64)))
+            make_row(seq)._replace(sig=memoryview(bytes(64)))
             for seq in range(cursor + 1, cursor + limit + 1)
         ]
         return PageRows(rows, cursor, cursor + limit, True, 1)

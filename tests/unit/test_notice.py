@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 
 from sse_labels import xrpc
-from sse_labels.labels import label_json
+from sse_labels.labels import Row, label_json
 from sse_labels.notice import Notice
 
 from support.eventsource import parse
 
 EXP = "2026-06-01T12:00:00Z"
-ROW = (7, "did:plc:a", "at://b/c", "", "ü\n\u2028", True, "t", EXP, b"\xfb\xff\xfe")
+ROW = Row(7, "did:plc:a", "at://b/c", "", "ü\n\u2028", True, "t", EXP, memoryview(b"\xfb\xff\xfe"))
 
 
 def test_the_event_has_the_label_and_its_seq_and_moves_no_cursor() -> None:
@@ -22,7 +22,7 @@ def test_the_event_has_the_label_and_its_seq_and_moves_no_cursor() -> None:
         "name": "LabelExpired",
         "message": "the label of seq 7 has expired",
         "seq": 7,
-        "label": label_json(*ROW[1:]),
+        "label": label_json(*ROW.columns),
     }
 
 

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sse_labels.chunk import Chunk, Row, encode_rows
+from sse_labels.chunk import Chunk, encode_rows
 from sse_labels.errors import (
     BrokenPromise,
     ConsumerTooSlow,
@@ -25,6 +25,7 @@ from sse_labels.errors import (
     ServerStopping,
 )
 from sse_labels.filters import Filter
+from sse_labels.labels import Row
 from sse_labels.metrics import Metrics
 from sse_labels.notice import Notice
 from sse_labels.outbox import (
@@ -58,7 +59,7 @@ def now() -> float:
 def make_row(seq: int) -> Row:
     """Odd seqs are spam, even ones are porn."""
     val = "spam" if seq % 2 else "porn"
-    return (seq, "did:plc:a", f"at://b/{seq}", "", val, None, "t", None, None)
+    return Row(seq, "did:plc:a", f"at://b/{seq}", "", val, None, "t", None, None)
 
 
 class Bench:
@@ -128,11 +129,11 @@ class Bench:
     def retire(self, floor: int) -> None:
         """Retention: the floor rises first, then the rows go."""
         self.floor = floor
-        self.table = [row for row in self.table if row[0] >= floor]
+        self.table = [row for row in self.table if row.seq >= floor]
 
     async def state(self) -> State:
         """As `Store.state` does."""
-        kept = [row[0] for row in self.table if row[0] >= self.floor]
+        kept = [row.seq for row in self.table if row.seq >= self.floor]
         return State(self.floor, None, kept[0] if kept else None)
 
     async def read(
@@ -149,7 +150,7 @@ class Bench:
         if self.failures:
             raise self.failures.pop(0)
         head = self.sequencer.head
-        rows = [row for row in self.table if cursor < row[0] <= head][: self.page_max_events]
+        rows = [row for row in self.table if cursor < row.seq <= head][: self.page_max_events]
         full = len(rows) == self.page_max_events
         end = rows[-1][0] if full else head
         chunk = encode_rows(rows, start=cursor, end=end, with_keys=True).select(narrowed)
@@ -1029,7 +1030,7 @@ class TestRetention:
         bench.gate.set()
         assert await reading == Outdated(cursor=0, floor=6)
         assert await until_caught_up(steps) == [
-            row[0] for row in bench.table if row[0] >= 6 and row[4] == "spam"
+            row.seq for row in bench.table if row.seq >= 6 and row.val == "spam"
         ]
         await steps.aclose()
 
@@ -1311,9 +1312,9 @@ class Consumer:
     def check(self, published: list[Row], position: int) -> None:
         """Strictly increasing after the cursor, nothing missing up to `position`."""
         known = [
-            row[0]
+            row.seq
             for row in published
-            if row[0] > self.cursor and (self.narrowed is None or row[4] == "spam")
+            if row.seq > self.cursor and (self.narrowed is None or row.val == "spam")
         ]
         through = max(position, self.received[-1]) if self.received else position
         possible = [seq for seq in known if seq <= through]

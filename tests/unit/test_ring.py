@@ -12,13 +12,16 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from sse_labels import ring as ring_module
 from sse_labels.chunk import Chunk, encode_rows, kept_nbytes
 from sse_labels.errors import BrokenPromise
+from sse_labels.labels import Row
 from sse_labels.ring import MERGE_COUNT, SMALL_EVENTS, Ring
 
 PLENTY = 2**30
 
 
 def make_chunk(start: int, seqs: list[int], end: int | None = None) -> Chunk:
-    rows = [(seq, "did:plc:a", f"at://b/{seq}", "", "spam", None, "t", None, None) for seq in seqs]
+    rows = [
+        Row(seq, "did:plc:a", f"at://b/{seq}", "", "spam", None, "t", None, None) for seq in seqs
+    ]
     last = seqs[-1] if seqs else start
     return encode_rows(rows, start=start, end=last if end is None else end, with_keys=True)
 

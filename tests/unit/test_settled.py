@@ -17,8 +17,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sse_labels.chunk import Chunk, Row, encode_rows
+from sse_labels.chunk import Chunk, encode_rows
 from sse_labels.errors import BrokenPromise, DatabaseUnavailable
+from sse_labels.labels import Row
 from sse_labels.metrics import Metrics
 from sse_labels.sequencer import Sequencer
 from sse_labels.settled import SettledRule
@@ -543,7 +544,7 @@ class WorldStore:
                 raise Done
             self.polls_left -= 1
         ids = self.world.rows_after(head, limit)
-        return [(seq, "did:plc:a", "at://b", "", "spam", None, "t", None, None) for seq in ids]
+        return [Row(seq, "did:plc:a", "at://b", "", "spam", None, "t", None, None) for seq in ids]
 
     async def commit_age(self, _connection: Any, _seq: int) -> None:
         self.world.pass_time()
