@@ -25,7 +25,9 @@ from sse_labels.config import Settings, option_name
 from sse_labels.database import Database
 from sse_labels.errors import ConfigError, DatabaseRefused
 from sse_labels.expiry import Expiry
+from sse_labels.label_table import LabelTable
 from sse_labels.listener import Listener
+from sse_labels.lives import claim_epoch
 from sse_labels.logs import by_address
 from sse_labels.metrics import Metrics
 from sse_labels.migrations import migrate
@@ -33,6 +35,7 @@ from sse_labels.pages import Pages
 from sse_labels.publish_tokens import PublishTokens
 from sse_labels.publisher import Publisher
 from sse_labels.retention import Retention
+from sse_labels.schema import Schema
 from sse_labels.sequencer import Sequencer
 from sse_labels.shared import Share
 from sse_labels.signature_watch import SignatureWatch
@@ -94,10 +97,9 @@ class App:
             query_timeout_seconds=settings.query_timeout_seconds,
             max_connections=settings.backfill_max_reads + REQUEST_CONNECTIONS,
         )
+        self.schema = Schema(self.database, settings.source)
         self.store = Store(
-            self.database,
-            source=settings.source,
-            withhold_unsigned=settings.unsigned == "withhold",
+            self.database, self.schema, withhold_unsigned=settings.unsigned == "withhold"
         )
         if settings.signing_did is not None and settings.signing_key_file is None:
             raise ConfigError(
@@ -136,7 +138,7 @@ class App:
             watchers=watchers,
         )
         self.listener = Listener(
-            self.store, self.metrics, self.sequencer.wake, self.sequencer.floor_raised
+            self.database, self.metrics, self.sequencer.wake, self.sequencer.floor_raised
         )
         self.pages = Pages(
             self.store,
@@ -159,7 +161,8 @@ class App:
             self.auth, settings, share,
         )  # fmt: skip
         self.retention = Retention(
-            self.store,
+            self.database,
+            self.schema,
             lambda: self.sequencer.head,
             self.sequencer.look_at_state,
             self.metrics,
@@ -171,9 +174,11 @@ class App:
         self.health = HealthHandlers(self.sequencer, self.listener, self.metrics)
         self.tokens = tokens = PublishTokens(publish_token, settings.publish_tokens_file)
         self.operators = OperatorHandlers(self.streams, tokens, share.neighbours if share else None)
+        self.label_table = LabelTable(self.database)
         self.publish = PublishHandler(
             Publisher(
-                self.store,
+                self.label_table,
+                self.schema,
                 self.metrics,
                 signing_key=self.signing_key,
                 signing_did=settings.signing_did,
@@ -249,8 +254,8 @@ class App:
 
     async def prepare(self) -> None:
         """Bring the database to where it can be served from, or raise as `running` does."""
-        await self.store.find_source()
-        if self.settings.migrate and not self.store.attached:
+        await self.schema.find_source()
+        if self.settings.migrate and not self.schema.attached:
             try:
                 await migrate(self.database)
             except DatabaseRefused as error:
@@ -258,16 +263,20 @@ class App:
                     f"{error}; run `sse-labels migrate` as the owner of the schema, and serve with "
                     "--no-migrate"
                 ) from error
-        await self.store.check()
-        if not (self.store.attached or self.store.may_publish or self.tokens.empty):
+        await self.schema.check()
+        if not (self.schema.attached or self.schema.may_publish or self.tokens.empty):
             log.warning(
                 "publishing will be refused, the role may not do all that it takes: see the rights "
                 "to publish in the README; --no-migrate may also have left the schema too old"
             )
-        await self.store.claim_epoch()
+        await claim_epoch(self.database, self.schema)
         self._check_retention()
         did = self.settings.signing_did
-        if did is not None and not self.store.attached and not await self.store.note_own(did):
+        if (
+            did is not None
+            and not self.schema.attached
+            and not await self.label_table.note_own_source(did)
+        ):
             log.warning(
                 "a mirror is not kept from labels of --signing-did until one is published: did=%s;"
                 " migrate, and GRANT SELECT, INSERT ON label_own_source TO the role", did,
@@ -334,8 +343,8 @@ class App:
     def _check_retention(self) -> None:
         for name in ("retention_max_age_seconds", "retention_max_labels"):
             value = getattr(self.settings, name)
-            if value is not None and not self.store.may_delete:
-                if self.store.attached:
+            if value is not None and not self.schema.may_delete:
+                if self.schema.attached:
                     raise ConfigError(
                         option_name(name), value, "none: Ozone's table is read, never written"
                     )

@@ -15,9 +15,9 @@ import logging
 from collections.abc import Callable
 
 from sse_labels.backoff import Backoff
+from sse_labels.database import Database
 from sse_labels.errors import DatabaseUnavailable
 from sse_labels.metrics import Metrics
-from sse_labels.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -37,12 +37,12 @@ class Listener:
 
     def __init__(
         self,
-        store: Store,
+        database: Database,
         metrics: Metrics,
         wake: Callable[[], None],
         floor_raised: Callable[[], None],
     ) -> None:
-        self._store = store
+        self._database = database
         self._metrics = metrics
         self._wake = wake
         self._floor_raised = floor_raised
@@ -55,7 +55,7 @@ class Listener:
         lost = False
         while True:
             try:
-                connection = await self._store.dedicated()
+                connection = await self._database.connect()
                 try:
                     if lost:
                         self._metrics.count["database_reconnects"] += 1

@@ -21,11 +21,12 @@ from sse_labels.errors import (
     InvalidLabel,
     LabelsRefused,
 )
+from sse_labels.label_table import LabelTable
 from sse_labels.labels import Label, check_subject, label_json, parse_label
 from sse_labels.metrics import Metrics
+from sse_labels.schema import Schema
 from sse_labels.signatures import SigningKey, SourceKeys, Verdict
 from sse_labels.sse import dumps
-from sse_labels.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -34,11 +35,12 @@ CHECKED_AT_ONCE = 250
 
 
 class Publisher:
-    """Stores labels through the store's pool."""
+    """Stores labels through the pool."""
 
     def __init__(
         self,
-        store: Store,
+        table: LabelTable,
+        schema: Schema,
         metrics: Metrics,
         *,
         signing_key: SigningKey | None = None,
@@ -49,7 +51,8 @@ class Publisher:
 
         Those that come signed by a source of `source_keys`, or by `signing_did`, must be so.
         """
-        self._store = store
+        self._table = table
+        self._schema = schema
         self._metrics = metrics
         self._signing_key = signing_key
         self._signing_did = signing_did
@@ -76,7 +79,7 @@ class Publisher:
         stored, or when the connection was lost before the database could say (then a key makes
         trying again safe).
         """
-        if self._store.attached:
+        if self._schema.attached:
             raise Forbidden("publishing is off: this server reads Ozone's labels; label in Ozone")
         labels: list[Label] = []
         digest = hashlib.sha256()
@@ -85,7 +88,7 @@ class Publisher:
                 labels += await self._checked(given, start, None if key is None else digest)
         fingerprint = b"" if key is None else digest.digest()
         try:
-            seqs = await self._store.publish(labels, key, fingerprint)
+            seqs = await self._table.insert(labels, key, fingerprint)
         except DatabaseRefused as error:
             self._metrics.count["labels_refused"] += len(given)
             if error.of_values:

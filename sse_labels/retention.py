@@ -14,10 +14,11 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 
-from sse_labels.database import Connection
+from sse_labels.database import Connection, Database
 from sse_labels.errors import DatabaseRefused, DatabaseUnavailable
 from sse_labels.metrics import Metrics
-from sse_labels.store import State, Store
+from sse_labels.schema import Schema
+from sse_labels.store import State
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +33,8 @@ class Retention:
 
     def __init__(
         self,
-        store: Store,
+        database: Database,
+        schema: Schema,
         head: Callable[[], int],
         look: Callable[[], Awaitable[State]],
         metrics: Metrics,
@@ -44,7 +46,8 @@ class Retention:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`look` reads the state, and keeps what is below its floor from being served."""
-        self._store = store
+        self._database = database
+        self._schema = schema
         self._head = head
         self._look = look
         self._metrics = metrics
@@ -69,7 +72,7 @@ class Retention:
             try:
                 # Whoever raises the floor, and a new epoch too, is noticed here at the latest.
                 self._floor = (await self._look()).floor
-                if self._store.may_delete or self._store.may_publish:
+                if self._schema.may_delete or self._schema.may_publish:
                     await self.sweep()
             except DatabaseUnavailable as error:
                 log.warning("retention waits for its next turn: error=%s", error)
@@ -80,19 +83,22 @@ class Retention:
 
     async def sweep(self) -> bool:
         """Delete everything below today's horizon; False when another server is at it."""
-        connection = await self._store.dedicated()
+        connection = await self._database.connect()
         try:
-            if not await self._store.try_lock_retention(connection):
+            # The session keeps the lock until it is closed.
+            [(locked,)] = await connection.fetch("lock_retention")
+            if not locked:
                 return False
-            if self._store.may_publish:
-                await self._store.forget_requests(connection, REQUEST_MEMORY_SECONDS)
+            if self._schema.may_publish:
+                await connection.fetch("forget_requests", seconds=REQUEST_MEMORY_SECONDS)
             horizons = (self._max_age_seconds, self._max_labels)
-            if not self._store.may_delete or horizons == (None, None):
+            if not self._schema.may_delete or horizons == (None, None):
                 return True
-            await self._store.forget_times(connection)
+            await connection.fetch("forget_times")
             horizon = await self._horizon(connection)
             if horizon > self._floor:
-                self._floor = await self._store.raise_floor(connection, horizon)
+                # Committed when this returns.
+                [(self._floor, _)] = await connection.fetch("raise_floor", floor=horizon)
                 await self._look()
             deleted = await self._delete(connection)
             self._swept = self._clock()
@@ -105,19 +111,22 @@ class Retention:
     async def _horizon(self, connection: Connection) -> int:
         """Return the oldest seq to keep: the newest of both rules, never above the head."""
         head = self._head()
-        found = [0]
+        kept: list[int] = [0]
         if self._max_age_seconds is not None:
-            await self._store.note_time(connection, head)
-            found.append(await self._store.oldest_by_age(connection, self._max_age_seconds) or 0)
+            await connection.fetch("note_time", head=head)
+            [(seq,)] = await connection.fetch("oldest_by_age", seconds=self._max_age_seconds)
+            kept.append(seq or 0)
         if self._max_labels is not None:
-            found.append(await self._store.oldest_by_count(connection, head, self._max_labels) or 0)
-        return min(head, max(found))
+            # No row while there are fewer labels.
+            found = await connection.fetch("oldest_by_count", head=head, labels=self._max_labels)
+            kept += [seq for (seq,) in found]
+        return min(head, max(kept))
 
     async def _delete(self, connection: Connection) -> int:
         total = 0
         while True:
-            deleted = await self._store.delete_below_floor(connection, self._batch_labels)
-            total += deleted
+            [(deleted,)] = await connection.fetch("delete_below_floor", limit=self._batch_labels)
+            total += int(deleted)
             self._metrics.count["labels_deleted"] += deleted
             if deleted < self._batch_labels:
                 return total

@@ -189,7 +189,7 @@ class Sequencer:
 
     async def _start(self, connection: Connection) -> None:
         """Find the head, or after a reconnect make sure that the rule still holds."""
-        await self._store.check()
+        await self._store.schema.check()
         head = self.head
         state = await self._store.state()
         newest = await self._store.newest(connection)

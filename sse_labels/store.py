@@ -1,14 +1,13 @@
 """The store: what this service asks of its database, one typed method per question.
 
 Promises: rows become chunks here, and only here; each method names the SQL
-block it runs; every failure is one that `database` raises, or a `SchemaError`.
+block it runs; every failure is one that `database` raises.
 Stands at the start of the corridor: label row -> store -> sequencer -> …
 Does not belong here: when to ask, how often to try again, what is settled.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Iterable, Sequence
@@ -17,11 +16,9 @@ from typing import Any, NamedTuple
 
 from sse_labels.chunk import Chunk, encode_rows
 from sse_labels.database import Connection, Database
-from sse_labels.errors import SchemaError
 from sse_labels.filters import Filter
-from sse_labels.labels import Label, Row, expires_at
-
-log = logging.getLogger(__name__)
+from sse_labels.labels import Row, expires_at
+from sse_labels.schema import Schema
 
 #: Rows that a snapshot looks at for each event that a page may have.
 SNAPSHOT_WINDOW = 10
@@ -113,80 +110,19 @@ class Store:
     """Typed access to the labels; uses the pool, except for the sequencer's own connection."""
 
     def __init__(
-        self, database: Database, *, source: str = "auto", withhold_unsigned: bool = False
+        self, database: Database, schema: Schema, *, withhold_unsigned: bool = False
     ) -> None:
-        """`source` is whose table is to be read: `own`, `ozone`, or `auto` to look."""
-        self._database = database
-        self._source = source
+        self.database = database
+        self.schema = schema
         self._withhold_unsigned = withhold_unsigned
-        #: Whether the table is Ozone's: it is read, and nothing is ever written.
-        self.attached = False
-        self.has_state = False
-        self.has_commit_time = False
-        #: Whether each (src, uri, cid, val) has one row, as in Ozone's table: it is the newest.
-        self.keys_are_unique = False
-        self.may_publish = False
-        self.may_delete = False
-        self.may_claim = False
-
-    async def find_source(self) -> None:
-        """See whose table it is; of Ozone's database, every later session is read-only.
-
-        Raises SchemaError when it is not the one that was asked for.
-        """
-        [(is_ozone, is_own)] = await self._database.fetch("is_ozone")
-        if self._source == "ozone" and not is_ozone:
-            raise SchemaError(
-                "--source",
-                "ozone",
-                "auto or own: this label table was made by sse-labels"
-                if is_own
-                else "a database in which Ozone keeps label, moderation_event and signing_key; "
-                "when they are in a schema of their own, name it in the DSN: "
-                "options=-csearch_path%3DSCHEMA",
-            )
-        if self._source == "own" and is_ozone:
-            raise SchemaError("--source", "own", "auto or ozone: this database is Ozone's")
-        self.attached = is_ozone
-        if is_ozone:
-            self._database.read_only()
-            log.info("attached to Ozone: its label table is read, and nothing is written")
-
-    async def check(self) -> None:
-        """Raise SchemaError when nothing can be streamed from this database without loss."""
-        [row] = await self._database.fetch("describe")
-        has_label, has_state, sequence, cache, has_commit_time, version, unique, *rights = row
-        if not has_label:
-            raise SchemaError(
-                "--dsn", "a database without a label table",
-                "one that has it, in a schema of search_path that this role may use "
-                "(GRANT USAGE ON SCHEMA); --migrate makes it",
-            )  # fmt: skip
-        if 130000 <= version <= 130004 or version == 140000:
-            # There PREPARE TRANSACTION changes the name under which a transaction holds its locks:
-            # it would seem to have ended (release notes of 13.5 and 14.1).
-            raise SchemaError("the PostgreSQL server", version, "13.5, 14.1 or newer")
-        if sequence is None:
-            raise SchemaError("label.id", "no sequence", "an id that is filled by its own sequence")
-        if cache != 1:
-            raise SchemaError(
-                f"the cache of sequence {sequence}",
-                cache,
-                "1, else sessions hand out ids they took long ago and labels could be skipped: "
-                f"ALTER SEQUENCE {sequence} CACHE 1",
-            )
-        self.has_state = has_state
-        self.has_commit_time = has_commit_time
-        self.keys_are_unique = unique
-        self.may_publish, self.may_delete, self.may_claim = rights
 
     async def dedicated(self) -> Connection:
         """Return a connection that is the caller's own; the caller closes it."""
-        return await self._database.connect()
+        return await self.database.connect()
 
     async def newest(self, connection: Connection | None = None) -> int:
         """Return the newest seq that the database knows, settled or not; 0 when there is none."""
-        source = self._database if connection is None else connection
+        source = self.database if connection is None else connection
         [(seq,)] = await source.fetch("newest")
         return int(seq)
 
@@ -201,63 +137,27 @@ class Store:
 
     async def commit_age(self, connection: Connection, seq: int) -> float | None:
         """Return the seconds since `seq` was committed; None when the database does not keep it."""
-        if not self.has_commit_time:
+        if not self.schema.has_commit_time:
             return None
         rows = await connection.fetch("commit_age", seq=seq)
         return rows[0][0] if rows else None
 
     async def state(self) -> State:
         """Return what readers must know beside the labels."""
-        if not self.has_state:
+        if not self.schema.has_state:
             return State(floor=1, epoch=None)
-        [(floor, epoch, _, first)] = await self._database.fetch("state")
+        [(floor, epoch, _, first)] = await self.database.fetch("state")
         return State(floor, epoch, first)
-
-    async def claim_epoch(self) -> str | None:
-        """Return the epoch; a new one when this database was rebuilt since it was last claimed.
-
-        Raises SchemaError when it was, and this role may not begin a new one.
-        """
-        if not self.has_state:
-            return None
-        [(_, before, known, _)] = await self._database.fetch("state")
-        [(identity,)] = await self._database.fetch("identity")
-        if known == identity or (known is None and not self.may_claim):
-            return str(before)
-        if not self.may_claim:
-            raise SchemaError(
-                "label_stream.identity",
-                known,
-                f"{identity}: this database was rebuilt from a backup. Run `sse-labels migrate` as "
-                "a role that may UPDATE label_stream, to begin a new epoch",
-            )
-        [(epoch,)] = await self._database.fetch("claim_identity", identity=identity)
-        if epoch != before:
-            log.warning(
-                "this database was rebuilt: consumers that name the old epoch are told so. If it "
-                "is older than what they have seen, run `sse-labels reseed` before anything is "
-                "published: old_epoch=%s new_epoch=%s", before, epoch,
-            )  # fmt: skip
-        return str(epoch)
-
-    async def others_here(self) -> list[int]:
-        """Return the sessions that servers and other commands have on this database."""
-        return [pid for (pid,) in await self._database.fetch("others_here")]
-
-    async def reseed(self, above: int) -> tuple[int, str]:
-        """Use no seq up to `above` again and begin a new epoch; return the seq and the epoch."""
-        [(seq, epoch)] = await self._database.fetch("reseed", above=above)
-        return int(seq), str(epoch)
 
     async def page(self, cursor: int, head: int, limit: int) -> PageRows:
         """Return what comes after `cursor`, at most `limit` rows and never beyond `head`."""
-        rows = self._rows(await self._database.fetch("rows_after", cursor=cursor, limit=limit))
+        rows = self._rows(await self.database.fetch("rows_after", cursor=cursor, limit=limit))
         full = len(rows) == limit and rows[-1].seq <= head
         if not full:
             # What lies beyond the head is not settled yet.
             rows = [row for row in rows if row.seq <= head]
         floor = 1
-        if self.has_state and (not rows or rows[0].seq != cursor + 1):
+        if self.schema.has_state and (not rows or rows[0].seq != cursor + 1):
             # Retention takes rows from the old end and raises the floor before: rows it took
             # show as a gap at the page's beginning, and a floor read now is as new as the page.
             floor = (await self.state()).floor
@@ -302,7 +202,7 @@ class Store:
         in_force: bool,
     ) -> Found:
         """Return what passes of the next `window` rows after `cursor`, `limit` at most."""
-        found = await self._database.fetch(
+        found = await self.database.fetch(
             "passing_after",
             cursor=cursor,
             window=window,
@@ -327,7 +227,7 @@ class Store:
             "unsigned": not self._withhold_unsigned,
             "sources": list(narrowed.sources) if narrowed else [],
             "values": list(narrowed.values) if narrowed else [],
-            "keys_are_unique": self.keys_are_unique,
+            "keys_are_unique": self.schema.keys_are_unique,
         }
 
     async def expiring(
@@ -337,19 +237,19 @@ class Store:
 
         The date is the one that `exp` has written, whatever its offset.
         """
-        return await self._database.fetch(
+        return await self.database.fetch(
             "expiring", date=date, seq=seq, last_date=last_date, limit=limit
         )
 
     async def still_in_force(self, seqs: Sequence[int], until: int) -> Sequence[Row]:
         """Return the rows that are the newest of their key as of `until`, unless withheld."""
         rows = self._rows(
-            await self._database.fetch(
+            await self.database.fetch(
                 "still_in_force",
                 seqs=list(seqs),
                 until=until,
                 unsigned=not self._withhold_unsigned,
-                keys_are_unique=self.keys_are_unique,
+                keys_are_unique=self.schema.keys_are_unique,
             )
         )
         return self._shown(rows)
@@ -396,7 +296,7 @@ class Store:
         end = head
         for prefix in narrowed.uri_prefixes:
             # Ozone's table has no index for prefixes.
-            found = [] if self.attached else await self._database.fetch(
+            found = [] if self.schema.attached else await self.database.fetch(
                 "query_prefix",
                 pattern=_like(prefix),
                 head_pattern=_like(prefix[:INDEXED_URI_CHARS]),
@@ -409,7 +309,7 @@ class Store:
                 )
             rows += [row[1:] for row in found]
         if narrowed.uris:
-            found = await self._database.fetch("query_exact", uris=list(narrowed.uris), **common)
+            found = await self.database.fetch("query_exact", uris=list(narrowed.uris), **common)
             end = min(head, head if found[0][0] is None else found[0][0])
             rows += [row[1:] for row in found]
         # Each block returned its first `limit`: the first `limit` of all are among them.
@@ -420,87 +320,9 @@ class Store:
     def _rows(self, found: Iterable[tuple[Any, ...]]) -> list[Row]:
         """Return rows of the table; in Ozone's a `neg` that is false was never stated."""
         rows = list(map(Row._make, found))
-        if not self.attached:
+        if not self.schema.attached:
             return rows
         return [row if row.neg else row._replace(neg=None) for row in rows]
-
-    async def note_own(self, src: str) -> bool:
-        """Keep mirrors from labels of `src`, which is made here; say whether this role may."""
-        [(may,)] = await self._database.fetch("may_note_own_source")
-        if may:
-            await self._database.fetch("note_own_source", src=src)
-        return bool(may)
-
-    async def publish(
-        self, labels: Sequence[Label], key: bytes | None, fingerprint: bytes
-    ) -> list[int] | None:
-        """Store all labels or none; return their seqs in the same order.
-
-        With a `key` that stored labels of the same `fingerprint` before, return those seqs and
-        store nothing; None when that key belongs to other labels.
-        """
-        columns = {
-            name: _array([getattr(label, name) for label in labels]) for name in Label._fields
-        }
-        [(seqs,)] = await self._database.fetch(
-            "publish_labels", key=key, fingerprint=fingerprint, **columns
-        )
-        return None if seqs is None else list(seqs)
-
-    async def try_lock_retention(self, connection: Connection) -> bool:
-        """Say whether this session may delete now; it keeps the right until it is closed."""
-        [(locked,)] = await connection.fetch("lock_retention")
-        return bool(locked)
-
-    async def note_time(self, connection: Connection, head: int) -> None:
-        """Remember that the head stands here now."""
-        await connection.fetch("note_time", head=head)
-
-    async def oldest_by_age(self, connection: Connection, seconds: float) -> int | None:
-        """Return the first seq that may be younger than `seconds`; None when not known."""
-        [(seq,)] = await connection.fetch("oldest_by_age", seconds=seconds)
-        return None if seq is None else int(seq)
-
-    async def oldest_by_count(self, connection: Connection, head: int, labels: int) -> int | None:
-        """Return the oldest of the newest `labels`; None when there are fewer."""
-        rows = await connection.fetch("oldest_by_count", head=head, labels=labels)
-        return int(rows[0][0]) if rows else None
-
-    async def raise_floor(self, connection: Connection, floor: int) -> int:
-        """Raise the floor, committed when this returns; return where it stands."""
-        [(raised, _)] = await connection.fetch("raise_floor", floor=floor)
-        return int(raised)
-
-    async def delete_below_floor(self, connection: Connection, limit: int) -> int:
-        """Delete at most `limit` labels below the floor; return how many."""
-        [(deleted,)] = await connection.fetch("delete_below_floor", limit=limit)
-        return int(deleted)
-
-    async def forget_times(self, connection: Connection) -> None:
-        """Delete the times that no horizon can ask for again."""
-        await connection.fetch("forget_times")
-
-    async def forget_requests(self, connection: Connection, seconds: float) -> None:
-        """Delete the keys of requests that are older than `seconds`."""
-        await connection.fetch("forget_requests", seconds=seconds)
-
-
-def _array(values: Sequence[str | bool | bytes | None]) -> str:
-    """Return an array as PostgreSQL reads it from text (its manual, 8.15.6).
-
-    psycopg2 makes 10,000 labels' arrays in 33 ms, in one step of the event loop; this takes 11.
-    """
-    texts = [
-        "NULL"
-        if value is None
-        else '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
-        if isinstance(value, str)
-        else f'"\\\\x{value.hex()}"'
-        if isinstance(value, bytes)
-        else str(value)
-        for value in values
-    ]
-    return "{" + ",".join(texts) + "}"
 
 
 def _not_expired(rows: Sequence[Row], now: float) -> tuple[list[Row], float]:

@@ -35,9 +35,9 @@ from sse_labels.logs import configure_logging
 from sse_labels.mirror.following import Mirror
 from sse_labels.mirror.storing import may_mirror, own_sources
 from sse_labels.mirror.upstream import Upstream
+from sse_labels.schema import Schema
 from sse_labels.seq import SEQ_MAX
 from sse_labels.signatures import SourceKeys
-from sse_labels.store import Store
 from sse_labels.xrpc import SUBSCRIBE_PATH
 
 PORTS = {"ws": 80, "wss": 443}
@@ -223,15 +223,15 @@ async def prepare(database: Database, settings: Settings, sources: list[str]) ->
 
     Raises SchemaError, or ConfigError for a source that is the database's own.
     """
-    store = Store(database)
-    await store.find_source()
-    if store.attached:
+    schema = Schema(database)
+    await schema.find_source()
+    if schema.attached:
         raise SchemaError(
             "--dsn", "Ozone's database", "one of sse-labels' own: Ozone's is never written"
         )
     if settings.migrate:
         await migrations.migrate(database)
-    await store.check()
+    await schema.check()
     if not await may_mirror(database):
         raise SchemaError(
             "--dsn",

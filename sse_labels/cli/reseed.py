@@ -2,7 +2,7 @@
 
 Promises: seqs up to the one given are not used again, and consumers that name the
 epoch of before are told; nothing is deleted, and nothing that is stored changes.
-Does not belong here: noticing that a database was rebuilt (`store`).
+Does not belong here: noticing that a database was rebuilt (`lives`).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import asyncio
 
 import click
 
+from sse_labels import lives
 from sse_labels.cli.layout import Command
 from sse_labels.cli.options import key_of, named_as_given, option, settings_options, switch
 from sse_labels.cli.serve import database_at, database_of, interruptible
@@ -18,8 +19,8 @@ from sse_labels.cli.standard_streams import tell_result
 from sse_labels.config import Settings, integer, load
 from sse_labels.errors import ConfigError
 from sse_labels.logs import configure_logging
+from sse_labels.schema import Schema
 from sse_labels.seq import SEQ_MAX
-from sse_labels.store import Store
 
 #: The largest bigint is PostgreSQL's last id; a sequence that stands there has none left.
 ABOVE_MAX = SEQ_MAX - 1
@@ -55,11 +56,11 @@ async def move(settings: Settings, dsn: str, above: int, *, force: bool) -> tupl
     """Return the last seq that will not be used, and the new epoch."""
     database = database_at(settings, dsn)
     try:
-        store = Store(database)
-        await store.check()
-        if not store.has_state:
+        schema = Schema(database)
+        await schema.check()
+        if not schema.has_state:
             raise ConfigError("--dsn", "a database without label_stream", "one of `migrate`'s")
-        others = await store.others_here()
+        others = await lives.others_here(database)
         if others and not force:
             # They would go on with the old epoch, and what a server has in memory.
             raise ConfigError(
@@ -67,7 +68,7 @@ async def move(settings: Settings, dsn: str, above: int, *, force: bool) -> tupl
                 f"a database with other sessions of sse-labels, {_counted(others)}",
                 "one on which no server and no mirror runs; stop them, or give --force",
             )
-        return await store.reseed(above)
+        return await lives.reseed(database, above)
     finally:
         database.close()
 

@@ -30,9 +30,10 @@ from sse_labels.config import Settings, load
 from sse_labels.database import Database
 from sse_labels.embedded import EMBEDDED_MAX_CONNECTIONS, EmbeddedPostgres, default_data_dir
 from sse_labels.errors import DatabaseUnavailable, SseLabelsError
+from sse_labels.lives import claim_epoch
 from sse_labels.logs import configure_logging
 from sse_labels.publish_token import keep_token
-from sse_labels.store import Store
+from sse_labels.schema import Schema
 from sse_labels.workers import supervisor
 
 log = logging.getLogger(__name__)
@@ -276,10 +277,10 @@ async def apply_migrations(settings: Settings, dsn: str) -> int:
     database = database_at(settings, dsn)
     try:
         version = await migrations.migrate(database)
-        store = Store(database)
-        await store.check()
+        schema = Schema(database)
+        await schema.check()
         # After a restore this may be the one role that can begin a new epoch.
-        await store.claim_epoch()
+        await claim_epoch(database, schema)
     finally:
         database.close()
     return version

@@ -20,6 +20,7 @@ from sse_labels.doctor.findings import Finding, failure, unchecked
 from sse_labels.doctor.machine_checks import descriptors
 from sse_labels.doctor.way_checks import WayChecks
 from sse_labels.errors import DatabaseRefused, DatabaseUnavailable, SchemaError
+from sse_labels.schema import Schema
 from sse_labels.store import Store
 
 Checks = Mapping[str, Callable[[], Awaitable[list[Finding]]]]
@@ -73,7 +74,7 @@ async def examine(patient: Patient) -> AsyncIterator[Finding]:
             patient.url,
             token=patient.token,
             tls=patient.tls,
-            store=None if database is None else Store(database),
+            store=None if database is None else Store(database, Schema(database)),
             publish_as=patient.publish_as,
         )
         async for finding in _run(way.checks(), "does a server run there, and a proxy before it?"):

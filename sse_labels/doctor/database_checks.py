@@ -4,7 +4,7 @@ Promises: each check asks on its own and says what it saw; none of them writes,
 and none waits for another program's transaction. A check that finds nothing
 wrong says so.
 Stands beside the server: it asks what the server would ask, by the same edge.
-Does not belong here: refusing to start (`store.check`); the way to a reader (`way_checks`).
+Does not belong here: refusing to start (`Schema.check`); the way to a reader (`way_checks`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sse_labels.database import Database
 from sse_labels.doctor.findings import Finding, failure, ok, unchecked, warning
 from sse_labels.errors import DatabaseRefused, SchemaError
 from sse_labels.queries import migrations
-from sse_labels.store import Store
+from sse_labels.schema import Schema
 
 #: How long a notification may take; it takes milliseconds.
 NOTIFY_SECONDS = 3.0
@@ -74,13 +74,13 @@ class DatabaseChecks:
 
     async def schema(self) -> list[Finding]:
         """Say whether labels can be served from these tables."""
-        store = Store(self._database, source=self._settings.source)
+        schema = Schema(self._database, self._settings.source)
         try:
-            await store.find_source()
-            await store.check()
+            await schema.find_source()
+            await schema.check()
         except SchemaError as error:
             return [failure("schema", str(error), "see the message; `sse-labels migrate` makes it")]
-        if store.attached:
+        if schema.attached:
             return [ok("schema", "Ozone's: it is read, and never written")]
         [(recorded, _)] = await self._database.fetch("schema_exists")
         if not recorded:

@@ -29,6 +29,7 @@ from sse_labels.doctor.database_checks import clock_finding
 from sse_labels.doctor.findings import Finding, failure, ok, unchecked, warning
 from sse_labels.doctor.proxies import UNKNOWN, Proxy, proxy_of
 from sse_labels.errors import DatabaseRefused, DatabaseUnavailable
+from sse_labels.label_table import LabelTable
 from sse_labels.labels import Label, parse_label
 from sse_labels.store import Store
 
@@ -257,7 +258,7 @@ class WayChecks:
         """Say whether the server at the address follows the database that --dsn names."""
         if self._store is None:
             return [unchecked("same database", "no database is known here", "give --dsn")]
-        await self._store.check()
+        await self._store.schema.check()
         newest = await self._store.newest()
         epoch = (await self._store.state()).epoch
         async with self._reader() as reader:
@@ -296,7 +297,7 @@ class WayChecks:
             return [unchecked(subject, "nothing is published unasked", do)]
         if self._store is None:
             return [unchecked(subject, "no database is known here", "give --dsn")]
-        await self._store.check()
+        await self._store.schema.check()
         took = []
         async with self._reader() as reader:
             if await reader.opened(FIRST_SECONDS) is None:
@@ -305,7 +306,7 @@ class WayChecks:
                 label = doctors_label(self._publish_as, negation=negation)
                 began = time.monotonic()
                 try:
-                    seqs = await self._store.publish([label], None, b"")
+                    seqs = await LabelTable(self._store.database).insert([label], None, b"")
                 except (DatabaseUnavailable, DatabaseRefused) as error:
                     return [unchecked(subject, f"publishing failed: {error}")]
                 assert seqs is not None  # noqa: S101 - without a key it always stores

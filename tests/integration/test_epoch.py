@@ -9,6 +9,7 @@ import pytest
 from psycopg2.extensions import make_dsn, parse_dsn
 
 from sse_labels.errors import BrokenPromise, SchemaError
+from sse_labels.lives import reseed
 
 from support.database import TestDatabase, role
 from support.reading import reading
@@ -126,7 +127,7 @@ async def test_reseed_moves_the_sequence_above_and_begins_a_new_epoch(
     database.insert(3)
     before = epoch_of(database)
     async with run_server() as server:
-        assert await server.app.store.reseed(500) == (500, epoch_of(database))
+        assert await reseed(server.app.database, 500) == (500, epoch_of(database))
     assert epoch_of(database) != before
     assert database.insert() == [501]
     async with run_server() as server, reading(server.stream_url, cursor=0) as reader:
@@ -139,7 +140,7 @@ async def test_reseed_below_the_newest_seq_moves_nothing_back(
 ) -> None:
     database.insert(3)
     async with run_server() as server:
-        assert (await server.app.store.reseed(1))[0] == 3
+        assert (await reseed(server.app.database, 1))[0] == 3
     assert database.insert() == [4]
 
 

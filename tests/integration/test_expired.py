@@ -484,7 +484,7 @@ async def test_ozones_table_is_enough_and_a_label_that_moves_is_told_at_its_new_
         database.insert(1, uri=f"at://a/{number}", neg=False, exp=at(-1 + number, "+03:00"))
     with role(database, "SELECT ON label") as dsn:
         async with run_server(dsn) as server:
-            assert server.app.store.attached
+            assert server.app.schema.attached
             clock = Clock(server)
             async with live(server, expired=at(-3600)) as stream:
                 assert await until_expired(stream, 2) == database.stored()[:2]

@@ -103,12 +103,12 @@ async def test_not_ready_before_the_sequencer_has_a_head(database: TestDatabase)
 async def test_not_ready_while_notifications_do_not_arrive(
     server: Server, database: TestDatabase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dedicated = server.app.store.dedicated
+    connect = server.app.database.connect
 
     async def never() -> None:
         await asyncio.Event().wait()
 
-    monkeypatch.setattr(server.app.store, "dedicated", never)
+    monkeypatch.setattr(server.app.database, "connect", never)
     database.terminate(database.backends("LISTEN"))
     await until(lambda: not server.app.listener.listening.is_set())
     assert "notifications" in await not_ready(server)
@@ -117,7 +117,7 @@ async def test_not_ready_while_notifications_do_not_arrive(
     async with reading(server.stream_url, cursor=0) as reader:
         await reader.until_events(2)
     assert reader.events == database.stored()
-    monkeypatch.setattr(server.app.store, "dedicated", dedicated)
+    monkeypatch.setattr(server.app.database, "connect", connect)
 
 
 async def test_not_ready_while_it_stops(server: Server) -> None:
@@ -245,7 +245,7 @@ async def test_metrics_measure_from_commit_to_fanout(
 async def test_a_database_that_does_not_keep_the_time_of_commits_is_not_asked(
     server: Server, database: TestDatabase
 ) -> None:
-    server.app.store.has_commit_time = False
+    server.app.schema.has_commit_time = False
     async with reading(server.stream_url) as reader:
         await reader.until_opened()
         for count in (1, 2):

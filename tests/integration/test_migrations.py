@@ -15,6 +15,7 @@ from sse_labels.database import Database
 from sse_labels.errors import DatabaseRefused, SchemaError
 from sse_labels.migrations import migrate
 from sse_labels.queries import Migration, migrations
+from sse_labels.schema import Schema
 from sse_labels.store import State, Store
 
 from support.database import TestDatabase, until
@@ -73,7 +74,7 @@ class TestMigrate:
         assert await migrate(empty) == NEWEST
         assert applied(empty_database) == list(range(1, NEWEST + 1))
         assert schema(empty_database) == schema(database)
-        await Store(empty).check()
+        await Schema(empty).check()
 
     async def test_again_is_harmless(self, migrated: Database, database: TestDatabase) -> None:
         database.insert(3)
@@ -92,7 +93,7 @@ class TestMigrate:
         gate.execute("SELECT pg_advisory_unlock_all()")
         assert await asyncio.gather(*migrating) == [NEWEST, NEWEST]
         assert applied(empty_database) == list(range(1, NEWEST + 1))
-        await Store(empty).check()
+        await Schema(empty).check()
 
     async def test_a_newer_schema_is_refused(
         self, migrated: Database, database: TestDatabase
@@ -120,8 +121,8 @@ class TestMigrate:
             await migrate(empty)
         assert (schema(empty_database), empty_database.stored()) == before
         # Served as it is: nothing of ours is needed to read it.
-        store = Store(empty)
-        await store.check()
+        store = Store(empty, Schema(empty))
+        await store.schema.check()
         assert (await store.state(), await store.newest()) == (State(1, None), 3)
 
     async def test_the_next_migration_keeps_the_labels(
@@ -181,29 +182,29 @@ class TestMigrate:
         with pytest.raises(DatabaseRefused):
             await migrate(empty)
         assert applied(empty_database) == list(range(1, NEWEST + 1))
-        await Store(empty).check()
+        await Schema(empty).check()
 
 
 class TestCheck:
     async def test_a_database_without_the_table_is_refused(self, empty: Database) -> None:
         with pytest.raises(SchemaError, match="without a label table"):
-            await Store(empty).check()
+            await Schema(empty).check()
 
     async def test_a_sequence_with_a_cache_is_refused(
         self, migrated: Database, database: TestDatabase
     ) -> None:
         database.execute("ALTER SEQUENCE label_id_seq CACHE 10")
         with pytest.raises(SchemaError, match="CACHE 1"):
-            await Store(migrated).check()
+            await Schema(migrated).check()
         database.execute("ALTER SEQUENCE label_id_seq CACHE 1")
-        await Store(migrated).check()
+        await Schema(migrated).check()
 
     async def test_an_id_without_a_sequence_is_refused(
         self, empty: Database, empty_database: TestDatabase
     ) -> None:
         empty_database.execute("CREATE TABLE label (id bigint PRIMARY KEY)")
         with pytest.raises(SchemaError, match=r"label\.id"):
-            await Store(empty).check()
+            await Schema(empty).check()
 
     async def test_an_identity_column_is_as_good(
         self, empty: Database, empty_database: TestDatabase
@@ -211,7 +212,7 @@ class TestCheck:
         empty_database.execute(
             "CREATE TABLE label (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY)"
         )
-        await Store(empty).check()
+        await Schema(empty).check()
 
 
 class TestAppendOnly:

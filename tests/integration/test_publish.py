@@ -207,7 +207,8 @@ async def test_a_client_that_hangs_up_early_leaves_all_or_nothing(
     server: Server, database: TestDatabase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = Gate()
-    monkeypatch.setattr(server.app.store, "publish", gate.after(server.app.store.publish))
+    table = server.app.label_table
+    monkeypatch.setattr(table, "insert", gate.after(table.insert))
     impatient = asyncio.create_task(publish(server, [LEAST] * 10))
     await gate.reached.wait()
     impatient.cancel()

@@ -10,6 +10,7 @@ import pytest
 
 from sse_labels.app import App
 from sse_labels.config import Settings
+from sse_labels.database import Connection
 from sse_labels.errors import ConfigError, DatabaseUnavailable
 from sse_labels.pages import Pages
 from sse_labels.store import Page, State, Store
@@ -463,10 +464,14 @@ async def test_sweep_that_fails_half_way_is_none(
     retention._clock = lambda: now
     now = retention._swept + 100
 
-    async def lost(*arguments: Any) -> int:
-        raise DatabaseUnavailable("gone")
+    fetch = Connection.fetch
 
-    monkeypatch.setattr(server.app.store, "delete_below_floor", lost)
+    async def lost(connection: Connection, name: str, **arguments: Any) -> Any:
+        if name == "delete_below_floor":
+            raise DatabaseUnavailable("gone")
+        return await fetch(connection, name, **arguments)
+
+    monkeypatch.setattr(Connection, "fetch", lost)
     with pytest.raises(DatabaseUnavailable):
         await sweep(server, max_labels=5)
     assert retention.sweep_age_seconds() == pytest.approx(100)

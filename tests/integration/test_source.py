@@ -30,7 +30,7 @@ async def test_a_role_that_may_only_select_from_label_is_enough(
     foreign.insert(3, neg=False, sig=SIG)
     with role(foreign, "SELECT ON label") as dsn:
         async with run_server(dsn, migrate=True) as server:
-            assert server.app.store.attached
+            assert server.app.schema.attached
             async with reading(server.stream_url, cursor=0) as stream:
                 await stream.until_seq(3)
                 foreign.insert(1, val="rude", neg=True)

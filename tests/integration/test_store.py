@@ -13,8 +13,10 @@ from sse_labels.chunk import Chunk, encode_rows
 from sse_labels.database import Database
 from sse_labels.errors import DatabaseRefused
 from sse_labels.filters import Filter, parse_filter
+from sse_labels.label_table import LabelTable
 from sse_labels.labels import Label, label_json
 from sse_labels.queries import block
+from sse_labels.schema import Schema
 from sse_labels.sse import encode_frame
 from sse_labels.store import Page, PageRows, Snapshot, Store
 
@@ -31,8 +33,8 @@ def edge_to(dsn: str) -> Database:
 async def store(database: TestDatabase) -> AsyncIterator[Store]:
     """The store of this test's database."""
     edge = edge_to(database.dsn)
-    made = Store(edge)
-    await made.check()
+    made = Store(edge, Schema(edge))
+    await made.schema.check()
     yield made
     edge.close()
 
@@ -255,16 +257,16 @@ class TestState:
     async def test_where_each_key_has_one_row_nothing_newer_is_looked_for(
         self, store: Store, database: TestDatabase
     ) -> None:
-        assert not store.keys_are_unique
+        assert not store.schema.keys_are_unique
         database.execute("DROP INDEX label_key_idx")
         for wrong in ("(val, src, uri)", "(src, uri, cid, left(val, 9))", "(src, uri, cid, neg)"):
             database.execute(f"CREATE UNIQUE INDEX wrong ON label {wrong}")
-            await store.check()
-            assert not store.keys_are_unique, wrong
+            await store.schema.check()
+            assert not store.schema.keys_are_unique, wrong
             database.execute("DROP INDEX wrong")
         database.execute("CREATE UNIQUE INDEX ON label (val, src, uri, cid)")
-        await store.check()
-        assert store.keys_are_unique
+        await store.schema.check()
+        assert store.schema.keys_are_unique
         for number in range(6):
             database.insert(1, val=f"value-{number}", neg=number % 3 == 0)
         page = encoded(await store.snapshot_page(0, Snapshot(5, resumed=False), 10, None))
@@ -435,7 +437,7 @@ class TestPublish:
         self, store: Store, database: TestDatabase
     ) -> None:
         labels = [label(number) for number in random.Random(3).sample(range(1000), 500)]
-        seqs = await store.publish(labels, None, b"")
+        seqs = await LabelTable(store.database).insert(labels, None, b"")
         assert seqs == list(range(1, 501))
         stored = database.stored()
         assert [event["seq"] for event in stored] == seqs
@@ -450,7 +452,7 @@ class TestPublish:
             label(val='it\'s \\ "odd" {NULL,%s} %(x)s ünï \U0001f600', src="did:web:a%3A8080"),
             *(label(uri=uri) for uri in ODD),
         ]
-        await store.publish(labels, None, b"")
+        await LabelTable(store.database).insert(labels, None, b"")
         stored = database.stored()
         assert [event["labels"][0] for event in stored] == stored_labels(labels)
         assert database.execute("SELECT id FROM label WHERE neg IS NULL") == []
@@ -461,12 +463,12 @@ class TestPublish:
         labels = [label(number) for number in range(50)]
         labels[40] = labels[40]._replace(cts=None)  # type: ignore[arg-type]
         with pytest.raises(DatabaseRefused) as caught:
-            await store.publish(labels, None, b"")
+            await LabelTable(store.database).insert(labels, None, b"")
         assert isinstance(caught.value.__cause__, psycopg2.IntegrityError)
         assert database.stored() == before
 
     async def test_no_label_is_no_seq(self, store: Store, database: TestDatabase) -> None:
-        assert await store.publish([], None, b"") == []
+        assert await LabelTable(store.database).insert([], None, b"") == []
         assert database.stored() == []
 
 

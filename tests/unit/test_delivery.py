@@ -27,6 +27,7 @@ from sse_labels.metrics import Metrics
 from sse_labels.outbox import CaughtUp, Events, Outbox, Outdated, Silence, Step
 from sse_labels.pages import Pages
 from sse_labels.ring import Ring
+from sse_labels.schema import Schema
 from sse_labels.sequencer import Sequencer
 from sse_labels.store import Store
 
@@ -152,8 +153,9 @@ class Delivery(RuleBasedStateMachine):
         self.database = Database()
         self.metrics = Metrics()
         database: Any = self.database
-        store = Store(database)
-        store.has_state = True
+        schema = Schema(database)
+        schema.has_state = True
+        store = Store(database, schema)
         self.sequencer = Sequencer(
             store,
             self.metrics,

@@ -39,7 +39,7 @@ PIECES = [
 
 
 class Stored:
-    """As much of a store as the publisher needs."""
+    """As much of a table and its schema as the publisher needs."""
 
     may_publish = True
     attached = False
@@ -47,7 +47,7 @@ class Stored:
     def __init__(self) -> None:
         self.labels: list[Label] = []
 
-    async def publish(
+    async def insert(
         self, labels: Sequence[Label], _key: bytes | None, _fingerprint: bytes
     ) -> list[int]:
         self.labels += labels
@@ -65,7 +65,7 @@ def publish(body: bytes) -> tuple[list[Label], RequestError | None]:
     answer = None
     # Nobody else has a turn here, so nothing waits for long.
     try:
-        publishing = Publisher(store, Metrics()).publish(handler()._labels(body))
+        publishing = Publisher(store, store, Metrics()).publish(handler()._labels(body))
         while True:
             publishing.send(None)
     except StopIteration:
@@ -198,7 +198,7 @@ async def test_requests_that_are_checked_at_once_leave_streams_their_turns(
 
     monkeypatch.setattr("sse_labels.publisher.parse_label", counting)
     store: Any = Stored()
-    publisher = Publisher(store, Metrics())
+    publisher = Publisher(store, store, Metrics())
     requests, labels = 5, 4 * CHECKED_AT_ONCE + 1
     async with asyncio.TaskGroup() as tasks:
         for _ in range(requests):
@@ -213,7 +213,7 @@ async def test_requests_that_are_checked_at_once_leave_streams_their_turns(
 
 async def test_request_of_one_label_does_not_wait_for_large_ones() -> None:
     store: Any = Stored()
-    publisher = Publisher(store, Metrics())
+    publisher = Publisher(store, store, Metrics())
     async with asyncio.TaskGroup() as tasks:
         large = tasks.create_task(publisher.publish([GOOD] * (100 * CHECKED_AT_ONCE)))
         await asyncio.sleep(0)

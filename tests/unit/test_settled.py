@@ -507,6 +507,7 @@ class WorldStore:
         self.polls_left: int | None = None
         self.limit = limit
         self.following = False
+        self.schema = self
 
     async def check(self) -> None:
         self.world.pass_time()
