@@ -278,14 +278,15 @@ class App:
             and not await self.label_table.note_own_source(did)
         ):
             log.warning(
-                "a mirror is not kept from labels of --signing-did until one is published: did=%s;"
-                " migrate, and GRANT SELECT, INSERT ON label_own_source TO the role", did,
-            )  # fmt: skip
+                "a mirror is not kept from labels of --signing-did until one is published: "
+                "migrate, and GRANT SELECT, INSERT ON label_own_source TO the role",
+                extra={"did": did},
+            )
         if self.signing_key is not None:
             log.info(
-                "published labels are signed: did=%s key=%s",
-                self.settings.signing_did, self.signing_key.did_key,
-            )  # fmt: skip
+                "published labels are signed",
+                extra={"did": self.settings.signing_did, "key": self.signing_key.did_key},
+            )
 
     def _answering(self) -> contextlib.AbstractAsyncContextManager[None]:
         if self.share is None:
@@ -431,7 +432,7 @@ async def serve(
     """Run `app` until `stop` is set; `ready` is awaited with the port once it serves."""
     tune_process()
     async with app.running() as port:
-        log.info("serving: address=%s", base_urls(app.settings, port))
+        log.info("serving", extra={"address": base_urls(app.settings, port)})
         if ready is not None:
             await ready(port)
         await stop.wait()

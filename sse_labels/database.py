@@ -297,7 +297,7 @@ class Database:
                     host, port or 5432, type=socket.SOCK_STREAM
                 )
             except OSError as error:
-                log.warning("cannot resolve a database host: host=%s error=%s", host, error)
+                log.warning("cannot resolve a database host", extra={"host": host, "error": error})
                 continue
             found += [{**place, "hostaddr": str(answer[4][0])} for answer in answers]
         if not found:

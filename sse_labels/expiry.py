@@ -184,7 +184,7 @@ class Expiry:
                 backoff.reset()
             except DatabaseUnavailable as error:
                 wait = backoff.next()
-                log.warning("expiries wait: error=%s next_try_seconds=%.1f", error, wait)
+                log.warning("expiries wait", extra={"error": error, "next_try_seconds": wait})
                 await asyncio.sleep(wait)
 
     async def page(self, client: str, after: Due) -> Page:
@@ -215,7 +215,7 @@ class Expiry:
 
     def _set_back(self, now: float, schedule: Schedule) -> None:
         """Begin at `now` once more: what expires between is told again, when it does."""
-        log.warning("the clock was set back: seconds=%.3f", self._looked_at - now)
+        log.warning("the clock was set back", extra={"seconds": self._looked_at - now})
         back = Due(now, SEQ_MAX)
         self.told = min(self.told, back)
         schedule.shorten(back)

@@ -23,9 +23,6 @@ from sse_labels.seq import SEQ_MAX
 
 log = logging.getLogger(__name__)
 
-#: Each of 15,000 streams may cause such a line: they are limited together.
-_OF_STREAMS = {"caused_by": "expiries"}
-
 
 class ExpiryReader:
     """Asks while it is between `begin` and `leave`; not reusable."""
@@ -127,14 +124,17 @@ class ExpiryReader:
             try:
                 return await self._expiry.page(self._client, self._mark)
             except DatabaseRefused as error:
-                log.error("expiries may not be read: error=%s", error, extra=_OF_STREAMS)
+                # Each of 15,000 streams may cause such a line: they are limited together.
+                log.error(
+                    "expiries may not be read", extra={"error": error, "caused_by": "expiries"}
+                )
                 raise HistoryRefused from error
             except DatabaseUnavailable as error:
                 wait = backoff.next()
                 log.info(
-                    "expiries are not read yet: error=%s next_try_seconds=%.1f", error, wait,
-                    extra=_OF_STREAMS,
-                )  # fmt: skip
+                    "expiries are not read yet",
+                    extra={"error": error, "next_try_seconds": wait, "caused_by": "expiries"},
+                )
                 await asyncio.sleep(wait)
 
 

@@ -77,5 +77,5 @@ class Listener:
             except DatabaseUnavailable as error:
                 lost = True
                 wait = backoff.next()
-                log.warning("not listening: error=%s next_try_seconds=%.1f", error, wait)
+                log.warning("not listening", extra={"error": error, "next_try_seconds": wait})
                 await asyncio.sleep(wait)

@@ -37,10 +37,10 @@ async def claim_epoch(database: Database, schema: Schema) -> str | None:
     [(epoch,)] = await database.fetch("claim_identity", identity=identity)
     if epoch != before:
         log.warning(
-            "this database was rebuilt: consumers that name the old epoch are told so. If it "
-            "is older than what they have seen, run `sse-labels reseed` before anything is "
-            "published: old_epoch=%s new_epoch=%s", before, epoch,
-        )  # fmt: skip
+            "this database was rebuilt: consumers that name the old epoch are told so. If it is "
+            "older than what they have seen, run `sse-labels reseed` before anything is published",
+            extra={"old_epoch": before, "new_epoch": epoch},
+        )
     return str(epoch)
 
 

@@ -1,10 +1,10 @@
 """How a log line looks: as text for people, or as one JSON object for machines.
 
-Promises: a line's fields are given once, in its sentence: `"stream opened: peer=%s cursor=%s"`
-is that text, or the message `stream opened` with the keys `peer` and `cursor`. Whatever strangers
-sent, a field has `FIELD_MAX_CHARS` characters at most, all printable, and nothing of it begins a
-line: in JSON nothing takes more than one, in text further lines are indented. One address causes
-so many lines in a minute, and the rest is counted.
+Promises: a line is a constant sentence, and its fields are the `extra` of the call: they follow
+the sentence as text (`stream opened: peer=::1 cursor=7`), or are keys beside `message`. Whatever
+strangers sent, a field has `FIELD_MAX_CHARS` characters at most, all printable, and nothing of it
+begins a line: in JSON nothing takes more than one, in text further lines are indented. One address
+causes so many lines in a minute, and the rest is counted.
 Stands beside the corridor: every room logs, and knows nothing of this.
 Does not belong here: what is logged, and when.
 """
@@ -12,11 +12,9 @@ Does not belong here: what is logged, and when.
 from __future__ import annotations
 
 import logging
-import re
 import time
 from collections import Counter
 from collections.abc import Callable
-from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any
 
@@ -33,9 +31,10 @@ MESSAGE_MAX_CHARS, EXCEPTION_MAX_CHARS = 8_000, 20_000
 ADDRESSES_MAX = 4096
 MINUTE_SECONDS = 60.0
 
-_PLACE = re.compile(r"(?:(\w+)=)?(%[-+ #0]*\d*(?:\.\d+)?[a-zA-Z])")
-#: What every line has; no field may be named so (test_no_field_hides_what_every_line_has).
-EVERY_LINE = ("time", "level", "logger", "who", "message", "exception")
+#: What `LinesByAddress` asks of a line.
+MARKS = ("caused_by", "opens", "closes")
+#: What a record has that is no field: the attributes of each, those of some, and the marks.
+NO_FIELDS = frozenset({*vars(logging.makeLogRecord({})), "message", "asctime", "taskName", *MARKS})
 
 
 class LinesByAddress(logging.Filter):
@@ -94,9 +93,9 @@ class LinesByAddress(logging.Filter):
         self._lines.clear()
         if left_out:
             log.warning(
-                "lines were left out, some addresses cause too many: lines=%s addresses=%s",
-                left_out, addresses,
-            )  # fmt: skip
+                "lines were left out, some addresses cause too many",
+                extra={"lines": left_out, "addresses": addresses},
+            )
 
 
 #: What the lines of this process go through.
@@ -123,83 +122,81 @@ def configure_logging(
 
 
 class TextFormatter(logging.Formatter):
-    """Makes the text of a second once for all of its lines."""
+    """Makes one line of text, and indented lines for an exception."""
 
-    _second = 0
-    _text = ""
+    default_msec_format: str = "%s,%03d"
 
     def __init__(self, who: str = "") -> None:
         super().__init__()
-        self._who = f"{who} " if who else ""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Return the line, and indented lines for an exception."""
-        line = f"{self.formatTime(record)} {record.levelname} {self._who}{record.name}: "
-        line += message_of(record)
-        if record.exc_info:
-            line += "".join(f"\n  {each}" for each in exception_of(self, record).splitlines())
-        return line
+        self.who = who
+        # Lines of one second share its text: to make it takes a third as long as a line.
+        self._second = lru_cache(1)(
+            lambda second: time.strftime(self.default_time_format, self.converter(second))
+        )
 
     def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802
-        """Return when a line was logged, as `logging` does by default."""
-        second = int(record.created)
-        if second != self._second:
-            self._second, self._text = second, super().formatTime(record, "%Y-%m-%d %H:%M:%S")
-        return f"{self._text},{int(record.msecs):03d}"
-
-
-class JsonFormatter(logging.Formatter):
-    """Makes one object of a line; its time is RFC 3339 in UTC."""
-
-    def __init__(self, who: str = "") -> None:
-        super().__init__()
-        self._who = who
+        """Return when a line was logged."""
+        return self.default_msec_format % (self._second(int(record.created)), record.msecs)
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
-        message, fields = sentence_and_fields(record)
-        at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        who = f"{self.who} " if self.who else ""
+        line = f"{self.formatTime(record)} {record.levelname} {who}{record.name}: {text_of(record)}"
+        if record.exc_info:
+            text = self.formatException(record.exc_info)
+            line += "".join(f"\n  {each}" for each in text.splitlines())
+        return line
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802
+        """Return the traceback, of a long one the end: that says what happened."""
+        text = super().formatException(ei)
+        if len(text) > EXCEPTION_MAX_CHARS:
+            text = f"…{text[-EXCEPTION_MAX_CHARS:]}"
+        # JSON cannot hold half a surrogate pair: it is written out.
+        return text.encode("utf-8", "backslashreplace").decode()
+
+
+class JsonFormatter(TextFormatter):
+    """Makes one object of a line; its time is RFC 3339 in UTC."""
+
+    converter = staticmethod(time.gmtime)
+    default_time_format, default_msec_format = "%Y-%m-%dT%H:%M:%S", "%s.%03dZ"
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line."""
         line: dict[str, Any] = {
-            "time": at.replace("+00:00", "Z"),
+            "time": self.formatTime(record),
             "level": record.levelname.lower(),
             "logger": record.name,
         }
-        if self._who:
-            line["who"] = self._who
-        line |= {"message": message, **fields}
+        if self.who:
+            line["who"] = self.who
+        line |= {"message": sentence_of(record), **fields_of(record)}
         if record.exc_info:
-            line["exception"] = exception_of(self, record)
+            line["exception"] = self.formatException(record.exc_info)
         return ujson.dumps(line, escape_forward_slashes=False)
 
 
-def sentence_and_fields(record: logging.LogRecord) -> tuple[str, dict[str, Any]]:
-    """Return the constant part of a line and its fields; others' lines have none."""
-    sentence, places = _parsed(str(record.msg))
-    if not places or not isinstance(record.args, tuple) or len(places) != len(record.args):
-        return message_of(record), {}
-    return sentence, {
-        name: _value(form, value) for (name, form), value in zip(places, record.args, strict=True)
-    }
+def text_of(record: logging.LogRecord) -> str:
+    """Return the sentence and its fields as text."""
+    fields = " ".join([f"{name}={value}" for name, value in fields_of(record).items()])
+    return f"{sentence_of(record)}: {fields}" if fields else sentence_of(record)
 
 
-@lru_cache(1024)
-def _parsed(template: str) -> tuple[str, tuple[tuple[str, str], ...]]:
-    """Return the sentence and its fields as (name, placeholder); none when one has no name."""
-    places = list(_PLACE.finditer(template))
-    if not places or any(place[1] is None for place in places):
-        return template, ()
-    sentence = template[: places[0].start()].rstrip().removesuffix(":")
-    return sentence, tuple((place[1], place[2]) for place in places)
+def sentence_of(record: logging.LogRecord) -> str:
+    """Return the message: the constant part of a line of ours, the whole of another's."""
+    return one_line(record.getMessage(), MESSAGE_MAX_CHARS)
 
 
-def message_of(record: logging.LogRecord) -> str:
-    """Return the message with its fields, on one line and of bounded length."""
-    args = record.args
-    if isinstance(args, tuple):
-        message = str(record.msg) % tuple(map(_field, args)) if args else str(record.msg)
-    else:
-        message = record.getMessage()
-    return one_line(message, MESSAGE_MAX_CHARS)
+def fields_of(record: logging.LogRecord) -> dict[str, Any]:
+    """Return what `extra` said, as JSON can hold it."""
+    return {name: _value(value) for name, value in vars(record).items() if name not in NO_FIELDS}
+
+
+def _value(value: object) -> object:
+    if value is None or isinstance(value, int):
+        return value
+    return round(value, 3) if isinstance(value, float) else one_line(str(value))
 
 
 def one_line(text: str, most: int = FIELD_MAX_CHARS) -> str:
@@ -214,42 +211,3 @@ def one_line(text: str, most: int = FIELD_MAX_CHARS) -> str:
         return escaped
     cut = f"… ({len(text)} characters)"
     return escaped[: most - len(cut)] + cut
-
-
-class _Field:
-    """A field that is cut when its placeholder writes it."""
-
-    __slots__ = ("_value",)
-
-    def __init__(self, value: object) -> None:
-        self._value = value
-
-    def __str__(self) -> str:
-        return one_line(str(self._value))
-
-    def __repr__(self) -> str:
-        return one_line(repr(self._value))
-
-
-def _field(value: object) -> object:
-    return value if value is None or isinstance(value, int | float) else _Field(value)
-
-
-def _value(form: str, value: object) -> object:
-    if value is None or isinstance(value, bool | int):
-        return value
-    if isinstance(value, float):
-        return float(form % value) if form[-1] in "feg" else value
-    # JSON quotes a text itself.
-    quoted = form[-1] == "r" and not isinstance(value, str)
-    return one_line(repr(value) if quoted else str(value))
-
-
-def exception_of(formatter: logging.Formatter, record: logging.LogRecord) -> str:
-    """Return the traceback, of a long one the end: that says what happened."""
-    assert record.exc_info  # noqa: S101 - whoever asks has looked
-    text = formatter.formatException(record.exc_info)
-    if len(text) > EXCEPTION_MAX_CHARS:
-        text = f"…{text[-EXCEPTION_MAX_CHARS:]}"
-    # JSON cannot hold half a surrogate pair: it is written out.
-    return text.encode("utf-8", "backslashreplace").decode()

@@ -62,5 +62,5 @@ async def _apply_missing(connection: Connection) -> int:
             f"BEGIN;\n{create}{step.sql}\n;{record};\nCOMMIT", timeout_seconds=TIMEOUT_SECONDS
         )
         recorded = True
-        log.info("migrated: number=%s name=%s", step.number, step.name)
+        log.info("migrated", extra={"number": step.number, "migration": step.name})
     return known[-1].number

@@ -38,9 +38,6 @@ from sse_labels.store import Page, Snapshot
 
 log = logging.getLogger(__name__)
 
-#: Each of 15,000 streams may cause such a line: they are limited together.
-_OF_STREAMS = {"caused_by": "backfills"}
-
 
 class Events(NamedTuple):
     """Chunks to write, in order; they continue what was yielded before."""
@@ -427,14 +424,15 @@ class Outbox:
                 if page.floor > self._sequencer.floor:
                     await self._sequencer.look_at_state()
             except DatabaseRefused as error:
-                log.error("a backfill is refused: error=%s", error, extra=_OF_STREAMS)
+                # Each of 15,000 streams may cause such a line: they are limited together.
+                log.error("a backfill is refused", extra={"error": error, "caused_by": "backfills"})
                 raise HistoryRefused from error
             except DatabaseUnavailable as error:
                 wait = backoff.next()
                 log.info(
-                    "a backfill waits: error=%s next_try_seconds=%.1f", error, wait,
-                    extra=_OF_STREAMS,
-                )  # fmt: skip
+                    "a backfill waits",
+                    extra={"error": error, "next_try_seconds": wait, "caused_by": "backfills"},
+                )
                 await asyncio.sleep(wait)
             else:
                 return page

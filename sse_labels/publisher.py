@@ -93,7 +93,7 @@ class Publisher:
             self._metrics.count["labels_refused"] += len(given)
             if error.of_values:
                 raise LabelsRefused(str(error)) from error
-            log.error("publishing is refused: error=%s", error)
+            log.error("publishing is refused", extra={"error": error})
             raise Forbidden(
                 "publishing is off: the database does not let this server write; its log says why"
             ) from error

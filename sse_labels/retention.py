@@ -75,10 +75,10 @@ class Retention:
                 if self._schema.may_delete or self._schema.may_publish:
                     await self.sweep()
             except DatabaseUnavailable as error:
-                log.warning("retention waits for its next turn: error=%s", error)
+                log.warning("retention waits for its next turn", extra={"error": error})
             except DatabaseRefused as error:
                 # Streams go on without it, and `sweep_age_seconds` tells.
-                log.error("nothing was deleted: error=%s", error)
+                log.error("nothing was deleted", extra={"error": error})
             await asyncio.sleep(self._sweep_seconds)
 
     async def sweep(self) -> bool:
@@ -103,7 +103,7 @@ class Retention:
             deleted = await self._delete(connection)
             self._swept = self._clock()
             if deleted:
-                log.info("old labels deleted: labels=%s floor=%s", deleted, self._floor)
+                log.info("old labels deleted", extra={"labels": deleted, "floor": self._floor})
             return True
         finally:
             connection.close()

@@ -153,16 +153,18 @@ class Sequencer:
                 lost = True
                 self.following = False
                 wait = backoff.next()
-                log.warning("the database is away: error=%s next_try_seconds=%.1f", error, wait)
+                log.warning(
+                    "the database is away", extra={"error": error, "next_try_seconds": wait}
+                )
                 await asyncio.sleep(wait)
             except DatabaseRefused as error:
                 self.following = False
-                log.critical("the sequencer stops, it may not read: error=%s", error)
+                log.critical("the sequencer stops, it may not read", extra={"error": error})
                 raise
             except BrokenPromise as error:
                 self.following = False
                 self._metrics.count["broken_promises"] += 1
-                log.critical("the sequencer stops, a promise is broken: error=%s", error)
+                log.critical("the sequencer stops, a promise is broken", extra={"error": error})
                 raise
 
     async def look_at_state(self) -> State:
@@ -211,10 +213,12 @@ class Sequencer:
         while waiting:
             if self._clock() - since >= due:
                 log.warning(
-                    "waiting for transactions that took an id before the start: "
-                    "waiting_seconds=%.0f transactions=%s",
-                    self._clock() - since, ",".join(sorted(waiting)),
-                )  # fmt: skip
+                    "waiting for transactions that took an id before the start",
+                    extra={
+                        "waiting_seconds": self._clock() - since,
+                        "transactions": ",".join(sorted(waiting)),
+                    },
+                )
                 due *= 2
             self._wake.clear()
             await self._pause(self._clock() - since)
@@ -226,7 +230,7 @@ class Sequencer:
         self._forget_below(state, newest)
         self.following = True
         self.started.set()
-        log.info("following: head=%s", newest)
+        log.info("following", extra={"head": newest})
 
     async def _follow(self, connection: Connection) -> None:
         while True:
@@ -294,7 +298,8 @@ class Sequencer:
         if floor <= rule.head + 1:
             return False
         log.warning(
-            "labels were deleted before they were streamed here: head=%s floor=%s", rule.head, floor
+            "labels were deleted before they were streamed here",
+            extra={"head": rule.head, "floor": floor},
         )
         # Whoever deletes has seen its own head settle, and that is true for all.
         rule.publish(floor - 1)
@@ -349,7 +354,11 @@ class Sequencer:
         if hole is not None and self._clock() - hole.since >= hole.log_after:
             hole.log_after *= 2
             log.warning(
-                "labels wait for open transactions that took an id: "
-                "head=%s seen=%s waiting_seconds=%.0f transactions=%s",
-                rule.head, hole.hi, self._clock() - hole.since, ",".join(sorted(hole.waiting)),
-            )  # fmt: skip
+                "labels wait for open transactions that took an id",
+                extra={
+                    "head": rule.head,
+                    "seen": hole.hi,
+                    "waiting_seconds": self._clock() - hole.since,
+                    "transactions": ",".join(sorted(hole.waiting)),
+                },
+            )

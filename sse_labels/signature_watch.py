@@ -56,9 +56,15 @@ class SignatureWatch:
                 self._metrics.count["signatures_invalid"] += len(wrong)
                 for seq, label in wrong:
                     log.warning(
-                        "a label's signature is wrong: seq=%s src=%s uri=%s val=%r",
-                        seq, label.src, label.uri, label.val, extra={"caused_by": "signatures"},
-                    )  # fmt: skip
+                        "a label's signature is wrong",
+                        extra={
+                            "seq": seq,
+                            "src": label.src,
+                            "uri": label.uri,
+                            "val": label.val,
+                            "caused_by": "signatures",
+                        },
+                    )
 
     def _wrong(self, batch: Sequence[tuple[int, Label]]) -> list[tuple[int, Label]]:
         check = self._keys.check

@@ -58,7 +58,9 @@ class WatchedFile(Generic[T]):
         except ConfigError as error:
             if str(error) != self._complaint:
                 self._complaint = str(error)
-                log.error("a file went bad, what it said before stays in use: %s", error)
+                log.error(
+                    "a file went bad, what it said before stays in use", extra={"error": error}
+                )
         return self._value
 
     def _refresh(self) -> None:

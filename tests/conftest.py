@@ -21,6 +21,7 @@ from sse_labels.app import App
 from sse_labels.config import Settings
 from sse_labels.database import Database
 from sse_labels.embedded import EmbeddedPostgres
+from sse_labels.logs import TextFormatter
 from sse_labels.migrations import migrate
 
 from support.database import TestDatabase, reachable_directory
@@ -45,6 +46,13 @@ def pytest_configure() -> None:
     if folder := folder_in_memory():
         os.environ["TMPDIR"] = str(folder)
         tempfile.tempdir = None
+
+
+@pytest.fixture
+def caplog(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    """pytest's; its `text` holds the fields of each line as well."""
+    caplog.handler.setFormatter(TextFormatter())
+    return caplog
 
 
 @pytest.fixture(scope="session")

@@ -92,7 +92,7 @@ async def publish_for_ever(url: str, place: Place, interval_seconds: float) -> N
                     if answer.status == 201:
                         recent = [*recent[-50:], label]
                     else:
-                        log.warning("a label was refused: answer=%s", await answer.text())
+                        log.warning("a label was refused", extra={"answer": await answer.text()})
             await asyncio.sleep(random.expovariate(1 / interval_seconds))
 
 

@@ -226,7 +226,7 @@ def until_told(
         while isinstance(first, BaseExceptionGroup):
             first = first.exceptions[0]
         if others is not None:
-            log.critical("a part of the server failed, which ends it: error=%r", first)
+            log.critical("a part of the server failed, which ends it", extra={"error": repr(first)})
             raise
         raise first from None
 

@@ -136,7 +136,9 @@ class EmbeddedPostgres:
         except OSError as error:
             raise self._cluster.unusable(error) from error
         seconds = time.monotonic() - began
-        logger.info("embedded PostgreSQL answers: data_dir=%s seconds=%.2f", self.data_dir, seconds)
+        logger.info(
+            "embedded PostgreSQL answers", extra={"data_dir": self.data_dir, "seconds": seconds}
+        )
         self._has_started = True
         return launched
 
@@ -156,9 +158,9 @@ class EmbeddedPostgres:
                 pauses.reset()
             pause = pauses.next()
             logger.error(
-                "embedded PostgreSQL is not running, it is restarted: data_dir=%s"
-                " next_start_seconds=%.1f", self.data_dir, pause,
-            )  # fmt: skip
+                "embedded PostgreSQL is not running, it is restarted",
+                extra={"data_dir": self.data_dir, "next_start_seconds": pause},
+            )
             if self._ending.wait(pause):
                 break
             try:
@@ -166,7 +168,7 @@ class EmbeddedPostgres:
                     self.on_restart()
             except SseLabelsError as error:
                 if not self._ending.is_set():
-                    logger.error("embedded PostgreSQL was not restarted: error=%s", error)
+                    logger.error("embedded PostgreSQL was not restarted", extra={"error": error})
             except Exception:
                 # Such as a wheel that is being replaced: nobody else would try again.
                 logger.exception("embedded PostgreSQL was not restarted")
@@ -193,7 +195,7 @@ class EmbeddedPostgres:
             with locked(self._start_lock):
                 self._leave()
         except OSError as error:
-            logger.warning("embedded PostgreSQL was left running: error=%s", error)
+            logger.warning("embedded PostgreSQL was left running", extra={"error": error})
             self._give_up_claim()
 
     def __enter__(self) -> EmbeddedPostgres:

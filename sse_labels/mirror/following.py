@@ -44,6 +44,8 @@ QUICK_TRIES = 10
 HINT_MAX_SECONDS = 3600.0
 #: How often somebody looks whether the process that follows an upstream is still there.
 LOCKED_SECONDS = 5.0
+#: Counts that the log reports.
+REPORTED = ("stored", "known", "set_aside", "own", "repeated", "reconnects", "lines_left_out")
 #: Errors of an upstream that say that its seqs are not those that the cursor belongs to.
 BEGAN_ANEW = ("FutureCursor", "EpochChanged")
 
@@ -108,7 +110,7 @@ class Mirror:
                 sentence, lost = "the database takes no labels of this upstream", str(error)
             except Exception as error:
                 # Whatever one upstream makes of us, the others are followed on.
-                log.exception("following failed: upstream=%s", self._upstream.url)
+                log.exception("following failed", extra={"upstream": self._upstream.url})
                 sentence, lost = "following failed", repr(error)[:WORDS_MAX]
             self.tally["reconnects"] += 1
             if self._clock() - begun > self._retry_longest_seconds:
@@ -116,10 +118,9 @@ class Mirror:
                 self._backoff.reset()
             wait = hint + self._backoff.next()
             self._waited = True
-            log.warning(
-                sentence + ": upstream=%s cursor=%s error=%s next_try_seconds=%.1f",
-                self._upstream.url, self.cursor, lost, wait,
-            )  # fmt: skip
+            self._log(
+                logging.WARNING, sentence, cursor=self.cursor, error=lost, next_try_seconds=wait
+            )
             await asyncio.sleep(wait)
 
     async def report(self, every_seconds: float) -> None:
@@ -135,18 +136,17 @@ class Mirror:
             self._report("stopping")
 
     def _report(self, sentence: str) -> None:
-        log.info(
-            sentence + ": upstream=%s cursor=%s stored=%s known=%s set_aside=%s left_out=%s"
-            " own=%s repeated=%s reconnects=%s lines_left_out=%s",
-            self._upstream.url, self.cursor, self.tally["stored"], self.tally["known"],
-            self.tally["set_aside"], self._upstream.left_out, self.tally["own"],
-            self.tally["repeated"], self.tally["reconnects"], self.tally["lines_left_out"],
-        )  # fmt: skip
+        counts = {name: self.tally[name] for name in REPORTED}
+        counts["left_out"] = self._upstream.left_out
+        self._log(logging.INFO, sentence, cursor=self.cursor, **counts)
 
-    def _say(self, level: int, sentence: str, *fields: object) -> None:
+    def _log(self, level: int, sentence: str, **fields: object) -> None:
+        log.log(level, sentence, extra={"upstream": self._upstream.url, **fields})
+
+    def _say(self, level: int, sentence: str, **fields: object) -> None:
         """Log what an upstream caused, unless there were too many such lines in this minute."""
         if self._lines.take():
-            log.log(level, sentence, *fields)
+            self._log(level, sentence, **fields)
         else:
             self.tally["lines_left_out"] += 1
 
@@ -173,7 +173,7 @@ class Mirror:
         told = False
         while not await store.try_lock():
             if not told:
-                log.info("another process follows this upstream: upstream=%s", self._upstream.url)
+                self._log(logging.INFO, "another process follows this upstream")
             told = True
             await asyncio.sleep(LOCKED_SECONDS)
 
@@ -185,10 +185,8 @@ class Mirror:
         self._denied = 0
         await store.rewind()
         self.tally["rewinds"] += 1
-        log.warning(
-            "the upstream began anew, and is read from its beginning: upstream=%s cursor=%s",
-            self._upstream.url, self.cursor,
-        )  # fmt: skip
+        sentence = "the upstream began anew, and is read from its beginning"
+        self._log(logging.WARNING, sentence, cursor=self.cursor)
 
     async def _mirror(self, store: UpstreamStore, place: Place) -> None:
         async with self._upstream.connected(place.cursor, place.epoch) as connection:
@@ -196,7 +194,7 @@ class Mirror:
                 raise UpstreamLost("it streams this very database: each label would come again")
             if connection.epoch and place.epoch is None:
                 await store.note_epoch(connection.epoch)
-            log.info("mirroring: upstream=%s cursor=%s", self._upstream.url, place.cursor)
+            self._log(logging.INFO, "mirroring", cursor=place.cursor)
             waiting = Waiting(WAITING_MAX_BYTES)
             reading = asyncio.create_task(self._read(connection, waiting), name="reading upstream")
             try:
@@ -218,7 +216,7 @@ class Mirror:
         except UpstreamLost as error:
             await waiting.put(error)
         except Exception as error:
-            log.exception("reading failed: upstream=%s", self._upstream.url)
+            log.exception("reading failed", extra={"upstream": self._upstream.url})
             await waiting.put(UpstreamLost(f"reading failed: {error!r}"))
 
     def _tell(self, news: News) -> None:
@@ -226,15 +224,12 @@ class Mirror:
             self.tally["outdated"] += 1
             self._say(
                 logging.WARNING,
-                "labels after the cursor are gone at the upstream, what it has left follows:"
-                " upstream=%s cursor=%s said=%s",
-                self._upstream.url, self.cursor, news.message,
-            )  # fmt: skip
+                "labels after the cursor are gone at the upstream, what it has left follows",
+                cursor=self.cursor,
+                said=news.message,
+            )
         else:
-            self._say(
-                logging.INFO, "news: upstream=%s name=%s said=%s",
-                self._upstream.url, news.name, news.message,
-            )  # fmt: skip
+            self._say(logging.INFO, "news", kind=news.name, said=news.message)
 
     async def _store(self, store: UpstreamStore, messages: list[Labels]) -> None:
         new: list[Labels] = []
@@ -247,7 +242,7 @@ class Mirror:
             return
         labels = [label for message in new for label in message.labels]
         aside = [each for message in new for each in message.aside]
-        url, until = self._upstream.url, new[-1].seq
+        until = new[-1].seq
         kept = aside[: self._kept.take(len(aside))]
         stored = await store.store(self.cursor, until, labels, kept, len(aside), ASIDE_MAX)
         if stored is None:
@@ -263,14 +258,19 @@ class Mirror:
             self._backoff.reset()
         if stored.own:
             self._say(
-                logging.WARNING, "labels of this database's own sources are left out:"
-                " upstream=%s seq=%s labels=%s", url, until, stored.own,
-            )  # fmt: skip
+                logging.WARNING,
+                "labels of this database's own sources are left out",
+                seq=until,
+                labels=stored.own,
+            )
         for each in aside:
             self._say(
-                logging.WARNING, "a label is set aside: upstream=%s seq=%s place=%s reason=%s",
-                url, each.seq, each.place, each.reason,
-            )  # fmt: skip
+                logging.WARNING,
+                "a label is set aside",
+                seq=each.seq,
+                place=each.place,
+                reason=each.reason,
+            )
 
 
 class Waiting(asyncio.Queue[Labels | UpstreamLost]):

@@ -172,9 +172,9 @@ def _parse(text: str) -> IPv4Address | IPv6Address | None:
     return (parsed.ipv4_mapped or parsed) if isinstance(parsed, IPv6Address) else parsed
 
 
-def caused_by(address: str | None, **more: str) -> dict[str, str]:
+def caused_by(address: str, **fields: object) -> dict[str, object]:
     """Return the `extra` of a log line that whoever is at `address` can cause at will."""
-    return {"caused_by": group(address or ""), **more}
+    return {"caused_by": group(address), "peer": address, **fields}
 
 
 @lru_cache(REMEMBERED)

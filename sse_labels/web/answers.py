@@ -91,20 +91,18 @@ def errors_as_json(metrics: Metrics, client: Callable[[web.Request], str]) -> Mi
             # The client left while it was answered: nobody reads this, and nothing is wrong here.
             return web.Response(status=400)
         except DatabaseUnavailable as error:
-            peer = client(request)
             log.warning(
-                "a request needs the database: peer=%s path=%s error=%s", peer, request.path, error,
-                extra=caused_by(peer),
-            )  # fmt: skip
+                "a request needs the database",
+                extra=caused_by(client(request), path=request.path, error=error),
+            )
             answer = error_response(NotReady("the database is away; try again soon"))
             name = NotReady.name
         except DatabaseRefused as error:
             # What it is about is the operator's to know, and no business of who asked.
-            peer = client(request)
             log.error(
-                "the database refuses a request: peer=%s path=%s error=%s", peer, request.path,
-                error, extra=caused_by(peer),
-            )  # fmt: skip
+                "the database refuses a request",
+                extra=caused_by(client(request), path=request.path, error=error),
+            )
             name = type(error).__name__
             message = "the database does not let this server do that; its log says why"
             answer = json_response({"error": name, "message": message}, status=500)
@@ -119,9 +117,9 @@ def errors_as_json(metrics: Metrics, client: Callable[[web.Request], str]) -> Mi
                 raise
             answer, name = _from_aiohttp(error)
         except Exception:
-            peer = client(request)
             log.exception(
-                "a request failed: peer=%s path=%s", peer, request.path, extra=caused_by(peer)
+                "a request failed",
+                extra=caused_by(client(request), path=request.path),
             )
             name = "InternalServerError"
             answer = json_response({"error": name, "message": "see the server's log"}, status=500)

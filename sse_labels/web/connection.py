@@ -191,7 +191,7 @@ class Connection(web.RequestHandler):
         self.cut()
 
     def _tell(self, what: str) -> None:
-        log.info(what + ": peer=%s", self.peername, extra=caused_by(self._address()))
+        log.info(what, extra=caused_by(self._address(), peer=self.peername))
 
     def _address(self) -> str:
         # A Unix socket's name is a text, and often empty.
@@ -234,9 +234,9 @@ class Connection(web.RequestHandler):
             return super().handle_error(request, status, exc, message)
         # Its class alone: the text repeats what was sent, and a token may be in it.
         log.debug(
-            "not a request: peer=%s error=%s", self.peername, type(exc).__name__,
-            extra=caused_by(self._address()),
-        )  # fmt: skip
+            "not a request",
+            extra=caused_by(self._address(), peer=self.peername, error=type(exc).__name__),
+        )
         self._terms.refused(error)
         response = web.Response(
             status=error.status,

@@ -134,7 +134,7 @@ class Delivery:
         except ConnectionError:
             pass
         except Exception:
-            log.exception("a stream failed: position=%s", self._outbox.position)
+            log.exception("a stream failed", extra={"position": self._outbox.position})
             name = "InternalServerError"
             how = await self._end(answer, name, name, "see the server's log")
         finally:

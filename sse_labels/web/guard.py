@@ -179,7 +179,7 @@ class Guard:
         now = asyncio.get_running_loop().time()
         if now >= self._complain_at:
             self._complain_at = now + ACCEPT_PAUSE_SECONDS
-            log.error("out of file descriptors: connections=%s", self.open)
+            log.error("out of file descriptors", extra={"connections": self.open})
         if self._kept:
             self._kept.pop().close()
         try:
@@ -239,7 +239,7 @@ class Door:
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
             except OSError as error:
-                log.error("nothing is accepted for a while: error=%s", error)
+                log.error("nothing is accepted for a while", extra={"error": error})
                 self._rest(loop, ACCEPT_PAUSE_SECONDS)
                 return
 
@@ -279,9 +279,9 @@ class Door:
             # One client's trouble, and nobody else's.
             peer = address[0] if address else ""
             log.warning(
-                "a connection could not be taken over: peer=%s error=%r", peer, error,
-                extra=caused_by(peer),
-            )  # fmt: skip
+                "a connection could not be taken over",
+                extra=caused_by(peer, error=repr(error)),
+            )
             raw.close()
             connection.release()
         except BaseException:
@@ -303,9 +303,9 @@ def most_connections(wanted: int, others: int) -> int:
     fit = max(1, free - min(MAX_REFUSALS, free // 4))
     if fit < wanted:
         log.warning(
-            "fewer files may be open than connections are allowed: files=%s max_connections=%s "
-            "allowed=%s", limit, wanted, fit,
-        )  # fmt: skip
+            "fewer files may be open than connections are allowed",
+            extra={"files": limit, "max_connections": wanted, "allowed": fit},
+        )
     return min(wanted, fit)
 
 

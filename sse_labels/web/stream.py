@@ -189,9 +189,9 @@ class StreamHandler:
                 return await self._refuse(request, error, final=True)
             raise
         log.info(
-            "stream opened: peer=%s cursor=%s filter=%s id=%s", client, cursor, narrowed, visit.id,
-            extra=caused_by(client, opens=visit.id),
-        )  # fmt: skip
+            "stream opened",
+            extra=caused_by(client, cursor=cursor, filter=narrowed, id=visit.id, opens=visit.id),
+        )
         try:
             if grant.expires_at is not None:
                 self._end_at(visit, grant.expires_at)
@@ -277,10 +277,16 @@ class StreamHandler:
         self._per_address.give_back(visit.share)
         self._metrics.streams_ended[how] += 1
         log.info(
-            "stream closed: peer=%s how=%s seconds=%.1f position=%s id=%s",
-            visit.client, how, time.monotonic() - visit.opened, visit.outbox.position, visit.id,
-            extra={"closes": visit.id},
-        )  # fmt: skip
+            "stream closed",
+            extra={
+                "peer": visit.client,
+                "how": how,
+                "seconds": time.monotonic() - visit.opened,
+                "position": visit.outbox.position,
+                "id": visit.id,
+                "closes": visit.id,
+            },
+        )
 
     def _end_at(self, visit: Visit, expires_at: float) -> None:
         """End the stream when its token does, by the clock that the token was made by."""
@@ -331,7 +337,7 @@ class StreamHandler:
         visit = self._open.get(stream_id)
         if visit is None:
             return False
-        log.warning("stream cut: id=%s peer=%s by=%s", visit.id, visit.client, by)
+        log.warning("stream cut", extra={"id": visit.id, "peer": visit.client, "by": by})
         visit.outbox.close(StreamCut("an operator has ended this stream"))
         return True
 

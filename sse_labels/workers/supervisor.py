@@ -136,9 +136,14 @@ class Supervisor:
                 backoff.reset()
             wait = backoff.next()
             log.error(
-                "a worker ended, another takes its place: worker=%s how=%s seconds=%.1f "
-                "next_start_seconds=%.1f", place + 1, end, self._clock() - began, wait,
-            )  # fmt: skip
+                "a worker ended, another takes its place",
+                extra={
+                    "worker": place + 1,
+                    "how": end,
+                    "seconds": self._clock() - began,
+                    "next_start_seconds": wait,
+                },
+            )
             await self._pause(wait)
             replaces = True
 
@@ -205,7 +210,7 @@ class Process:
             start_new_session=True,
         )
         assert process.stdin is not None  # noqa: S101 - a pipe was asked for
-        log.info("a worker starts: worker=%s pid=%s", job.index + 1, process.pid)
+        log.info("a worker starts", extra={"worker": job.index + 1, "pid": process.pid})
         process.stdin.write(job.encode())
         return cls(process, job.settings)
 
@@ -237,9 +242,9 @@ class Process:
             await self._pause(TURN_SECONDS)
             self._silent_turns += 1
         log.error(
-            "a worker hangs, it is killed: pid=%s silent_seconds=%.0f",
-            self._process.pid, self._silent_turns * TURN_SECONDS,
-        )  # fmt: skip
+            "a worker hangs, it is killed",
+            extra={"pid": self._process.pid, "silent_seconds": self._silent_turns * TURN_SECONDS},
+        )
         self._process.kill()
 
     async def drained(self) -> None:
@@ -252,7 +257,7 @@ class Process:
                     await self._process.wait()
         finally:
             if self._process.returncode is None:
-                log.error("a worker is killed, it does not end: pid=%s", self._process.pid)
+                log.error("a worker is killed, it does not end", extra={"pid": self._process.pid})
                 self._process.kill()
                 await self._process.wait()
 
@@ -296,7 +301,7 @@ async def serve(
 
             async def serving() -> None:
                 address = base_urls(settings, port)
-                log.info("serving: address=%s workers=%s", address, settings.workers)
+                log.info("serving", extra={"address": address, "workers": settings.workers})
                 await ready(port)
 
             await Supervisor(settings.workers, launch, memory.forget, close).run(stop, serving)

@@ -112,7 +112,7 @@ async def test_what_is_mirrored_is_streamed_and_its_signatures_are_kept(
         assert negations == [False, False, False, True, False, False]
         mirror.wait_for(r"mirrored: upstream=\S+ cursor=6 stored=6 known=0 set_aside=0")
         assert mirror.end() == 0
-    assert mirror.err[-1].endswith("reconnects=0 lines_left_out=0")
+    assert mirror.err[-1].endswith("reconnects=0 lines_left_out=0 left_out=0")
     assert mirrored(database, SKYWARE_DID) == skyware.published
 
 

@@ -73,7 +73,7 @@ def raw(*pieces: bytes, endless: bool = False) -> Callable[..., Awaitable[bool]]
 
 
 def lines(caplog: pytest.LogCaptureFixture, sentence: str) -> list[str]:
-    return [line for line in caplog.messages if sentence in line]
+    return [line for line in caplog.text.splitlines() if sentence in line]
 
 
 async def test_news_without_end_write_few_lines_and_end_the_connection(

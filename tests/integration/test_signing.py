@@ -114,7 +114,7 @@ async def test_wrong_signatures_that_others_stored_are_flagged_and_streamed_all_
             database.insert(1, **label._asdict())
         await until(lambda: server.app.metrics.count["signatures_invalid"] == 1)
         await until(lambda: server.app.sequencer.head == 3)
-    [line] = [line for line in caplog.messages if "signature is wrong" in line]
+    [line] = [line for line in caplog.text.splitlines() if "signature is wrong" in line]
     assert f"seq=2 src={SRC}" in line
 
 

@@ -378,7 +378,7 @@ async def test_a_stream_that_fails_says_so_and_from_where_to_go_on(
         assert (last["error"], last["cursor"]) == ("InternalServerError", 2)
         await until(lambda: not server.app.streams._open)
         assert server.app.metrics.streams_ended[how] == 1
-        [line] = [line for line in caplog.messages if line.startswith("stream closed: ")]
+        [line] = [line for line in caplog.text.splitlines() if "stream closed: " in line]
         assert f" how={how} " in line
         async with reading(server.stream_url, cursor=2) as reader:
             await reader.until_seq(5)
@@ -635,7 +635,7 @@ async def test_a_reader_that_takes_nothing_of_its_history_is_cut_after_the_send_
         assert metrics.count["queue_overflows"] == 0
         # What it did not take was not read from the database either, but for the next page.
         assert metrics.count["backfill_pages"] < 10
-        [line] = [line for line in caplog.messages if line.startswith("stream closed: ")]
+        [line] = [line for line in caplog.text.splitlines() if "stream closed: " in line]
         assert " how=SendTimeout " in line
 
 

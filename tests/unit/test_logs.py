@@ -6,6 +6,7 @@ import ast
 import json
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,94 +15,94 @@ import pytest
 import sse_labels
 from sse_labels.logs import (
     ADDRESSES_MAX,
-    EVERY_LINE,
     EXCEPTION_MAX_CHARS,
     FIELD_MAX_CHARS,
+    MARKS,
     MESSAGE_MAX_CHARS,
     MINUTE_SECONDS,
+    NO_FIELDS,
     JsonFormatter,
     LinesByAddress,
     TextFormatter,
-    _parsed,
+    text_of,
 )
 
+log = logging.getLogger("sse_labels.x")
 
-def record(message: str, *args: Any, error: bool = False) -> logging.LogRecord:
+
+def record(message: str, *args: Any, error: bool = False, **fields: Any) -> logging.LogRecord:
     found = sys.exc_info() if error else None
-    made = logging.LogRecord("sse_labels.x", logging.INFO, "", 0, message, args, found)
+    made = log.makeRecord(log.name, logging.INFO, "", 0, message, args, found, extra=fields)
     made.created, made.msecs = 1764000000.25, 250.0
     return made
 
 
-def as_json(message: str, *args: Any, error: bool = False) -> dict[str, Any]:
-    line = JsonFormatter("worker-2").format(record(message, *args, error=error))
+def as_json(message: str, *args: Any, error: bool = False, **fields: Any) -> dict[str, Any]:
+    line = JsonFormatter("worker-2").format(record(message, *args, error=error, **fields))
     assert "\n" not in line
     return dict(json.loads(line))
 
 
-def test_fields_of_the_sentence_are_keys_with_their_types() -> None:
-    line = as_json(
-        "stream closed: peer=%s seconds=%.1f position=%s cursor=%s", "::1", 1.26, 7, None
-    )
-    assert line == {
+FIELDS = {"peer": "::1", "seconds": 1.2604, "position": 7, "cursor": None, "last": True}
+
+
+def test_fields_are_keys_with_their_types() -> None:
+    assert as_json("stream closed", **FIELDS, caused_by="::/64", opens="x", closes="y") == {
         "time": "2025-11-24T16:00:00.250Z", "level": "info", "logger": "sse_labels.x",
-        "who": "worker-2", "message": "stream closed", "peer": "::1", "seconds": 1.3,
-        "position": 7, "cursor": None,
+        "who": "worker-2", "message": "stream closed", "peer": "::1", "seconds": 1.26,
+        "position": 7, "cursor": None, "last": True,
     }  # fmt: skip
 
 
-def test_same_sentence_is_one_line_of_text() -> None:
-    text = TextFormatter("worker-2").format(record("opened: peer=%s", "::1"))
-    assert text.endswith(",250 INFO worker-2 sse_labels.x: opened: peer=::1")
+def test_fields_follow_the_sentence_in_text() -> None:
+    text = TextFormatter("worker-2").format(record("stream closed", **FIELDS, caused_by="::/64"))
+    assert text.endswith(
+        ",250 INFO worker-2 sse_labels.x: stream closed: "
+        "peer=::1 seconds=1.26 position=7 cursor=None last=True"
+    )
 
 
-def test_line_without_named_fields_is_its_message() -> None:
-    assert as_json("a file went bad: %s", "why")["message"] == "a file went bad: why"
-    assert as_json("100 %")["message"] == "100 %"
+def test_line_without_fields_is_its_message() -> None:
+    assert as_json("a library's line: %s", "why")["message"] == "a library's line: why"
+    assert text_of(record("100 %")) == as_json("100 %")["message"] == "100 %"
 
 
 def test_exception_is_a_field_and_no_line_of_its_own() -> None:
     try:
         raise ValueError("two\nlines")
     except ValueError:
-        line = as_json("it failed: position=%s", 3, error=True)
+        line = as_json("it failed", position=3, error=True)
     assert line["exception"].endswith("ValueError: two\nlines")
     assert (line["message"], line["position"]) == ("it failed", 3)
 
 
 def test_half_a_surrogate_pair_does_not_stop_a_line() -> None:
-    assert as_json("x: peer=%s", "\udc80")["peer"] == "\\udc80"
+    assert as_json("x", peer="\udc80")["peer"] == "\\udc80"
 
 
 FORGERY = "x\n2026-01-01 00:00:00,000 CRITICAL sse_labels.x: all is lost\r\x1b[2J\u2028\u202e\x00"
 SENT = [FORGERY, "x" * 100_000, "\n" * 100_000, "\U000e0001" * 1000, "\udc80" * 1000]
 
 
-@pytest.mark.parametrize("place", ["%s", "%r"])
-@pytest.mark.parametrize("kind", [str, ValueError], ids=["a text", "an error"])
+@pytest.mark.parametrize("kind", [str, ValueError, ascii], ids=["a text", "an error", "escaped"])
 @pytest.mark.parametrize("sent", SENT)
 def test_what_strangers_sent_is_cut_and_begins_no_line(
-    sent: str, kind: type[object], place: str
+    sent: str, kind: Callable[[str], object]
 ) -> None:
-    given: Any = kind(sent)  # type: ignore[call-arg]
-    text = TextFormatter().format(record(f"it failed: path={place} seq=%s", given, 7))
+    fields = {"path": kind(sent), "seq": 7}
+    text = TextFormatter().format(record("it failed", **fields))
     field = text.partition("path=")[2].removesuffix(" seq=7")
     assert text.endswith(" seq=7")
     assert text.isprintable()
     assert 0 < len(field) <= FIELD_MAX_CHARS
-    line = as_json(f"it failed: path={place} seq=%s", given, 7)
-    assert line["seq"] == 7
-    if kind is str and place == "%r":
-        assert line["path"].isprintable()
-        assert 0 < len(line["path"]) <= FIELD_MAX_CHARS
-    else:
-        assert line["path"] == field
+    line = as_json("it failed", **fields)
+    assert (line["path"], line["seq"]) == (field, 7)
 
 
 def test_short_field_is_written_as_it_is_and_a_long_one_says_how_long_it_was() -> None:
     for text in ("did:plc:é 😀 \\n", "x" * FIELD_MAX_CHARS):
-        assert as_json("x: peer=%s", text)["peer"] == text
-    cut = as_json("x: peer=%s", "x" * (FIELD_MAX_CHARS + 1))["peer"]
+        assert as_json("x", peer=text)["peer"] == text
+    cut = as_json("x", peer="x" * (FIELD_MAX_CHARS + 1))["peer"]
     assert cut.endswith(f"xx… ({FIELD_MAX_CHARS + 1} characters)")
     assert len(cut) == FIELD_MAX_CHARS
 
@@ -143,9 +144,7 @@ class TestLinesByAddress:
 
     @staticmethod
     def written(lines: LinesByAddress, **extra: str) -> bool:
-        line = record("x")
-        line.__dict__.update(extra)
-        return lines.filter(line)
+        return lines.filter(record("x", **extra))
 
     def test_one_address_causes_so_many_in_a_minute_and_others_as_many(
         self, lines: LinesByAddress, now: list[float]
@@ -182,7 +181,8 @@ class TestLinesByAddress:
             now[0] += MINUTE_SECONDS
             self.written(lines)
         expected = "lines were left out, some addresses cause too many: lines=6 addresses=2"
-        assert caplog.messages == [expected]
+        [line] = caplog.text.splitlines()
+        assert line.endswith(expected)
 
     def test_addresses_beyond_the_table_cause_no_more_than_one(self, lines: LinesByAddress) -> None:
         for number in range(ADDRESSES_MAX - 1):
@@ -199,9 +199,29 @@ class TestLinesByAddress:
         assert all(self.written(lines, caused_by="a") for _ in range(100))
 
 
+#: What takes fields by their names, beside the `extra` of a logger's methods.
+BY_NAME = {"caused_by", "_log", "_say"}
+
+
+def fields_in(call: ast.Call) -> set[str]:
+    if getattr(call.func, "id", getattr(call.func, "attr", "")) in BY_NAME:
+        return {keyword.arg for keyword in call.keywords if keyword.arg}
+    return {
+        key.value
+        for keyword in call.keywords
+        if keyword.arg == "extra" and isinstance(keyword.value, ast.Dict)
+        for key in keyword.value.keys
+        if isinstance(key, ast.Constant) and isinstance(key.value, str)
+    }
+
+
 def test_no_field_hides_what_every_line_has() -> None:
+    # `logging` raises KeyError for its own, when the line is written.
+    taken = (NO_FIELDS - {*MARKS}) | as_json("x", error=True).keys()
+    found = set()
     for file in Path(sse_labels.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                names = {name for name, _ in _parsed(node.value)[1]}
-                assert not names & set(EVERY_LINE), f"{file}: {node.value}"
+            if isinstance(node, ast.Call):
+                found |= fields_in(node)
+                assert not fields_in(node) & taken, f"{file}:{node.lineno}"
+    assert {"peer", "next_try_seconds", "upstream", "kind", "reason"} <= found
