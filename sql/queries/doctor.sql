@@ -1,25 +1,39 @@
 -- What `sse-labels doctor` looks at. All of it reads, but for a NOTIFY, which says nothing new.
 
 -- name: server_facts
--- One row: version as text; seconds since 1970 by its clock; most connections; those kept for
--- others; open ones; this program's among them; this role's limit, and the database's (-1: none);
--- the role's connections, and the database's; is it a superuser; does a commit wait for the disk
--- in this role's other sessions; may they write.
+-- One row: version as text; seconds since 1970 by its clock; does a commit wait for the disk in
+-- this role's other sessions.
 SELECT current_setting('server_version'),
        extract(epoch FROM clock_timestamp())::float8,
+       (SELECT reset_val FROM pg_settings WHERE name = 'synchronous_commit');
+
+-- name: connections_left
+-- One row: connections that this role may still open here; most connections of the server; those
+-- of this program.
+SELECT least(current_setting('max_connections')::integer
+                 - current_setting('superuser_reserved_connections')::integer
+                 - coalesce(current_setting('reserved_connections', true), '0')::integer
+                 - (SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'),
+             -- A limit of -1 is none, and least() does not look at nulls.
+             nullif(rolconnlimit, -1)
+                 - (SELECT count(*) FROM pg_stat_activity WHERE usename = rolname),
+             (SELECT nullif(datconnlimit, -1)
+                         - (SELECT count(*) FROM pg_stat_activity WHERE pg_stat_activity.datname
+                                = pg_database.datname)
+                FROM pg_database WHERE datname = current_database())),
        current_setting('max_connections')::integer,
-       current_setting('superuser_reserved_connections')::integer
-           + coalesce(current_setting('reserved_connections', true), '0')::integer,
-       (SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'),
-       (SELECT count(*) FROM pg_stat_activity WHERE application_name = 'sse-labels'),
-       rolconnlimit,
-       (SELECT datconnlimit FROM pg_database WHERE datname = current_database()),
-       (SELECT count(*) FROM pg_stat_activity WHERE usename = current_user),
-       (SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()),
-       rolsuper,
-       (SELECT reset_val FROM pg_settings WHERE name = 'synchronous_commit'),
-       current_setting('default_transaction_read_only') = 'off'
+       (SELECT count(*) FROM pg_stat_activity WHERE application_name = 'sse-labels')
   FROM pg_roles WHERE rolname = current_user;
+
+-- name: role_facts
+-- One row: is this role a superuser; may its transactions write; may it alter the label table (it
+-- owns it, or is a superuser); does a row security policy hide rows from it.
+SELECT rolsuper,
+       current_setting('default_transaction_read_only') = 'off',
+       pg_has_role(relowner, 'USAGE'),
+       row_security_active(pg_class.oid)
+  FROM pg_roles LEFT JOIN pg_class ON pg_class.oid = to_regclass('label')
+ WHERE rolname = current_user;
 
 -- name: rights
 -- Rows (task, right, object, held): each right of the README's table, and what no task needs.
@@ -68,15 +82,9 @@ SELECT CASE WHEN source = '' THEN url ELSE source || '=' || url END AS name, cur
   FROM label_upstream
  ORDER BY name;
 
--- name: label_owner
--- One row: may this role alter the table (it owns it, or is a superuser); does a row security
--- policy hide rows from it.
-SELECT pg_has_role(relowner, 'USAGE'), row_security_active(oid)
-  FROM pg_class WHERE oid = to_regclass('label');
-
 -- name: triggers
--- Rows (name, function, is it enabled in ordinary sessions) of the label table.
-SELECT tgname, proname, tgenabled IN ('O', 'A')
+-- Rows (function, is it enabled in ordinary sessions) of the label table.
+SELECT proname, tgenabled IN ('O', 'A')
   FROM pg_trigger JOIN pg_proc ON pg_proc.oid = tgfoid
  WHERE tgrelid = to_regclass('label') AND NOT tgisinternal;
 

@@ -26,9 +26,9 @@ from sse_labels.cli.options import (
     token_text,
     url_argument,
 )
-from sse_labels.cli.serve import interruptible
+from sse_labels.cli.serve import database_at, interruptible
 from sse_labels.config import Settings, did, load
-from sse_labels.doctor import Finding, Patient, Verdict, count, examine
+from sse_labels.doctor import Finding, Target, Verdict, examine
 from sse_labels.embedded import EmbeddedPostgres, default_data_dir
 
 #: How each verdict is coloured where colours are shown.
@@ -78,9 +78,11 @@ def doctor(
     with named_as_given(), interruptible():
         settings = load(options)
         dsn, embedded = place_of(settings)
-        patient = Patient(settings, dsn, embedded, url, token, publish_as, tls)
-        findings = asyncio.run(report(patient, as_lines=not json))
-    counted = count(findings)
+        database = None if dsn is None else database_at(settings, dsn)
+        target = Target(settings, database, embedded, url, token, publish_as, tls)
+        findings = asyncio.run(report(target, as_lines=not json))
+    verdicts = [finding.verdict for finding in findings]
+    counted = {verdict: verdicts.count(verdict) for verdict in Verdict}
     if json:
         listed = [finding._asdict() for finding in findings]
         click.echo(
@@ -102,13 +104,17 @@ def place_of(settings: Settings) -> tuple[str | None, bool]:
     return (postgres.dsn if postgres.runs() else None), True
 
 
-async def report(patient: Patient, *, as_lines: bool) -> list[Finding]:
+async def report(target: Target, *, as_lines: bool) -> list[Finding]:
     """Return all findings; write each as it comes."""
     findings = []
-    async for finding in examine(patient):
-        findings.append(finding)
-        if as_lines:
-            write(finding)
+    try:
+        async for finding in examine(target):
+            findings.append(finding)
+            if as_lines:
+                write(finding)
+    finally:
+        if target.database is not None:
+            target.database.close()
     return findings
 
 

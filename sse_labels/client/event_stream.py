@@ -42,7 +42,7 @@ class EventStream:
     a position, and a comment shows that somebody is there.
     """
 
-    def __init__(self, pieces: Iterable[bytes]) -> None:
+    def __init__(self, pieces: Iterable[bytes] = ()) -> None:
         self._pieces = pieces
         #: The last `retry:`; it counts from its line on, whatever becomes of the block.
         self.retry_seconds: float | None = None
@@ -59,9 +59,10 @@ class EventStream:
     def __iter__(self) -> Iterator[Block]:
         """Yield each block as soon as it ends; raise MessageTooLong."""
         for piece in self._pieces:
-            yield from self._push(piece)
+            yield from self.push(piece)
 
-    def _push(self, piece: bytes) -> Iterator[Block]:
+    def push(self, piece: bytes) -> Iterator[Block]:
+        """Yield the blocks that end in this piece; raise MessageTooLong."""
         text = self._decoder.decode(piece)
         if not text:
             return

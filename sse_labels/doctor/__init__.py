@@ -6,7 +6,7 @@ Stands above the corridor, beside the workers: it runs no server, and asks one.
 Does not belong here: how findings are printed (`cli.doctor`).
 """
 
-from sse_labels.doctor.checkup import Patient, examine
-from sse_labels.doctor.findings import Finding, Verdict, count
+from sse_labels.doctor.checkup import examine
+from sse_labels.doctor.findings import Finding, Target, Verdict
 
-__all__ = ["Finding", "Patient", "Verdict", "count", "examine"]
+__all__ = ["Finding", "Target", "Verdict", "examine"]

@@ -2,108 +2,84 @@
 
 Promises: findings come one by one, as they are made; a check that fails to look is
 `unchecked` with the reason; when the first of a group fails, the others are not tried.
-Does not belong here: what is looked at.
 """
 
 from __future__ import annotations
 
+import resource
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator
 
 import httpx
 
+from sse_labels.app import database_connections
+from sse_labels.client.event_stream import MessageTooLong
 from sse_labels.config import Settings
-from sse_labels.database import Database
 from sse_labels.doctor.database_checks import DatabaseChecks
-from sse_labels.doctor.findings import Finding, failure, unchecked
-from sse_labels.doctor.machine_checks import descriptors
+from sse_labels.doctor.findings import Checks, Finding, Target, failure, ok, unchecked, warning
 from sse_labels.doctor.way_checks import WayChecks
 from sse_labels.errors import DatabaseRefused, DatabaseUnavailable, SchemaError
-from sse_labels.schema import Schema
-from sse_labels.store import Store
-
-Checks = Mapping[str, Callable[[], Awaitable[list[Finding]]]]
+from sse_labels.web.guard import descriptors_needed
 
 #: No answer, or a refusal.
 UNANSWERED = (DatabaseUnavailable, DatabaseRefused, SchemaError, httpx.HTTPError, OSError)
 #: An answer that is not what sse-labels says: somebody else's, or that of another version.
-NOT_UNDERSTOOD = (httpx.InvalidURL, KeyError, TypeError, ValueError)
+NOT_UNDERSTOOD = (httpx.InvalidURL, KeyError, TypeError, ValueError, MessageTooLong)
 
 
-@dataclass(frozen=True)
-class Patient:
-    """What is looked at."""
-
-    settings: Settings
-    #: Where the labels are; None: not known here.
-    dsn: str | None
-    #: Whether that is the embedded PostgreSQL, whose only role may do everything.
-    embedded: bool
-    #: The server's address, as its readers know it; None: not known here.
-    url: str | None
-    token: str | None = None
-    publish_as: str | None = None
-    #: What is trusted over TLS.
-    tls: ssl.SSLContext = field(default_factory=ssl.create_default_context)
-
-
-async def examine(patient: Patient) -> AsyncIterator[Finding]:
+async def examine(target: Target) -> AsyncIterator[Finding]:
     """Yield what is found, in the order of a label's way."""
-    database = None
-    if patient.dsn is None:
-        yield unchecked("database", "no --dsn, and no embedded PostgreSQL runs", "give --dsn")
+    if target.database is None:
+        why = "no --dsn, and no embedded PostgreSQL runs"
+        yield unchecked(why, "give --dsn", "database")
     else:
-        database = Database(
-            patient.dsn,
-            connect_timeout_seconds=patient.settings.connect_timeout_seconds,
-            query_timeout_seconds=patient.settings.query_timeout_seconds,
-            max_connections=1,
-        )
-    try:
-        if database is not None:
-            of = DatabaseChecks(database, patient.settings, embedded=patient.embedded)
-            async for finding in _run(of.checks(), "is the database there, and --dsn right?"):
-                yield finding
-        for finding in descriptors(patient.settings):
+        of = DatabaseChecks(target.database, target.settings, embedded=target.embedded)
+        async for finding in _run(of.checks(), "is the database there, and --dsn right?"):
             yield finding
-        if patient.url is None:
-            yield unchecked("address", "no address was given", "sse-labels doctor https://…")
-            return
-        way = WayChecks(
-            patient.url,
-            token=patient.token,
-            tls=patient.tls,
-            store=None if database is None else Store(database, Schema(database)),
-            publish_as=patient.publish_as,
-        )
-        async for finding in _run(way.checks(), "does a server run there, and a proxy before it?"):
-            yield finding
-    finally:
-        if database is not None:
-            database.close()
+    yield descriptors(target.settings)
+    if target.url is None:
+        yield unchecked("no address was given", "sse-labels doctor https://…", "address")
+        return
+    way = WayChecks(target, target.url)
+    async for finding in _run(way.checks(), "does a server run there, and a proxy before it?"):
+        yield finding
+
+
+def descriptors(settings: Settings) -> Finding:
+    """Say whether all connections that the settings allow find a descriptor.
+
+    The hard limit counts: a server raises its own to that. A service's may be another.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = settings.max_connections
+    needed = descriptors_needed(wanted, database_connections(settings))
+    shown = "any number of" if hard == resource.RLIM_INFINITY else str(hard)
+    seen = f"{shown} files may be open here, {wanted} connections need {needed}"
+    if hard == resource.RLIM_INFINITY or hard >= needed:
+        return ok(seen, subject="descriptors")
+    return warning(
+        f"{seen}: a server started like this refuses connections before its limit",
+        "raise LimitNOFILE (systemd, as nginx/sse-labels@.service does) or `ulimit -Hn`, or "
+        "lower --max-connections",
+        "descriptors",
+    )
 
 
 async def _run(checks: Checks, hint: str) -> AsyncIterator[Finding]:
     """Run checks one after the other; the first says whether the others make sense."""
     first, *others = checks
-    try:
-        for finding in await checks[first]():
-            yield finding
-    except (*UNANSWERED, *NOT_UNDERSTOOD) as error:
-        yield failure(first, _words(error), _remedy(error, hint))
-        yield unchecked(", ".join(others), f"{first} failed")
-        return
-    for subject in others:
+    for subject, check in checks.items():
         try:
-            for finding in await checks[subject]():
-                yield finding
+            said = await check()
         except (*UNANSWERED, *NOT_UNDERSTOOD) as error:
-            yield unchecked(subject, _words(error))
-
-
-def _remedy(error: Exception, hint: str) -> str:
-    return "see the message" if isinstance(error, DatabaseRefused | SchemaError) else hint
+            if subject == first:
+                refused = isinstance(error, DatabaseRefused | SchemaError)
+                yield failure(_words(error), "see the message" if refused else hint, subject)
+                yield unchecked(f"{first} failed", subject=", ".join(others))
+                return
+            said = unchecked(_words(error))
+        for finding in [said] if isinstance(said, Finding) else said:
+            yield finding._replace(subject=finding.subject or subject)
 
 
 def _words(error: Exception) -> str:

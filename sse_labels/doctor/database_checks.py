@@ -1,23 +1,27 @@
 """Checks of the database: what the settled rule, the tasks and the wakes rest on.
 
-Promises: each check asks on its own and says what it saw; none of them writes,
-and none waits for another program's transaction. A check that finds nothing
-wrong says so.
-Stands beside the server: it asks what the server would ask, by the same edge.
+Promises: none of them writes, and none waits for another program's transaction.
 Does not belong here: refusing to start (`Schema.check`); the way to a reader (`way_checks`).
 """
 
 from __future__ import annotations
 
 import asyncio
-import re
 import time
-from collections.abc import Awaitable, Callable
 
 from sse_labels.app import database_connections
 from sse_labels.config import Settings
 from sse_labels.database import Database
-from sse_labels.doctor.findings import Finding, failure, ok, unchecked, warning
+from sse_labels.doctor.findings import (
+    Checks,
+    Finding,
+    Findings,
+    failure,
+    ok,
+    problems,
+    unchecked,
+    warning,
+)
 from sse_labels.errors import DatabaseRefused, SchemaError
 from sse_labels.queries import migrations
 from sse_labels.schema import Schema
@@ -49,223 +53,170 @@ class DatabaseChecks:
         self._settings = settings
         self._embedded = embedded
 
-    def checks(self) -> dict[str, Callable[[], Awaitable[list[Finding]]]]:
-        """Return all of them by subject; the first says whether the others make sense."""
+    def checks(self) -> Checks:
+        """Return all of them."""
         return {
-            "connection": self.connection,
-            "schema": self.schema,
-            "rights": self.rights,
-            "sequence": self.sequence,
-            "triggers": self.triggers,
-            "notifications": self.notifications,
-            "open transactions": self.open_transactions,
-            "upstreams": self.upstreams,
-            "connections left": self.connections_left,
-            "durability": self.durability,
-            "database's clock": self.clock,
+            "connection": self._connection,
+            "schema": self._schema,
+            "rights": self._rights,
+            "sequence": self._sequence,
+            "triggers": self._triggers,
+            "notifications": self._notifications,
+            "open transactions": self._open_transactions,
+            "upstreams": self._upstreams,
+            "connections left": self._connections_left,
+            "durability": self._durability,
+            "database's clock": self._clock,
         }
 
-    async def connection(self) -> list[Finding]:
-        """Say what answers."""
+    async def _connection(self) -> Findings:
         began = time.monotonic()
         [(version, *_)] = await self._database.fetch("server_facts")
         took = 1000 * (time.monotonic() - began)
-        return [ok("connection", f"PostgreSQL {version} answers, a primary ({took:.0f} ms)")]
+        return ok(f"PostgreSQL {version} answers, a primary ({took:.0f} ms)")
 
-    async def schema(self) -> list[Finding]:
-        """Say whether labels can be served from these tables."""
+    async def _schema(self) -> Findings:
         schema = Schema(self._database, self._settings.source)
         try:
             await schema.find_source()
             await schema.check()
         except SchemaError as error:
-            return [failure("schema", str(error), "see the message; `sse-labels migrate` makes it")]
-        if schema.attached:
-            return [ok("schema", "Ozone's: it is read, and never written")]
-        [(recorded, _)] = await self._database.fetch("schema_exists")
-        if not recorded:
-            return [
-                warning(
-                    "schema",
-                    "the table label is there, and none of what sse-labels keeps beside it: no "
-                    "floor, no epoch, no publishing",
-                    "run `sse-labels migrate` on a database of its own, or serve --no-migrate",
-                )
-            ]
-        newest = migrations()[-1].number
+            return failure(str(error), "see the message; `sse-labels migrate` makes it")
+        [(is_ozone, is_own)] = await self._database.fetch("is_ozone")
+        if is_ozone:
+            return ok("Ozone's: it is read, and never written")
+        if not is_own:
+            return warning(
+                "the table label is there, and none of what sse-labels keeps beside it: no "
+                "floor, no epoch, no publishing",
+                "run `sse-labels migrate` on a database of its own, or serve --no-migrate",
+            )
         try:
             [(version,)] = await self._database.fetch("schema_version")
         except DatabaseRefused as error:
-            return [
-                unchecked(
-                    "schema",
-                    f"this role may not read which migrations were applied ({error})",
-                    "GRANT SELECT ON sse_labels_migration, or ask as the owner",
-                )
-            ]
-        if version != newest:
-            do = "run `sse-labels migrate` as the owner"
-            if version > newest:
-                do = "run a newer sse-labels: this one cannot serve it"
-            return [failure("schema", f"version {version}, this program has {newest}", do)]
-        return [ok("schema", f"version {version}")]
+            return unchecked(
+                f"this role may not read which migrations were applied ({error})",
+                "GRANT SELECT ON sse_labels_migration, or ask as the owner",
+            )
+        newest = migrations()[-1].number
+        seen = f"version {version}, this program has {newest}"
+        if version < newest:
+            return failure(seen, "run `sse-labels migrate` as the owner")
+        if version > newest:
+            return failure(seen, "run a newer sse-labels: this one cannot serve it")
+        return ok(f"version {version}")
 
-    async def _is_ozone(self) -> bool:
-        [(is_ozone, _)] = await self._database.fetch("is_ozone")
-        return bool(is_ozone)
-
-    async def rights(self) -> list[Finding]:
+    async def _rights(self) -> Findings:
         """Say what the role may do, too little and too much."""
-        # Who may migrate is no question here: the owner, once.
-        held = [row for row in await self._database.fetch("rights") if row[0] != "migrate"]
-        if await self._is_ozone():
-            # It has none of our tables, and its sequence need not be read.
-            held = [row for row in held if row[0] != "stream" or row[2] == "label"]
-        [(owner, hidden)] = await self._database.fetch("label_owner") or [(False, False)]
-        [facts] = await self._database.fetch("server_facts")
-        superuser, may_write = facts[10], facts[12]
         settings = self._settings
         deletes = settings.retention_max_age_seconds or settings.retention_max_labels
         publishes = settings.publish_token or settings.publish_tokens_file or self._embedded
-        tasks = {
+        is_wanted = {
             "stream": True,
             "publish": publishes,
             "sign": settings.signing_did,
             "delete old labels": deletes,
         }
-        found = []
-        if hidden:
-            found.append(
+        tasks = [task for task, wanted in is_wanted.items() if wanted]
+        lacking: dict[str, list[str]] = {task: [] for task in tasks}
+        spare = []
+        is_ozone = await self._is_ozone()
+        for task, right, place, held in await self._database.fetch("rights"):
+            # Ozone has none of our tables, and its sequence need not be read.
+            needed = task in tasks and not (is_ozone and task == "stream" and place != "label")
+            if needed and not held:
+                lacking[task].append(f"{right} on {place}")
+            # Who may migrate is no question here: the owner, once.
+            elif held and task not in (*tasks, "migrate"):
+                spare.append(f"{right} on {place}")
+        [(superuser, may_write, owner, hidden)] = await self._database.fetch("role_facts")
+        return problems(
+            hidden
+            and failure(
+                "row level security hides labels from this role: they would be skipped",
+                "say ALTER TABLE label DISABLE ROW LEVEL SECURITY, or give the role BYPASSRLS",
+            ),
+            *(
                 failure(
-                    "rights",
-                    "row level security hides labels from this role: they would be skipped",
-                    "say ALTER TABLE label DISABLE ROW LEVEL SECURITY, or give the role BYPASSRLS",
+                    f"to {task}, the role lacks {', '.join(rights)}",
+                    "; ".join(f"GRANT {each} TO the role" for each in rights),
                 )
-            )
-        for task, wanted in tasks.items():
-            missing = [
-                f"{right} on {place}" for of, right, place, may in held if of == task and not may
-            ]
-            if wanted and missing:
-                found.append(
-                    failure(
-                        "rights",
-                        f"to {task}, the role lacks {', '.join(missing)}",
-                        "; ".join(f"GRANT {each} TO the role" for each in missing),
-                    )
-                )
-        if (publishes or deletes) and not may_write:
-            found.append(
-                failure(
-                    "rights",
-                    "default_transaction_read_only is on: nothing can be published or deleted",
-                    "find out who set it (a provider does, when the disk is full); then say ALTER "
-                    "ROLE … RESET default_transaction_read_only, or ALTER DATABASE …",
-                )
-            )
-        if superuser and not self._embedded:
-            found.append(
-                warning(
-                    "rights",
-                    "the role is a superuser: a fault here could do anything to the cluster",
-                    "give it a role of its own; the README's table says what it needs",
-                )
-            )
-        elif not settings.migrate and not owner:
-            spare = [
-                f"{right} on {place}" for of, right, place, may in held if not tasks.get(of) and may
-            ]
-            if spare:
-                found.append(
-                    warning(
-                        "rights",
-                        f"the role also has {', '.join(spare)}, which nothing set here needs",
-                        "; ".join(f"REVOKE {each} FROM the role" for each in spare),
-                    )
-                )
-        able = " and ".join(task for task, wanted in tasks.items() if wanted)
-        return found or [ok("rights", f"enough to {able}")]
+                for task, rights in lacking.items()
+                if rights
+            ),
+            (publishes or deletes)
+            and not may_write
+            and failure(
+                "default_transaction_read_only is on: nothing can be published or deleted",
+                "find out who set it (a provider does, when the disk is full); then say ALTER "
+                "ROLE … RESET default_transaction_read_only, or ALTER DATABASE …",
+            ),
+            superuser
+            and not self._embedded
+            and warning(
+                "the role is a superuser: a fault here could do anything to the cluster",
+                "give it a role of its own; the README's table says what it needs",
+            ),
+            spare
+            and not (owner or settings.migrate)
+            and warning(
+                f"the role also has {', '.join(spare)}, which nothing set here needs",
+                "; ".join(f"REVOKE {each} FROM the role" for each in spare),
+            ),
+        ) or ok(f"enough to {' and '.join(tasks)}")
 
-    async def sequence(self) -> list[Finding]:
+    async def _sequence(self) -> Findings:
         """Say whether ids come as the settled rule needs them; its cache is `schema`'s."""
         rows = await self._database.fetch("sequence_facts")
         if not rows:
-            return [unchecked("sequence", "label.id has none")]
+            return unchecked("label.id has none")
         [(name, step, largest, cycles, last, newest)] = rows
-        found = []
-        if cycles:
-            found.append(
-                failure(
-                    "sequence",
-                    f"{name} starts anew at its end",
-                    f"say ALTER SEQUENCE {name} NO CYCLE",
-                )
-            )
-        if step != 1:
-            found.append(
-                failure(
-                    "sequence",
-                    f"{name} goes by steps of {step}: "
-                    + ("ids must rise" if step < 0 else "each step is a hole to be waited for"),
-                    f"say ALTER SEQUENCE {name} INCREMENT 1",
-                )
-            )
-        if last is not None and last < newest:
-            found.append(
-                failure(
-                    "sequence",
-                    f"{name} stands at {last}, and the table has {newest}: new labels would come "
-                    "below what consumers have read, and be skipped",
-                    f"stop what writes and serves, then sse-labels reseed --above {newest}",
-                )
-            )
-        if (last or newest) > SEQUENCE_FULL * largest:
-            found.append(
-                warning(
-                    "sequence",
-                    f"{name} stands at {last or newest} of {largest}",
-                    f"say ALTER SEQUENCE {name} AS bigint, and make label.id bigint",
-                )
-            )
-        if last is None and newest:
-            found.append(
-                unchecked(
-                    "sequence",
-                    f"whether {name} stands below the newest label: this role may not read it",
-                    f"GRANT SELECT ON SEQUENCE {name} TO the role",
-                )
-            )
-        return found or [ok("sequence", f"{name} stands at {last or 0}, the table at {newest}")]
+        reached = last or newest
+        why = "ids must rise" if step < 0 else "each step is a hole to be waited for"
+        return problems(
+            cycles
+            and failure(f"{name} starts anew at its end", f"say ALTER SEQUENCE {name} NO CYCLE"),
+            step != 1
+            and failure(
+                f"{name} goes by steps of {step}: {why}", f"say ALTER SEQUENCE {name} INCREMENT 1"
+            ),
+            last is not None
+            and last < newest
+            and failure(
+                f"{name} stands at {last}, and the table has {newest}: new labels would come "
+                "below what consumers have read, and be skipped",
+                f"stop what writes and serves, then sse-labels reseed --above {newest}",
+            ),
+            reached > SEQUENCE_FULL * largest
+            and warning(
+                f"{name} stands at {reached} of {largest}",
+                f"say ALTER SEQUENCE {name} AS bigint, and make label.id bigint",
+            ),
+            last is None
+            and newest
+            and unchecked(
+                f"whether {name} stands below the newest label: this role may not read it",
+                f"GRANT SELECT ON SEQUENCE {name} TO the role",
+            ),
+        ) or ok(f"{name} stands at {last or 0}, the table at {newest}")
 
-    async def triggers(self) -> list[Finding]:
-        """Say whether the triggers of the migrations are there and fire."""
+    async def _triggers(self) -> Findings:
         if await self._is_ozone():
-            return [ok("triggers", "Ozone has none: it notifies, and guards its table, itself")]
-        works = {
-            function: enabled for _, function, enabled in await self._database.fetch("triggers")
-        }
+            return ok("Ozone has none: it notifies, and guards its table, itself")
+        works = dict(await self._database.fetch("triggers"))
         found = []
-        made_by = {
-            function: f"{step.number:04}_{step.name}.sql"
-            for step in migrations()
-            for function in TRIGGERS
-            if re.search(rf"TRIGGER {function}\s", step.sql)
-        }
         for function, without in TRIGGERS.items():
-            if not works.get(function):
-                state = "is switched off" if function in works else "is missing"
-                found.append(
-                    warning(
-                        "triggers",
-                        f"{function} {state}: {without}",
-                        f"say ALTER TABLE label ENABLE TRIGGER {function}"
-                        if function in works
-                        else f"make it as sql/migrations/{made_by[function]} does",
-                    )
-                )
-        return found or [ok("triggers", f"{', '.join(TRIGGERS)} are on")]
+            if function not in works:
+                made = f"TRIGGER {function} "
+                [file] = [f"{m.number:04}_{m.name}.sql" for m in migrations() if made in m.sql]
+                do = f"make it as sql/migrations/{file} does"
+                found.append(warning(f"{function} is missing: {without}", do))
+            elif not works[function]:
+                do = f"say ALTER TABLE label ENABLE TRIGGER {function}"
+                found.append(warning(f"{function} is switched off: {without}", do))
+        return found or ok(f"{', '.join(TRIGGERS)} are on")
 
-    async def notifications(self) -> list[Finding]:
+    async def _notifications(self) -> Findings:
         """Say whether a NOTIFY of one session reaches another one."""
         connection = await self._database.connect()
         try:
@@ -279,130 +230,99 @@ class DatabaseChecks:
         finally:
             connection.close()
         if arrived:
-            return [ok("notifications", f"arrive ({took:.0f} ms)")]
-        return [
-            failure(
-                "notifications",
-                f"none arrived within {NOTIFY_SECONDS:g} s: a connection pooler that pools by "
-                "transaction stands before the database",
-                "give --dsn the database itself: LISTEN needs a session of its own",
-            )
-        ]
+            return ok(f"arrive ({took:.0f} ms)")
+        return failure(
+            f"none arrived within {NOTIFY_SECONDS:g} s: a connection pooler that pools by "
+            "transaction stands before the database",
+            "give --dsn the database itself: LISTEN needs a session of its own",
+        )
 
-    async def open_transactions(self) -> list[Finding]:
+    async def _open_transactions(self) -> Findings:
         """Say who keeps labels from being settled, for longer than a moment."""
         before = {name for name, *_ in await self._database.fetch("holders_described")}
         if before:
             await asyncio.sleep(HOLD_SECONDS)
-        # By its two looks, because the age of other roles' transactions does not show.
-        stayed = [
-            (who, age)
-            for name, who, age in await self._database.fetch("holders_described")
-            if name in before
-        ]
-        if not stayed:
-            return [ok("open transactions", "none holds labels back")]
         found = []
-        for who, age in stayed:
-            long = f"for {age:.0f} s" if age is not None else f"for at least {HOLD_SECONDS:g} s"
-            found.append(
-                warning(
-                    "open transactions",
-                    f"{who} has taken an id and not ended {long}: labels after it wait",
-                    "commit it or roll it back; for sessions that forget to, set "
-                    "idle_in_transaction_session_timeout",
+        for name, who, age in await self._database.fetch("holders_described"):
+            # By two looks, because the age of other roles' transactions does not show.
+            if name in before:
+                long = f"for {age:.0f} s" if age is not None else f"for at least {HOLD_SECONDS:g} s"
+                found.append(
+                    warning(
+                        f"{who} has taken an id and not ended {long}: labels after it wait",
+                        "commit it or roll it back; for sessions that forget to, set "
+                        "idle_in_transaction_session_timeout",
+                    )
                 )
-            )
-        return found
+        return found or ok("none holds labels back")
 
-    async def upstreams(self) -> list[Finding]:
+    async def _upstreams(self) -> Findings:
         """Say of each labeler that is mirrored whether somebody follows it."""
         if await self._is_ozone():
-            return [ok("upstreams", "nothing is mirrored into Ozone's table")]
+            return ok("nothing is mirrored into Ozone's table")
         [(may_see,)] = await self._database.fetch("may_see_upstreams")
         if not may_see:
-            return [ok("upstreams", "not for this role to see, nor needed to serve")]
+            return ok("not for this role to see, nor needed to serve")
         found = []
         for url, cursor, age, followed, aside in await self._database.fetch("upstreams"):
             seen = f"{url} is taken up to its seq {cursor}, the last of it {age:.0f} s ago"
             if not cursor:
                 seen = f"nothing was ever taken from {url}"
             if not followed:
-                found.append(
-                    warning(
-                        "upstreams",
-                        f"{seen}; nobody follows it",
-                        f"run sse-labels mirror {url}, or DELETE it FROM label_upstream",
-                    )
-                )
+                do = f"run sse-labels mirror {url}, or DELETE it FROM label_upstream"
+                found.append(warning(f"{seen}; nobody follows it", do))
             elif aside:
-                found.append(
-                    warning(
-                        "upstreams",
-                        f"{seen}; {aside} labels were set aside",
-                        "see label_set_aside for why: it has the newest",
-                    )
-                )
+                do = "see label_set_aside for why: it has the newest"
+                found.append(warning(f"{seen}; {aside} labels were set aside", do))
             else:
-                found.append(ok("upstreams", seen))
-        return found or [ok("upstreams", "no labeler is mirrored here")]
+                found.append(ok(seen))
+        return found or ok("no labeler is mirrored here")
 
-    async def connections_left(self) -> list[Finding]:
+    async def _connections_left(self) -> Findings:
         """Say whether a server with these settings finds connections enough."""
-        [facts] = await self._database.fetch("server_facts")
-        _, _, most, reserved, used, ours, of_role, of_database, by_role, by_database, *_ = facts
+        [(room, most, ours)] = await self._database.fetch("connections_left")
         needed = database_connections(self._settings)
-        room = most - reserved - used
-        if of_role >= 0:
-            room = min(room, of_role - by_role)
-        if of_database >= 0:
-            room = min(room, of_database - by_database)
         # Of this program's own, some are the doctor's; the rest is a server that runs already.
         others = max(0, ours - 1)
         seen = f"{room} of {most} are free, a server needs up to {needed}, {others} are servers'"
         if room + others >= needed:
-            return [ok("connections left", seen)]
-        return [
-            failure(
-                "connections left",
-                seen,
-                "raise max_connections (or the limit of the role or the database), or serve with "
-                "fewer --workers or --backfill-max-reads",
-            )
-        ]
+            return ok(seen)
+        return failure(
+            seen,
+            "raise max_connections (or the limit of the role or the database), or serve with "
+            "fewer --workers or --backfill-max-reads",
+        )
 
-    async def durability(self) -> list[Finding]:
+    async def _durability(self) -> Findings:
         """Say whether a crash of PostgreSQL can take back what was streamed."""
-        [facts] = await self._database.fetch("server_facts")
-        if facts[11] == "off":
-            return [
-                warning(
-                    "durability",
-                    "synchronous_commit is off: after a crash PostgreSQL may have forgotten labels "
-                    "that consumers have read",
-                    "set synchronous_commit to on for whoever writes labels",
-                )
-            ]
-        return [ok("durability", f"synchronous_commit is {facts[11]}")]
+        [(*_, synchronous_commit)] = await self._database.fetch("server_facts")
+        if synchronous_commit != "off":
+            return ok(f"synchronous_commit is {synchronous_commit}")
+        return warning(
+            "synchronous_commit is off: after a crash PostgreSQL may have forgotten labels that "
+            "consumers have read",
+            "set synchronous_commit to on for whoever writes labels",
+        )
 
-    async def clock(self) -> list[Finding]:
-        """Say how far the database's clock is from this machine's."""
+    async def _clock(self) -> Findings:
         before = time.time()
-        [(_, theirs, *_)] = await self._database.fetch("server_facts")
-        ours = (before + time.time()) / 2
-        return [clock_finding("database's clock", theirs - ours, (time.time() - before) / 2)]
+        [(_, theirs, _)] = await self._database.fetch("server_facts")
+        after = time.time()
+        return clock_finding(theirs - (before + after) / 2, (after - before) / 2)
+
+    async def _is_ozone(self) -> bool:
+        [(is_ozone, _)] = await self._database.fetch("is_ozone")
+        return bool(is_ozone)
 
 
-def clock_finding(subject: str, ahead_seconds: float, precision_seconds: float) -> Finding:
+def clock_finding(ahead_seconds: float, precision_seconds: float, subject: str = "") -> Finding:
     """Return what to say of a clock that is `ahead_seconds` of this machine's."""
-    way = "ahead of" if ahead_seconds > 0 else "behind"
-    seen = f"{abs(ahead_seconds):.1f} s {way} this machine's"
-    certain = abs(ahead_seconds) - precision_seconds
+    apart = abs(ahead_seconds)
+    certain = apart - precision_seconds
+    seen = f"{apart:.1f} s {'ahead of' if ahead_seconds > 0 else 'behind'} this machine's"
     do = "let both machines keep time by NTP (`timedatectl`)"
     if certain > CLOCK_FAIL_SECONDS:
-        return failure(subject, f"{seen}: tokens are refused, or live on", do)
+        return failure(f"{seen}: tokens are refused, or live on", do, subject)
     if certain > CLOCK_WARN_SECONDS:
-        return warning(subject, f"{seen}: ages of labels and tokens are off by as much", do)
-    return ok(
-        subject, f"within {max(abs(ahead_seconds), precision_seconds):.1f} s of this machine's"
-    )
+        return warning(f"{seen}: ages of labels and tokens are off by as much", do, subject)
+    return ok(f"within {max(apart, precision_seconds):.1f} s of this machine's", subject=subject)

@@ -1,19 +1,40 @@
-"""What a check says: one finding, and how findings are counted.
+"""What is looked at, and what a check says of it: findings, in the words of the output.
 
-Promises: a finding names what was looked at, what was seen and, unless all is
-well, what to do.
-Does not belong here: how it is printed (`cli.doctor`).
+Does not belong here: how findings are printed and counted (`cli.doctor`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import ssl
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import partial
 from typing import NamedTuple
+
+from sse_labels.config import Settings
+from sse_labels.database import Database
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is looked at."""
+
+    settings: Settings
+    #: Where the labels are; None: not known here.
+    database: Database | None
+    #: Whether that is the embedded PostgreSQL, whose only role may do everything.
+    embedded: bool
+    #: The server's address, as its readers know it; None: not known here.
+    url: str | None
+    token: str | None = None
+    publish_as: str | None = None
+    #: What is trusted over TLS.
+    tls: ssl.SSLContext = field(default_factory=ssl.create_default_context)
 
 
 class Verdict(StrEnum):
-    """How it stands with one thing; the words are those of the output."""
+    """How it stands with one thing."""
 
     OK = "ok"
     #: It works, and somebody will be sorry.
@@ -28,37 +49,24 @@ class Finding(NamedTuple):
     """One thing that was looked at."""
 
     verdict: Verdict
-    #: What was looked at, in one or two words.
-    subject: str
     #: What was seen.
     seen: str
     #: What to do; empty when nothing is to be done.
     do: str = ""
+    #: What was looked at, in one or two words; a check that says nothing else gets its own name.
+    subject: str = ""
 
 
-def ok(subject: str, seen: str) -> Finding:
-    """Return that all is well."""
-    return Finding(Verdict.OK, subject, seen)
+ok = partial(Finding, Verdict.OK)
+warning = partial(Finding, Verdict.WARNING)
+failure = partial(Finding, Verdict.FAILURE)
+unchecked = partial(Finding, Verdict.UNCHECKED)
+
+Findings = Finding | list[Finding]
+#: By subject, in their order; the first says whether the others make sense.
+Checks = Mapping[str, Callable[[], Awaitable[Findings]]]
 
 
-def warning(subject: str, seen: str, do: str) -> Finding:
-    """Return that it works, and will not for ever."""
-    return Finding(Verdict.WARNING, subject, seen, do)
-
-
-def failure(subject: str, seen: str, do: str) -> Finding:
-    """Return that something does not work."""
-    return Finding(Verdict.FAILURE, subject, seen, do)
-
-
-def unchecked(subject: str, why: str, do: str = "") -> Finding:
-    """Return that nobody looked."""
-    return Finding(Verdict.UNCHECKED, subject, why, do)
-
-
-def count(findings: Iterable[Finding]) -> dict[Verdict, int]:
-    """Return how many findings there are of each verdict."""
-    counted = dict.fromkeys(Verdict, 0)
-    for finding in findings:
-        counted[finding.verdict] += 1
-    return counted
+def problems(*rules: object) -> list[Finding]:
+    """Return what applies of rules such as `cycles and failure(…)`."""
+    return [rule for rule in rules if isinstance(rule, Finding)]

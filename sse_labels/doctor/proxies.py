@@ -1,8 +1,4 @@
-"""Proxies: which one stands before a server, and what it is to be told.
-
-Promises: a name only when the response gives one away.
-Does not belong here: finding that something is wrong (`way_checks`).
-"""
+"""Proxies: which one stands before a server, and how to configure it for streams."""
 
 from __future__ import annotations
 
@@ -13,15 +9,15 @@ from sse_labels.web.answers import SERVER
 
 
 class Proxy(NamedTuple):
-    """What it is called, and how it is told to pass a stream on as it comes."""
+    """A proxy's name, and what each fault is corrected with."""
 
-    name: str
-    #: What keeps it from gathering.
-    unbuffered: str
-    #: What keeps it from compressing.
-    uncompressed: str
-    #: What lets a silent stream live.
-    patient: str
+    name: str = "a proxy that does not name itself"
+    #: It gathers the stream.
+    unbuffered: str = "let it pass /stream on unbuffered"
+    #: It compresses.
+    uncompressed: str = "let it leave text/event-stream uncompressed (it says no-transform)"
+    #: It ends a stream that is silent.
+    patient: str = "let it keep a silent response for 60 s"
 
 
 #: By a word in the header `Server` or `Via`. From nginx' ngx_http_proxy_module and
@@ -47,12 +43,6 @@ KNOWN = {
         "no read_timeout under 60s in reverse_proxy's transport",
     ),
 }
-UNKNOWN = Proxy(
-    "a proxy that does not name itself",
-    "let it pass /stream on unbuffered",
-    "let it leave text/event-stream uncompressed (it says no-transform)",
-    "let it keep a silent response for 60 s",
-)
 
 
 def proxy_of(headers: Mapping[str, str]) -> Proxy | None:
@@ -62,4 +52,4 @@ def proxy_of(headers: Mapping[str, str]) -> Proxy | None:
         if word in server.lower() or word in via.lower():
             return proxy
     name = via or ("" if server == SERVER else server)
-    return UNKNOWN._replace(name=f"a proxy that calls itself {name}") if name else None
+    return Proxy(f"a proxy that calls itself {name}") if name else None

@@ -12,8 +12,9 @@ import pytest
 from aiohttp import web
 
 from sse_labels.cli.options import any_certificate
+from sse_labels.cli.serve import database_at
 from sse_labels.config import Settings
-from sse_labels.doctor import Finding, Patient, Verdict, database_checks, examine
+from sse_labels.doctor import Finding, Target, Verdict, database_checks, examine
 from sse_labels.doctor import way_checks as way
 from sse_labels.doctor.proxies import proxy_of
 
@@ -61,8 +62,11 @@ def front(run_server: RunServer) -> Front:
 
 async def look(url: str | None, dsn: str | None = None, **more: Any) -> list[Finding]:
     """What is found at an address; the database's own findings are left out."""
-    patient = Patient(Settings(), dsn, embedded=True, url=url, **more)
-    findings = [finding async for finding in examine(patient)]
+    database = None if dsn is None else database_at(Settings(), dsn)
+    target = Target(Settings(), database, embedded=True, url=url, **more)
+    findings = [finding async for finding in examine(target)]
+    if database is not None:
+        database.close()
     first = next(place for place, finding in enumerate(findings) if finding.subject == "address")
     return findings[first:]
 
@@ -111,46 +115,45 @@ async def test_nothing_is_published_unasked(front: Front, database: TestDatabase
     assert database.stored() == []
 
 
+DEAF = {"proxy_buffering off;": "proxy_ignore_headers X-Accel-Buffering;"}
+#: As a bare `proxy_pass` would.
+OLD_HTTP = {"proxy_http_version 1.1;": ""}
+GZIP = {"gzip off;": "gzip on; gzip_types text/event-stream; gzip_proxied any;"}
+PROXIES = {
+    "gathers": (
+        {**DEAF, **OLD_HTTP}, "stream", Verdict.FAILURE,
+        "sends it at once: nginx gathers the stream", "proxy_buffering off",
+    ),
+    "gathers to compress": (
+        {**DEAF, **GZIP}, "stream", Verdict.FAILURE,
+        "sends it at once: nginx gathers the stream", "proxy_buffering off",
+    ),
+    "compresses": (GZIP, "stream", Verdict.WARNING, "nginx compresses it (gzip)", "gzip off"),
+    "cuts a silent stream": (
+        {"proxy_read_timeout 60s;": "proxy_read_timeout 1s;"}, "stream", Verdict.FAILURE,
+        "of silence; the heartbeat comes after 5 s", "proxy_read_timeout 60s",
+    ),
+    "drops the cursor": (
+        {"proxy_buffering off;": 'proxy_buffering off; proxy_set_header Last-Event-ID "";'},
+        "resuming", Verdict.FAILURE, "the header Last-Event-ID does not reach the server", "pass",
+    ),
+}  # fmt: skip
+
+
 class TestAProxy:
-    @pytest.mark.parametrize(
-        "faults",
-        [
-            # As a bare `proxy_pass` would, if it did not listen to X-Accel-Buffering.
-            {"proxy_http_version 1.1;": ""},
-            {"gzip off;": "gzip on; gzip_types text/event-stream; gzip_proxied any;"},
-        ],
-        ids=["HTTP/1.0", "gzip"],
-    )
-    async def test_that_gathers_is_named_with_what_to_tell_it(
-        self, front: Front, faults: dict[str, str]
+    @pytest.mark.parametrize("name", PROXIES)
+    async def test_that_is_set_up_wrongly_is_named_with_what_corrects_it(
+        self, front: Front, name: str
     ) -> None:
-        deaf = {"proxy_buffering off;": "proxy_ignore_headers X-Accel-Buffering;"}
-        async with front({**deaf, **faults}) as proxy:
-            found = failure_of(await look(proxy.url), "stream")
-        assert "sends it at once: nginx gathers the stream" in found.seen
-        assert "proxy_buffering off" in found.do
-
-    async def test_that_compresses_is_named(self, front: Front) -> None:
-        faults = {"gzip off;": "gzip on; gzip_types text/event-stream; gzip_proxied any;"}
-        async with front(faults) as proxy:
+        faults, subject, verdict, seen, do = PROXIES[name]
+        settings = {"heartbeat_seconds": 5.0} if "silent" in name else {}
+        async with front(faults, **settings) as proxy:
             findings = await look(proxy.url)
-        [found] = [each for each in findings if each.verdict is Verdict.WARNING]
-        assert "nginx compresses it (gzip)" in found.seen
-        assert "gzip off" in found.do
-
-    async def test_that_cuts_a_silent_stream_is_named(self, front: Front) -> None:
-        faults = {"proxy_read_timeout 60s;": "proxy_read_timeout 1s;"}
-        async with front(faults, heartbeat_seconds=5.0) as proxy:
-            found = failure_of(await look(proxy.url), "stream")
-        assert "nginx ends it after 1." in found.seen
-        assert "the heartbeat comes after 5 s" in found.seen
-        assert "proxy_read_timeout 60s" in found.do
-
-    async def test_that_drops_the_cursor_is_found(self, front: Front) -> None:
-        faults = {"proxy_buffering off;": 'proxy_buffering off; proxy_set_header Last-Event-ID "";'}
-        async with front(faults) as proxy:
-            found = failure_of(await look(proxy.url), "resuming")
-        assert "the header Last-Event-ID does not reach the server" in found.seen
+        bad = (Verdict.WARNING, Verdict.FAILURE)
+        [found] = [finding for finding in findings if finding.verdict in bad]
+        assert (found.subject, found.verdict) == (subject, verdict)
+        assert seen in found.seen
+        assert do in found.do
 
     async def test_that_drops_the_query_is_found(self, front: Front) -> None:
         faults = {
