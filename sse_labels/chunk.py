@@ -217,6 +217,24 @@ def merge(chunks: Sequence[Chunk]) -> Chunk:
     )
 
 
+def after_position(chunks: Sequence[Chunk], position: int) -> list[Chunk]:
+    """Return what of `chunks` comes after `position`: a cursor may have been ahead of them.
+
+    Raises BrokenPromise when they do not continue it, or each other.
+    """
+    kept = []
+    for chunk in chunks:
+        if chunk.end <= position:
+            continue
+        if chunk.start > position:
+            raise BrokenPromise(f"{chunk!r} does not continue position {position}")
+        if chunk.start < position:
+            chunk = chunk.after(position)
+        position = chunk.end
+        kept.append(chunk)
+    return kept
+
+
 def _keys_of(columns: Iterable[tuple[str, str, str]]) -> list[Key]:
     """Return keys of (src, uri, val) that share one object for each source and value.
 

@@ -22,16 +22,8 @@ from sse_labels.config import Settings
 from sse_labels.errors import BrokenPromise, ServerStopping, StreamClosed
 from sse_labels.metrics import Metrics
 from sse_labels.notice import Notice
-from sse_labels.outbox import (
-    CaughtUp,
-    Events,
-    Expired,
-    Outbox,
-    Outdated,
-    Silence,
-    SnapshotComplete,
-    Step,
-)
+from sse_labels.outbox import Outbox
+from sse_labels.steps import CaughtUp, Events, Expired, Outdated, Silence, SnapshotComplete, Step
 from sse_labels.web.connection import reset
 
 log = logging.getLogger(__name__)

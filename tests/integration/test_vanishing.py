@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 from oracle import tell
 
-from sse_labels.outbox import ChunkQueue, Outbox
+from sse_labels.chunk_queue import ChunkQueue
+from sse_labels.outbox import Outbox
 from sse_labels.web.connection import Connection
 
 from support.database import TestDatabase, until

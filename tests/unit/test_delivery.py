@@ -24,11 +24,12 @@ from sse_labels.errors import ConsumerTooSlow, DatabaseUnavailable, ServerStoppi
 from sse_labels.filters import Filter
 from sse_labels.labels import Row, label_json
 from sse_labels.metrics import Metrics
-from sse_labels.outbox import CaughtUp, Events, Outbox, Outdated, Silence, Step
+from sse_labels.outbox import Outbox
 from sse_labels.pages import Pages
 from sse_labels.ring import Ring
 from sse_labels.schema import Schema
 from sse_labels.sequencer import Sequencer
+from sse_labels.steps import CaughtUp, Events, Outdated, Silence, Step
 from sse_labels.store import Store
 
 from support.eventsource import EventSourceParser

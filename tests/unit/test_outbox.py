@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sse_labels.chunk import Chunk, encode_rows
+from sse_labels.chunk_queue import ChunkQueue
 from sse_labels.errors import (
     BrokenPromise,
     ConsumerTooSlow,
@@ -28,19 +29,10 @@ from sse_labels.filters import Filter
 from sse_labels.labels import Row
 from sse_labels.metrics import Metrics
 from sse_labels.notice import Notice
-from sse_labels.outbox import (
-    CaughtUp,
-    ChunkQueue,
-    Events,
-    Expired,
-    Outbox,
-    Outdated,
-    Silence,
-    SnapshotComplete,
-    Step,
-)
+from sse_labels.outbox import Outbox
 from sse_labels.ring import Ring
 from sse_labels.sequencer import Sequencer
+from sse_labels.steps import CaughtUp, Events, Expired, Outdated, Silence, SnapshotComplete, Step
 from sse_labels.store import Page, Snapshot, State
 
 from support.virtual_time import virtual_time
