@@ -3,8 +3,8 @@
 Promises: this is the only file that reads the environment; a wrong value is a
 `ConfigError` that names the key as the user wrote it, the value, and what was
 expected; every setting has a default, a unit in its name and a line of help.
-Stands beside the corridor. The command line and the README are made from, and
-checked against, the fields below.
+Stands beside the corridor. The command line is made from the fields below, and the README's table
+is checked against them.
 Does not belong here: acting on a setting.
 """
 
@@ -147,12 +147,21 @@ def networks(text: str) -> tuple[IPv4Network | IPv6Network, ...]:
         ) from None
 
 
-def setting(default: Any, parse: Parse, text: str, *, metavar: str, secret: bool = False) -> Any:
-    """Declare one setting; its name in `Settings` is its option and its environment variable."""
-    return field(
-        default=default,
-        metadata={"parse": parse, "help": text, "metavar": metavar, "secret": secret},
-    )
+def setting(
+    default: Any,
+    parse: Parse,
+    text: str,
+    *,
+    group: str | None = None,
+    metavar: str | None = None,
+    secret: bool = False,
+) -> Any:
+    """Declare one setting; its name in `Settings` is its option and its environment variable.
+
+    A `group` is a heading of the help: of this setting and of those that follow.
+    """
+    more = {"group": group, "metavar": metavar, "secret": secret}
+    return field(default=default, metadata={"parse": parse, "help": text, **more})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,202 +169,200 @@ class Settings:
     """All that `serve` can be told. `--poll-seconds` is also `SSE_LABELS_POLL_SECONDS`."""
 
     host: tuple[str, ...] = setting(
-        ("127.0.0.1",), hosts,
+        ("127.0.0.1",),
+        hosts,
         "Addresses to listen on, separated by commas; :: is all, of both families.",
         metavar="HOSTS",
-    )  # fmt: skip
-    port: int = setting(8080, integer(0, 65535), "Port to listen on; 0: any.", metavar="PORT")
+        group="Where it listens",
+    )
+    port: int = setting(8080, integer(0, 65535), "Port to listen on; 0: any.")
     workers: int = setting(
         1, integer(1, 64), "Processes that serve, each on a core of its own.", metavar="PROCESSES"
+    )
+    cors_origins: tuple[str, ...] = setting(
+        ("*",), origins, "Web origins that may read, separated by commas."
     )
     dsn: str | None = setting(
         None,
         words,
         "PostgreSQL to read from (URI or key=value); none: the embedded one.",
-        metavar="DSN",
         secret=True,
+        group="The database",
     )
-    data_dir: Path | None = setting(
-        None, path, "Where the embedded PostgreSQL keeps its data.", metavar="DIR"
-    )
+    data_dir: Path | None = setting(None, path, "Where the embedded PostgreSQL keeps its data.")
     source: str = setting(
-        "auto", one_of("auto", "own", "ozone"),
-        "Whose table is read: sse-labels' own or Ozone's; auto looks.", metavar="SOURCE",
-    )  # fmt: skip
+        "auto",
+        one_of("auto", "own", "ozone"),
+        "Whose table is read: sse-labels' own or Ozone's; auto looks.",
+    )
     unsigned: str = setting(
-        "stream", one_of("stream", "withhold"),
+        "stream",
+        one_of("stream", "withhold"),
         "What happens to labels without a signature; those withheld are counted.",
         metavar="WHAT",
-    )  # fmt: skip
-    migrate: bool = setting(True, boolean, "Bring the schema up to date at start.", metavar="BOOL")
-    publish_token: str | None = setting(
-        None, words, "Token that may publish; none with a DSN: no publishing.",
-        metavar="TOKEN", secret=True,
-    )  # fmt: skip
-    publish_tokens_file: Path | None = setting(
-        None, path, "File of more publish tokens, as digests; read again when changed.",
-        metavar="FILE",
-    )  # fmt: skip
-    jwt_secret: str | None = setting(
-        None, words, "Secret of the tokens that streams need (HS256); no key: streams are public.",
-        metavar="SECRET", secret=True,
-    )  # fmt: skip
-    jwt_secret_file: Path | None = setting(
-        None, path, "File with that secret; read again when changed.", metavar="FILE"
     )
-    jwt_key_file: Path | None = setting(
-        None, path,
-        "Public key (PEM: ES256, EdDSA) or keys (JWKS) of those tokens; read again when changed.",
-        metavar="FILE",
-    )  # fmt: skip
-    jwt_issuer: str | None = setting(
-        None, words, "Issuer (iss) that tokens must have.", metavar="ISSUER"
+    migrate: bool = setting(True, boolean, "Bring the schema up to date at start.")
+    connect_timeout_seconds: float = setting(
+        10.0, seconds(0.1, 3600), "How long connecting to PostgreSQL may take."
     )
-    jwt_audience: str | None = setting(
-        None, words, "Audience (aud) that tokens must have.", metavar="AUDIENCE"
-    )
-    signing_key_file: Path | None = setting(
-        None, path, "k256 private key (hex or PEM) that published labels are signed with.",
-        metavar="FILE",
-    )  # fmt: skip
-    signing_did: str | None = setting(
-        None, did, "Source whose labels that key signs; none: every source's.", metavar="DID"
-    )
-    source_keys_file: Path | None = setting(
-        None, path,
-        "Public keys of sources (lines DID did:key:…): wrong signatures are refused or flagged; "
-        "read again when changed.",
-        metavar="FILE",
-    )  # fmt: skip
-    cors_origins: tuple[str, ...] = setting(
-        ("*",), origins, "Web origins that may read, separated by commas.", metavar="ORIGINS"
-    )
-    heartbeat_seconds: float = setting(
-        15.0, seconds(0.05, 3600), "Silence after which a heartbeat is written.", metavar="SECONDS"
-    )
-    retry_min_seconds: float = setting(
-        2.0, seconds(0.01, 3600), "Shortest wait a client is told before it reconnects.",
-        metavar="SECONDS",
-    )  # fmt: skip
-    retry_max_seconds: float = setting(
-        5.0, seconds(0.01, 3600), "Longest such wait; each client gets its own in between.",
-        metavar="SECONDS",
-    )  # fmt: skip
-    send_timeout_seconds: float = setting(
-        30.0, seconds(0.05, 3600), "How long one write may wait for a client that does not read.",
-        metavar="SECONDS",
-    )  # fmt: skip
-    slow_grace_seconds: float = setting(
-        5.0, seconds(0, 3600), "How long a consumer that is too slow has to take its last write.",
-        metavar="SECONDS",
-    )  # fmt: skip
-    drain_seconds: float = setting(
-        3.0, seconds(0.1, 3600), "How long open requests have to end after SIGTERM.",
-        metavar="SECONDS",
-    )  # fmt: skip
-    page_max_events: int = setting(
-        500, integer(1, 100_000), "Events read from the database at once.", metavar="EVENTS"
-    )
-    outbox_max_events: int = setting(
-        10_000, integer(1, 10_000_000), "Events that may wait for one consumer.", metavar="EVENTS"
-    )
-    ring_max_bytes: int = setting(
-        64 * 1024**2, size(0, 64 * 1024**3), "Recent events kept in memory.", metavar="BYTES"
-    )
-    page_cache_max_bytes: int = setting(
-        32 * 1024**2, size(0, 64 * 1024**3), "Pages of history kept in memory for the next reader.",
-        metavar="BYTES",
-    )  # fmt: skip
-    backfill_max_reads: int = setting(
-        4, integer(1, 100), "Pages that all backfills together read at the same time.",
-        metavar="READS",
-    )  # fmt: skip
+    query_timeout_seconds: float = setting(30.0, seconds(0.1, 3600), "How long one query may take.")
     poll_seconds: float = setting(
-        1.0, seconds(0.01, 3600), "Longest time between two looks at the table.", metavar="SECONDS"
+        1.0, seconds(0.01, 3600), "Longest time between two looks at the table."
     )
     gather_seconds: float = setting(
-        0.025, seconds(0, 10), "Shortest time between two chunks; a lone label goes at once.",
-        metavar="SECONDS",
-    )  # fmt: skip
-    query_timeout_seconds: float = setting(
-        30.0, seconds(0.1, 3600), "How long one query may take.", metavar="SECONDS"
+        0.025, seconds(0, 10), "Shortest time between two chunks; a lone label goes at once."
     )
-    connect_timeout_seconds: float = setting(
-        10.0, seconds(0.1, 3600), "How long connecting to PostgreSQL may take.", metavar="SECONDS"
+    page_max_events: int = setting(
+        500, integer(1, 100_000), "Events read from the database at once."
     )
-    body_max_bytes: int = setting(
-        1024**2, size(1, 1024**3), "Largest request body.", metavar="BYTES"
-    )
-    publish_max_labels: int = setting(
-        10_000, integer(1, 1_000_000), "Most labels in one POST.", metavar="LABELS"
-    )
-    retention_max_age_seconds: float | None = setting(
-        None, seconds(1, 10 * 365 * 86_400), "Labels older than this are deleted; none: never.",
-        metavar="SECONDS",
-    )  # fmt: skip
-    retention_max_labels: int | None = setting(
-        None, integer(1, 10**15), "Labels beyond the newest so many are deleted; none: never.",
-        metavar="LABELS",
-    )  # fmt: skip
-    retention_sweep_seconds: float = setting(
-        60.0, seconds(0.05, 86_400), "Time between two rounds of deleting.", metavar="SECONDS"
-    )
-    retention_batch_labels: int = setting(
-        1_000, integer(1, 100_000), "Labels deleted at once.", metavar="LABELS"
+    backfill_max_reads: int = setting(
+        4, integer(1, 100), "Pages that all backfills together read at the same time."
     )
     max_streams: int = setting(
-        15_000, integer(1, 1_000_000), "Streams open at the same time.", metavar="STREAMS"
+        15_000, integer(1, 1_000_000), "Streams open at the same time.", group="Streams"
     )
+    heartbeat_seconds: float = setting(
+        15.0, seconds(0.05, 3600), "Silence after which a heartbeat is written."
+    )
+    retry_min_seconds: float = setting(
+        2.0, seconds(0.01, 3600), "Shortest wait a client is told before it reconnects."
+    )
+    retry_max_seconds: float = setting(
+        5.0, seconds(0.01, 3600), "Longest such wait; each client gets its own in between."
+    )
+    outbox_max_events: int = setting(
+        10_000, integer(1, 10_000_000), "Events that may wait for one consumer."
+    )
+    send_timeout_seconds: float = setting(
+        30.0, seconds(0.05, 3600), "How long one write may wait for a client that does not read."
+    )
+    slow_grace_seconds: float = setting(
+        5.0, seconds(0, 3600), "How long a consumer that is too slow has to take its last write."
+    )
+    drain_seconds: float = setting(
+        3.0, seconds(0.1, 3600), "How long open requests have to end after SIGTERM."
+    )
+    ring_max_bytes: int = setting(
+        64 * 1024**2,
+        size(0, 64 * 1024**3),
+        "Recent events kept in memory; beside them an eighth of it for parts cut out for readers, "
+        "and an eighth for WebSocket messages.",
+        group="Memory",
+    )
+    page_cache_max_bytes: int = setting(
+        32 * 1024**2, size(0, 64 * 1024**3), "Pages of history kept in memory for the next reader."
+    )
+    send_buffer_bytes: int = setting(
+        64 * 1024, size(4096, 1024**3), "Kernel send buffer of each connection."
+    )
+    publish_token: str | None = setting(
+        None,
+        words,
+        "Token that may publish; none with a DSN: no publishing.",
+        secret=True,
+        group="Publishing",
+    )
+    publish_tokens_file: Path | None = setting(
+        None, path, "File of more publish tokens, as digests; read again when changed."
+    )
+    publish_max_labels: int = setting(10_000, integer(1, 1_000_000), "Most labels in one POST.")
+    body_max_bytes: int = setting(1024**2, size(1, 1024**3), "Largest request body.")
+    publish_rate_labels: int | None = setting(
+        None,
+        integer(1, 1_000_000),
+        "Labels per second that one publisher may publish in the long run; none: no limit.",
+    )
+    publish_burst_labels: int = setting(
+        10_000, integer(1, 10_000_000), "Labels that it may publish at once, under that rate."
+    )
+    signing_key_file: Path | None = setting(
+        None,
+        path,
+        "k256 private key (hex or PEM) that published labels are signed with.",
+        group="Signatures",
+    )
+    signing_did: str | None = setting(
+        None, did, "Source whose labels that key signs; none: every source's."
+    )
+    source_keys_file: Path | None = setting(
+        None,
+        path,
+        "Public keys of sources (lines DID did:key:…): wrong signatures are refused or flagged; "
+        "read again when changed.",
+    )
+    jwt_secret: str | None = setting(
+        None,
+        words,
+        "Secret of the tokens that streams need (HS256); no key: streams are public.",
+        secret=True,
+        group="Who may read",
+    )
+    jwt_secret_file: Path | None = setting(
+        None, path, "File with that secret; read again when changed."
+    )
+    jwt_key_file: Path | None = setting(
+        None,
+        path,
+        "Public key (PEM: ES256, EdDSA) or keys (JWKS) of those tokens; read again when changed.",
+    )
+    jwt_issuer: str | None = setting(None, words, "Issuer (iss) that tokens must have.")
+    jwt_audience: str | None = setting(None, words, "Audience (aud) that tokens must have.")
     max_connections: int = setting(
-        16_000, integer(1, 1_000_000),
+        16_000,
+        integer(1, 1_000_000),
         "TCP connections open at the same time; fewer when fewer files may be open.",
-        metavar="CONNECTIONS",
-    )  # fmt: skip
+        group="Limits of connections",
+    )
     max_per_address: int = setting(
-        1_000, integer(1, 1_000_000),
+        1_000,
+        integer(1, 1_000_000),
         "Connections, and streams, that one address may hold; trusted proxies are not limited.",
         metavar="CONNECTIONS",
-    )  # fmt: skip
+    )
     trusted_proxies: tuple[IPv4Network | IPv6Network, ...] = setting(
-        (ip_network("127.0.0.0/8"), ip_network("::1")), networks,
+        (ip_network("127.0.0.0/8"), ip_network("::1")),
+        networks,
         "Addresses and networks whose X-Forwarded-For is believed, separated by commas, or none.",
         metavar="NETWORKS",
-    )  # fmt: skip
-    request_seconds: float = setting(
-        20.0, seconds(0.05, 3600),
-        "How long a request's head may take to arrive, and then its body.",
-        metavar="SECONDS",
-    )  # fmt: skip
-    keepalive_seconds: float = setting(
-        75.0, seconds(0.05, 3600),
-        "How long a connection may be idle between requests; longer than a proxy keeps it.",
-        metavar="SECONDS",
-    )  # fmt: skip
-    publish_rate_labels: int | None = setting(
-        None, integer(1, 1_000_000),
-        "Labels per second that one publisher may publish in the long run; none: no limit.",
-        metavar="LABELS",
-    )  # fmt: skip
-    publish_burst_labels: int = setting(
-        10_000, integer(1, 10_000_000), "Labels that it may publish at once, under that rate.",
-        metavar="LABELS",
-    )  # fmt: skip
-    send_buffer_bytes: int = setting(
-        64 * 1024, size(4096, 1024**3), "Kernel send buffer of each connection.", metavar="BYTES"
     )
+    request_seconds: float = setting(
+        20.0,
+        seconds(0.05, 3600),
+        "How long a request's head may take to arrive, and then its body.",
+    )
+    keepalive_seconds: float = setting(
+        75.0,
+        seconds(0.05, 3600),
+        "How long a connection may be idle between requests; longer than a proxy keeps it.",
+    )
+    retention_max_age_seconds: float | None = setting(
+        None,
+        seconds(1, 10 * 365 * 86_400),
+        "Labels older than this are deleted; none: never.",
+        group="Retention",
+    )
+    retention_max_labels: int | None = setting(
+        None, integer(1, 10**15), "Labels beyond the newest so many are deleted; none: never."
+    )
+    retention_sweep_seconds: float = setting(
+        60.0, seconds(0.05, 86_400), "Time between two rounds of deleting."
+    )
+    retention_batch_labels: int = setting(1_000, integer(1, 100_000), "Labels deleted at once.")
     log_level: str = setting(
-        "info", one_of("debug", "info", "warning", "error"), "Least severe line logged.",
-        metavar="LEVEL",
-    )  # fmt: skip
+        "info",
+        one_of("debug", "info", "warning", "error"),
+        "Least severe line logged.",
+        group="Logging",
+    )
     log_format: str = setting(
-        "text", one_of("text", "json"), "How log lines look; json: one object a line.",
-        metavar="FORMAT",
-    )  # fmt: skip
+        "text", one_of("text", "json"), "How log lines look; json: one object a line."
+    )
     log_lines_per_address: int = setting(
-        600, integer(2, 1_000_000),
+        600,
+        integer(2, 1_000_000),
         "Log lines a minute that one address may cause; the rest is counted.",
         metavar="LINES",
-    )  # fmt: skip
+    )
 
     def __post_init__(self) -> None:
         if self.retry_max_seconds < self.retry_min_seconds:

@@ -44,7 +44,7 @@ BASE32 = "234567abcdefghijklmnopqrstuvwxyz"
 @settings_options("host", "port", "data_dir", "log_level", "log_format", log_level="warning")
 @option(
     "interval_seconds", seconds(0.001, 60), "Mean time between two labels.",
-    metavar="SECONDS", default="0.3",
+    default="0.3",
 )  # fmt: skip
 def demo(interval_seconds: float, **options: str | None) -> None:
     """Serve made-up labels from an embedded PostgreSQL, to look at.

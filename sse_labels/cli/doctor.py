@@ -23,7 +23,7 @@ from sse_labels.cli.options import (
     settings_options,
     switch,
     tls_options,
-    token_text,
+    token_option,
     url_argument,
 )
 from sse_labels.cli.serve import database_at, interruptible
@@ -49,10 +49,7 @@ def server_address(text: str) -> str:
     "publish_token", "publish_tokens_file", "retention_max_age_seconds", "retention_max_labels",
     "connect_timeout_seconds", "query_timeout_seconds",
 )  # fmt: skip
-@option(
-    "token", token_text, "Token that may read, where streams need one.", metavar="TOKEN",
-    secret=True,
-)  # fmt: skip
+@token_option
 @option(
     "publish_as", did, "Store a label of this source and its negation, and wait for both.",
     metavar="DID",

@@ -30,9 +30,11 @@ class Option(click.Option):
         env: str,
         shown_default: str | None,
         group: str | None,
+        metavar: str | None = None,
         **more: Any,
     ) -> None:
-        super().__init__(names, **more)
+        # `--poll-seconds` takes SECONDS.
+        super().__init__(names, metavar=metavar or env.rpartition("_")[2], **more)
         self.env = env
         self.shown_default = shown_default
         self.group = group

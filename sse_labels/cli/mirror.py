@@ -110,20 +110,20 @@ def upstreams(
     "seq of its own; 0: everything.", metavar="SEQ", default="0",
 )  # fmt: skip
 @option(
-    "message_max_bytes", size(1024, 1024**3), "Largest message of an upstream.", metavar="BYTES",
+    "message_max_bytes", size(1024, 1024**3), "Largest message of an upstream.",
     default="1MiB",
 )  # fmt: skip
 @option(
     "message_max_labels", integer(1, 1_000_000), "Most labels in one message of an upstream.",
-    metavar="LABELS", default="10000",
+    default="10000",
 )  # fmt: skip
 @option(
     "report_seconds", seconds(0.05, 86_400), "Time between two lines that say what was stored.",
-    metavar="SECONDS", default="60",
+    default="60",
 )  # fmt: skip
 @option(
     "retry_longest_seconds", seconds(0.05, 86_400), "Longest wait before an upstream, or the "
-    "database, is tried again.", metavar="SECONDS", default="60",
+    "database, is tried again.", default="60",
 )  # fmt: skip
 @switch(
     "any_source", "Let an upstream speak for every source, without a signature too: one that is "

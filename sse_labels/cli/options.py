@@ -38,49 +38,20 @@ from sse_labels.errors import ConfigError
 DEMO_FOLDER = "demo"
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
-#: The settings as `serve --help` shows them; what is not listed comes last.
-GROUPS = {
-    "Where it listens": ("host", "port", "workers", "cors_origins"),
-    "The database": (
-        "dsn", "data_dir", "source", "unsigned", "migrate", "connect_timeout_seconds",
-        "query_timeout_seconds",
-        "poll_seconds", "gather_seconds", "page_max_events", "backfill_max_reads",
-    ),
-    "Streams": (
-        "max_streams", "heartbeat_seconds", "retry_min_seconds", "retry_max_seconds",
-        "outbox_max_events", "send_timeout_seconds", "slow_grace_seconds", "drain_seconds",
-    ),
-    "Memory": ("ring_max_bytes", "page_cache_max_bytes", "send_buffer_bytes"),
-    "Publishing": (
-        "publish_token", "publish_tokens_file", "publish_max_labels", "body_max_bytes",
-        "publish_rate_labels", "publish_burst_labels",
-    ),
-    "Signatures": ("signing_key_file", "signing_did", "source_keys_file"),
-    "Who may read": (
-        "jwt_secret", "jwt_secret_file", "jwt_key_file", "jwt_issuer", "jwt_audience",
-    ),
-    "Limits of connections": (
-        "max_connections", "max_per_address", "trusted_proxies", "request_seconds",
-        "keepalive_seconds",
-    ),
-    "Retention": (
-        "retention_max_age_seconds", "retention_max_labels", "retention_sweep_seconds",
-        "retention_batch_labels",
-    ),
-}  # fmt: skip
-
 
 def settings_options(*names: str, **defaults: str) -> Decorator:
     """Add the options of the settings named, or of all; values arrive as text or None.
 
     `defaults` are shown instead of the settings' own.
     """
-    places = [name for group in GROUPS.values() for name in group]
-    chosen = [spec for spec in fields(Settings) if not names or spec.name in names]
-    chosen.sort(key=lambda spec: places.index(spec.name) if spec.name in places else len(places))
+    chosen, group = [], None
+    for spec in fields(Settings):
+        group = spec.metadata["group"] or group
+        if not names or spec.name in names:
+            chosen.append((spec, group))
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
-        for spec in reversed(chosen):
+        for spec, group in reversed(chosen):
             flag = option_name(spec.name)
             more: dict[str, Any] = {"metavar": spec.metadata["metavar"]}
             if isinstance(spec.default, bool):
@@ -92,8 +63,7 @@ def settings_options(*names: str, **defaults: str) -> Decorator:
             add = click.option(
                 flag, spec.name, cls=Option, default=None, env=env_name(spec.name),
                 shown_default=defaults.get(spec.name, _shown(spec.name, spec.default)),
-                group=next((name for name, group in GROUPS.items() if spec.name in group), None),
-                help=spec.metadata["help"], **more,
+                group=group, help=spec.metadata["help"], **more,
             )  # fmt: skip
             command = add(command)
         return command
@@ -102,7 +72,7 @@ def settings_options(*names: str, **defaults: str) -> Decorator:
 
 
 def option(
-    name: str, parse: Parse, text: str, *, metavar: str, default: str | None = None,
+    name: str, parse: Parse, text: str, *, metavar: str | None = None, default: str | None = None,
     shown_default: str | None = None, secret: bool = False,
 ) -> Decorator:  # fmt: skip
     """Add one option that is no setting of the server; the command gets the parsed value."""
@@ -161,7 +131,7 @@ def tls_options(command: Callable[..., Any]) -> Callable[..., Any]:
     with_switch = switch("insecure", "Accept any TLS certificate.")(with_tls)
     return option(
         "ca_file", authorities_in, "Certificates (PEM) of the authorities to trust over TLS.",
-        metavar="FILE", shown_default="the system's, and Mozilla's list",
+        shown_default="the system's, and Mozilla's list",
     )(with_switch)  # fmt: skip
 
 
@@ -229,6 +199,12 @@ def token_text(text: str) -> str:
     if text.isascii() and text.isprintable() and " " not in words(text):
         return text
     raise Expected("a token of visible ASCII characters, without spaces")
+
+
+#: Of a command that reads streams.
+token_option = option(
+    "token", token_text, "Token that may read, where streams need one.", secret=True
+)
 
 
 def _is_written(name: str) -> bool:

@@ -227,26 +227,26 @@ class Sender:
 
 @click.command(cls=Command, short_help="Publish labels from a file or standard input.")
 @click.argument("file", type=click.File("rb"), default="-")
-@option("url", server_url, "The server.", metavar="URL", default="http://127.0.0.1:8080")
+@option("url", server_url, "The server.", default="http://127.0.0.1:8080")
 @option(
-    "publish_token", token_text, "Token that may publish.", metavar="TOKEN",
+    "publish_token", token_text, "Token that may publish.",
     shown_default="the embedded server's, from --data-dir", secret=True,
 )  # fmt: skip
 @option(
     "data_dir", path, "Data directory of the embedded server, where its token is.",
-    metavar="DIR", shown_default=shown_data_dir(),
+    shown_default=shown_data_dir(),
 )  # fmt: skip
 @option("batch", integer(1, 1_000_000), "Most labels per request.", metavar="LABELS", default="500")
 @option(
     "batch_bytes", size(1024, 1024**3),
     "Most bytes per request; the server's limit is its --body-max-bytes.",
-    metavar="BYTES", default="1MiB",
+    default="1MiB",
 )  # fmt: skip
-@option("from_line", integer(1, SEQ_MAX), "First line to publish.", metavar="LINE", default="1")
+@option("from_line", integer(1, SEQ_MAX), "First line to publish.", default="1")
 @option(
     "retry_seconds", seconds(0, RETRY_MAX_SECONDS),
     "How long a batch is sent again while its outcome is uncertain; 0: never.",
-    metavar="SECONDS", default="60",
+    default="60",
 )  # fmt: skip
 @tls_options
 def publish(

@@ -32,7 +32,7 @@ from sse_labels.cli.options import (
     server_url,
     switch,
     tls_options,
-    token_text,
+    token_option,
     url_argument,
 )
 from sse_labels.cli.standard_streams import OutputLost
@@ -260,10 +260,7 @@ def stream_url(given: str) -> str:
     "state", path, "File that keeps the cursor across runs; once it has one, --cursor is not used.",
     metavar="FILE",
 )  # fmt: skip
-@option(
-    "token", token_text, "Token that may read, where streams need one.", metavar="TOKEN",
-    secret=True,
-)  # fmt: skip
+@token_option
 @switch("until_head", "End when the newest label of the moment it started has been read.")
 @tls_options
 def tail(

@@ -32,11 +32,10 @@ def token_rights(text: str) -> frozenset[str]:
 @click.argument("name")
 @option(
     "publish_tokens_file", path, "The server's file of publish tokens; made when there is none.",
-    metavar="FILE",
 )  # fmt: skip
 @option(
     "rights", token_rights, "What it may do: publish, admin, both with a comma, or none.",
-    metavar="RIGHTS", default=PUBLISH,
+    default=PUBLISH,
 )  # fmt: skip
 def token(name: str, publish_tokens_file: Path | None, rights: frozenset[str]) -> None:
     """Make a publish token for NAME and print it, once.

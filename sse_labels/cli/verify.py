@@ -24,7 +24,7 @@ from sse_labels.cli.options import (
     server_url,
     switch,
     tls_options,
-    token_text,
+    token_option,
     url_argument,
 )
 from sse_labels.config import Expected, integer, path, seconds
@@ -66,25 +66,22 @@ def stream_address(given: str) -> httpx.URL:
 @url_argument(stream_address, "http://127.0.0.1:8080/stream")
 @option("cursor", integer(0, SEQ_MAX), "Start after this seq.", metavar="SEQ",
         shown_default="that of URL, else 0: everything")  # fmt: skip
-@option(
-    "token", token_text, "Token that may read, where streams need one.", metavar="TOKEN",
-    secret=True,
-)  # fmt: skip
+@token_option
 @option(
     "source_keys_file", path, "Public keys of sources, lines DID did:key:…; none: signatures are "
-    "counted, not checked.", metavar="FILE",
+    "counted, not checked.",
 )  # fmt: skip
 @switch("follow", "Go on after the head, until Ctrl-C.")
 @option(
     "quiet_seconds", seconds(0.1, WAIT_MAX_SECONDS),
     "Over WebSocket, where no head is told: silence that counts as the end, "
     "as a label does that was made since.",
-    metavar="SECONDS", default="5",
+    default="5",
 )  # fmt: skip
 @option(
     "retry_seconds", seconds(0, WAIT_MAX_SECONDS),
     "How long one waits in all for a server that went away; 0: not at all.",
-    metavar="SECONDS", default="60",
+    default="60",
 )  # fmt: skip
 @switch("no_cross_check", "Read once: no queryLabels, and holes are not read again.")
 @switch("json", "Write one JSON object instead of lines.")

@@ -259,12 +259,13 @@ async def test_installed_program_finds_its_own_files_alone(
     assert shipped(file.parent) == checkout()
 
 
-def test_every_setting_stands_in_the_readme_with_its_default() -> None:
+def test_readme_lists_every_setting_in_order_with_its_default_and_what_it_is() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    rows = dict(re.findall(r"^\| `(--[\w-]+)`[^|]* \| ([^|]+?) \|", readme, re.MULTILINE))
-    assert rows.keys() == {option_name(spec.name) for spec in fields(Settings)}
-    for spec in fields(Settings):
-        shown = rows[option_name(spec.name)].strip("`")
+    rows = re.findall(r"^\| `(--[\w-]+)`[^|]* \| ([^|]+?) \| (.+) \|$", readme, re.MULTILINE)
+    assert [(name, text.replace("`", "")) for name, _, text in rows] == [
+        (option_name(spec.name), spec.metadata["help"]) for spec in fields(Settings)
+    ]
+    for (name, shown, _), spec in zip(rows, fields(Settings), strict=True):
         # A default is written as a user may give it: read by the setting's own parser.
-        given = None if shown == "–" else spec.metadata["parse"](shown)
-        assert given == spec.default, option_name(spec.name)
+        given = None if shown == "–" else spec.metadata["parse"](shown.strip("`"))
+        assert given == spec.default, name

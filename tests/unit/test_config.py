@@ -109,7 +109,7 @@ def refusal(options: dict[str, str | None], environ: dict[str, str]) -> ConfigEr
 
 class TestEverySetting:
     def test_each_is_tried_here(self) -> None:
-        assert list(SAMPLES) == NAMES
+        assert SAMPLES.keys() == set(NAMES)
 
     @pytest.mark.parametrize("name", NAMES)
     def test_it_is_taken_from_its_option(self, name: str) -> None:
@@ -171,7 +171,6 @@ class TestEverySetting:
     def test_it_has_a_line_of_help_and_a_unit_in_its_name(self, name: str) -> None:
         [spec] = [spec for spec in fields(Settings) if spec.name == name]
         assert spec.metadata["help"].endswith(".")
-        assert spec.metadata["metavar"].isupper()
         assert spec.metadata["secret"] == (name in SECRETS)
         if isinstance(spec.default, int | float) and not isinstance(spec.default, bool):
             units = ("_seconds", "_bytes", "_events", "_reads", "_labels", "_streams")
