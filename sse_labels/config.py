@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from sse_labels.errors import ConfigError
-from sse_labels.labels import is_did
+from sse_labels.formats import is_did
 from sse_labels.seq import number_in
 
 ENV_PREFIX = "SSE_LABELS_"

@@ -24,7 +24,8 @@ from weakref import WeakValueDictionary
 from sse_labels.backoff import Backoff
 from sse_labels.errors import DatabaseUnavailable
 from sse_labels.filters import Filter
-from sse_labels.labels import Row, expires_at
+from sse_labels.formats import expires_at
+from sse_labels.labels import Row
 from sse_labels.metrics import Metrics
 from sse_labels.notice import Notice
 from sse_labels.reads import Reads

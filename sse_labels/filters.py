@@ -15,7 +15,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sse_labels.errors import InvalidRequest
-from sse_labels.labels import URI_MAX_BYTES, VAL_MAX_BYTES, is_did, is_uri, is_val, shown, unsafe_in
+from sse_labels.formats import (
+    URI_MAX_BYTES,
+    VAL_MAX_BYTES,
+    is_did,
+    is_uri,
+    is_val,
+    shown,
+    unsafe_in,
+)
 
 #: How many entries each parameter may carry, counted as sent. It bounds what one event costs.
 FILTER_MAX_ENTRIES = 100

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import logging
 
-from sse_labels.database import Connection, Database
+from sse_labels.connection import Connection
+from sse_labels.database import Database
 from sse_labels.errors import SchemaError
 from sse_labels.queries import block, migrations
 

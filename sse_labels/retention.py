@@ -14,7 +14,8 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 
-from sse_labels.database import Connection, Database
+from sse_labels.connection import Connection
+from sse_labels.database import Database
 from sse_labels.errors import DatabaseRefused, DatabaseUnavailable
 from sse_labels.metrics import Metrics
 from sse_labels.schema import Schema

@@ -17,7 +17,7 @@ from typing import Protocol
 
 from sse_labels.backoff import Backoff
 from sse_labels.chunk import Chunk
-from sse_labels.database import Connection
+from sse_labels.connection import Connection
 from sse_labels.errors import BrokenPromise, DatabaseRefused, DatabaseUnavailable
 from sse_labels.filters import Filter
 from sse_labels.labels import Row

@@ -29,7 +29,8 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from sse_labels.errors import ConfigError
-from sse_labels.labels import Label, is_did, label_json
+from sse_labels.formats import is_did
+from sse_labels.labels import Label, label_json
 from sse_labels.watched_file import FILE_MAX_BYTES, Unusable, WatchedFile
 
 SIGNATURE_BYTES = 64

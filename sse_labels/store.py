@@ -15,9 +15,11 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 from sse_labels.chunk import Chunk, encode_rows
-from sse_labels.database import Connection, Database
+from sse_labels.connection import Connection
+from sse_labels.database import Database
 from sse_labels.filters import Filter
-from sse_labels.labels import Row, expires_at
+from sse_labels.formats import expires_at
+from sse_labels.labels import Row
 from sse_labels.schema import Schema
 
 #: Rows that a snapshot looks at for each event that a page may have.

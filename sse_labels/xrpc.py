@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import libipld
 
 from sse_labels.errors import SseLabelsError
-from sse_labels.labels import shown
+from sse_labels.formats import shown
 
 #: Where every labeler has it.
 SUBSCRIBE_PATH = "/xrpc/com.atproto.label.subscribeLabels"

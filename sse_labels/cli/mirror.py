@@ -29,7 +29,8 @@ from sse_labels.cli.options import (
 )
 from sse_labels.cli.serve import Ready, database_at, database_of, interruptible, until_told
 from sse_labels.config import Expected, Settings, did, integer, load, seconds, size
-from sse_labels.database import Connection, Database
+from sse_labels.connection import Connection
+from sse_labels.database import Database
 from sse_labels.errors import ConfigError, SchemaError
 from sse_labels.logs import configure_logging
 from sse_labels.mirror.following import Mirror

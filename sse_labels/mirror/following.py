@@ -17,7 +17,7 @@ from collections import Counter, deque
 from collections.abc import Awaitable, Callable
 
 from sse_labels.backoff import Backoff
-from sse_labels.database import Connection
+from sse_labels.connection import Connection
 from sse_labels.errors import DatabaseRefused, DatabaseUnavailable
 from sse_labels.mirror.bounds import Quota
 from sse_labels.mirror.storing import Place, UpstreamStore

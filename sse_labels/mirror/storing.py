@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from sse_labels.database import Connection, Database
+from sse_labels.connection import Connection
+from sse_labels.database import Database
 from sse_labels.labels import Label
 
 

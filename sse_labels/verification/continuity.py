@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import ujson
 
 from sse_labels.errors import InvalidLabel
-from sse_labels.labels import Label, parse_label, shown
+from sse_labels.formats import shown
+from sse_labels.labels import Label, parse_label
 from sse_labels.seq import SEQ_MAX, number_in
 from sse_labels.signatures import SourceKeys, Verdict
 from sse_labels.verification.findings import Findings, Kind

@@ -17,7 +17,7 @@ from enum import Enum
 from typing import Any, NamedTuple, Protocol
 
 from sse_labels.errors import SseLabelsError
-from sse_labels.labels import shown
+from sse_labels.formats import shown
 from sse_labels.verification.continuity import Event, Hole
 from sse_labels.verification.findings import SHOWN_MAX, Findings, Kind
 

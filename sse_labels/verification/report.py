@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from sse_labels.labels import shown
+from sse_labels.formats import shown
 from sse_labels.signatures import Verdict
 from sse_labels.verification.continuity import HOLES_MAX, OTHER_SOURCES, Continuity
 from sse_labels.verification.crosscheck import CrossCheck, HoleCheck

@@ -28,7 +28,7 @@ from jwt.algorithms import HMACAlgorithm
 
 from sse_labels.errors import AuthRequired, ConfigError, Forbidden, InvalidRequest, RequestError
 from sse_labels.filters import Filter
-from sse_labels.labels import is_did
+from sse_labels.formats import is_did
 from sse_labels.watched_file import Unusable, WatchedFile
 
 COOKIE = "sse_labels_token"

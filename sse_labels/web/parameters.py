@@ -21,7 +21,7 @@ from aiohttp import web
 
 from sse_labels.errors import InvalidRequest
 from sse_labels.filters import Filter, parse_filter
-from sse_labels.labels import expires_at, is_datetime, shown
+from sse_labels.formats import expires_at, is_datetime, shown
 from sse_labels.seq import number_in
 
 LAST_EVENT_ID = "Last-Event-ID"

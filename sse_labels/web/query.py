@@ -15,7 +15,8 @@ from aiohttp import web
 
 from sse_labels.errors import InvalidRequest, NotReady
 from sse_labels.filters import Filter
-from sse_labels.labels import is_expired, label_json
+from sse_labels.formats import is_expired
+from sse_labels.labels import label_json
 from sse_labels.reads import Reads
 from sse_labels.seq import SEQ_MAX
 from sse_labels.sequencer import Sequencer

@@ -12,7 +12,8 @@ import psycopg2
 import pytest
 from aiohttp import web
 
-from sse_labels.database import Connection, Database
+from sse_labels.connection import Connection
+from sse_labels.database import Database
 from sse_labels.labels import label_json, parse_label
 from sse_labels.migrations import migrate
 from sse_labels.mirror import following

@@ -10,7 +10,7 @@ import pytest
 
 from sse_labels.app import App
 from sse_labels.config import Settings
-from sse_labels.database import Connection
+from sse_labels.connection import Connection
 from sse_labels.errors import ConfigError, DatabaseUnavailable
 from sse_labels.pages import Pages
 from sse_labels.store import Page, State, Store

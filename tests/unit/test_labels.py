@@ -14,11 +14,9 @@ import ujson
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from sse_labels import labels
+from sse_labels import formats
 from sse_labels.errors import InvalidLabel
-from sse_labels.labels import (
-    Label,
-    check_subject,
+from sse_labels.formats import (
     expires_at,
     is_at_uri,
     is_cid,
@@ -27,11 +25,10 @@ from sse_labels.labels import (
     is_expired,
     is_uri,
     is_val,
-    label_json,
-    parse_label,
     shown,
     unsafe_in,
 )
+from sse_labels.labels import LABEL_TYPE, Label, check_subject, label_json, parse_label
 
 CID = "bafybeigdyrzt5sfp7udm7hu76uh7y26nf3efuylqabf3oclgtqy55fbzdi"
 
@@ -724,7 +721,7 @@ class TestFormats:
 
     @settings(deadline=None)
     @given(
-        st.from_regex(labels._AT_URI, fullmatch=True)
+        st.from_regex(formats._AT_URI, fullmatch=True)
         | st.sampled_from(AT_URIS + NO_AT_URIS).flatmap(
             lambda text: st.tuples(
                 st.integers(0, len(text)), st.sampled_from("/.:#?%-_aZ0 \n") | st.just("")
@@ -1043,7 +1040,7 @@ class TestWireForm:
     def test_fields_stand_in_the_order_of_the_lexicon(self) -> None:
         wire = label_json(*parse_label(WHOLE))
         assert list(wire) == ["ver", "src", "uri", "cid", "val", "neg", "cts", "exp", "sig"]
-        assert {"$type": labels.LABEL_TYPE, **wire} == WHOLE
+        assert {"$type": LABEL_TYPE, **wire} == WHOLE
 
     @pytest.mark.parametrize("size", range(1, 7))
     def test_a_signature_has_no_padding_and_may_be_a_memoryview(self, size: int) -> None:
@@ -1060,7 +1057,7 @@ class TestWireForm:
     @settings(deadline=None)
     @given(
         src=st.sampled_from([text for text in DIDS if len(text) < 300]),
-        uri=st.sampled_from(AT_URIS) | st.from_regex(labels._URI, fullmatch=True).filter(is_uri),
+        uri=st.sampled_from(AT_URIS) | st.from_regex(formats._URI, fullmatch=True).filter(is_uri),
         cid=st.just("") | st.sampled_from(CIDS),
         val=st.text(min_size=1, max_size=128).filter(is_val),
         neg=st.sampled_from([None, False, True]),
@@ -1165,7 +1162,7 @@ class TestWords:
 
     def test_the_unsafe_characters_are_those_listed_here_and_no_others(self) -> None:
         everything = "".join(map(chr, range(0x110000)))
-        unsafe = set(re.findall(labels._UNSAFE, everything))
+        unsafe = set(re.findall(formats._UNSAFE, everything))
         assert unsafe == set(UNSAFE) | set(map(chr, range(0xD800, 0xE000)))
 
 
