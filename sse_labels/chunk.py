@@ -23,7 +23,7 @@ from weakref import ref
 from sse_labels.errors import BrokenPromise
 from sse_labels.filters import Filter
 from sse_labels.labels import Row, label_json
-from sse_labels.sse import encode_frame
+from sse_labels.sse import chunked, encode_frame, unchunked
 
 #: What a chunk takes beside its events: itself, two arrays, two numbers, the headers of its bytes
 #: and of its list; and an event beside its bytes: seq and offset, and for `select` the key's tuple
@@ -71,12 +71,12 @@ class Chunk:
         self._origin: ref[Chunk] | None = None
         #: Where each frame begins, and where the last one ends; the first need not be at 0.
         self._offsets = array("q", list(accumulate(map(len, frames), initial=0)))
-        # HTTP/1.1 chunked coding (RFC 9112, section 7.1) is made here, once, not per connection.
+        # HTTP's chunked coding is made here, once, not per connection.
         if frames and isinstance(frames[0], str):
             data = "".join(frames).encode("ascii")  # type: ignore[arg-type]
         else:
             data = b"".join(frames)  # type: ignore[arg-type]
-        self.wire = _framed(data)
+        self.wire = chunked(data)
 
     def __len__(self) -> int:
         return len(self.seqs)
@@ -129,7 +129,7 @@ class Chunk:
         # Slices alone: 10,000 clients come back at once, each from another place.
         part._offsets = offsets = self._offsets[first : last + 1]
         base = self._offsets[0]
-        part.wire = _framed(self._view()[offsets[0] - base : offsets[-1] - base])
+        part.wire = chunked(self._view()[offsets[0] - base : offsets[-1] - base])
         return part
 
     def count_after(self, cursor: int) -> int:
@@ -163,17 +163,12 @@ class Chunk:
         return ref(self if origin is None else origin)
 
     def _view(self) -> memoryview:
-        head = self.wire.find(b"\n") + 1
-        return memoryview(self.wire)[head : head + self._offsets[-1] - self._offsets[0]]
+        return unchunked(self.wire)
 
     def frames(self) -> list[bytes]:
         """Return the frame of each event."""
         view, base = self._view(), self._offsets[0]
         return [bytes(view[begin - base : end - base]) for begin, end in pairwise(self._offsets)]
-
-
-def _framed(data: bytes | memoryview) -> bytes:
-    return b"".join((b"%x\r\n" % len(data), data, b"\r\n")) if data else b""
 
 
 def encode_rows(

@@ -11,7 +11,7 @@ from __future__ import annotations
 from functools import cached_property
 
 from sse_labels.labels import Row, label_json
-from sse_labels.sse import encode_info
+from sse_labels.sse import chunked, encode_info
 from sse_labels.xrpc import cbor_label
 from sse_labels.xrpc import encode_info as encode_message
 
@@ -41,8 +41,8 @@ class Notice:
 
     @cached_property
     def wire(self) -> bytes:
-        """The `info` event in HTTP's chunked coding (RFC 9112, section 7.1)."""
-        return b"%x\r\n%b\r\n" % (len(self.block), self.block)
+        """The `info` event in HTTP's chunked coding."""
+        return chunked(self.block)
 
     @cached_property
     def message(self) -> bytes:

@@ -2,9 +2,10 @@
 
 Promises: every function returns whole blocks (each ends with an empty line),
 pure ASCII, in which no value can start a line of its own; so blocks may be
-joined in any number, and no label can forge a frame.
+joined in any number, and no label can forge a frame. HTTP's chunked coding
+of such blocks is made here and nowhere else.
 Stands in the corridor where an event becomes bytes; `chunk` joins the frames.
-Does not belong here: sockets, HTTP's own framing, what is sent when.
+Does not belong here: sockets, what is sent when.
 
 Source: HTML standard, section 9.2 "Server-sent events",
 https://html.spec.whatwg.org/multipage/server-sent-events.html
@@ -83,3 +84,16 @@ def encode_error(name: str, message: str, *, cursor: int | None, retry_ms: int) 
         fields["cursor"] = cursor
         position = f"id: {cursor}\n"
     return f"retry: {retry_ms}\n{position}event: error\ndata: {dumps(fields)}\n\n".encode("ascii")
+
+
+def chunked(data: bytes | memoryview) -> bytes:
+    """Return `data` as one chunk of HTTP/1.1's coding (RFC 9112, section 7.1).
+
+    Of no data nothing: a chunk of no bytes is the end of the body.
+    """
+    return b"".join((b"%x\r\n" % len(data), data, b"\r\n")) if data else b""
+
+
+def unchunked(coded: bytes) -> memoryview:
+    """Return the data of what `chunked` made, without a copy."""
+    return memoryview(coded)[coded.find(b"\n") + 1 : -2]

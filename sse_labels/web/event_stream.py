@@ -19,7 +19,7 @@ from sse_labels.config import Settings
 from sse_labels.metrics import Metrics
 from sse_labels.notice import Notice
 from sse_labels.outbox import Outbox
-from sse_labels.sse import HEARTBEAT, encode_error, encode_id, encode_info
+from sse_labels.sse import HEARTBEAT, chunked, encode_error, encode_id, encode_info
 from sse_labels.web.connection import LongAnswer
 from sse_labels.web.delivery import Delivery, retry_ms
 
@@ -67,7 +67,7 @@ class Plain:
 
 
 class Chunked(Plain):
-    """Blocks in HTTP/1.1's chunked coding (RFC 9112, section 7.1)."""
+    """Blocks in HTTP/1.1's chunked coding."""
 
     def events(self, chunk: Chunk) -> bytes:
         """Return the frames, whose coding was made with the chunk."""
@@ -79,7 +79,7 @@ class Chunked(Plain):
 
     def block(self, block: bytes) -> bytes:
         """Return one chunk of the coding."""
-        return b"%x\r\n%b\r\n" % (len(block), block)
+        return chunked(block)
 
 
 PLAIN, CHUNKED = Plain(), Chunked()
