@@ -23,8 +23,6 @@ from sse_labels.formats import shown
 
 #: Where every labeler has it.
 SUBSCRIBE_PATH = "/xrpc/com.atproto.label.subscribeLabels"
-#: The server's own reason to end is over: the client may come back (RFC 6455, 7.4.1).
-CLOSE_GOING_AWAY = 1001
 #: What the reference implementation closes with after an error message.
 CLOSE_POLICY = 1008
 

@@ -42,13 +42,12 @@ _NO_SUCH_USER = "could not look up effective user ID"
 
 
 class Cluster:
-    """The data directory `path`, which came from the setting `key`."""
+    """The data directory `path`."""
 
-    def __init__(self, path: Path, key: str, *, durable: bool) -> None:
+    def __init__(self, path: Path, *, durable: bool) -> None:
         self.path = path
         self.pgdata = path / "postgres"
         self.log = path / "postgres.log"
-        self._key = key
         self._durable = durable
 
     @cached_property
@@ -226,4 +225,4 @@ class Cluster:
 
     def refusal(self, expected: str) -> ConfigError:
         """Return the error for a place that is not what we expect."""
-        return ConfigError(self._key, str(self.path), expected)
+        return ConfigError("--data-dir", str(self.path), expected)

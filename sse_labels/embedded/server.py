@@ -59,7 +59,6 @@ class EmbeddedPostgres:
     `settings` are server settings (`name: value` as in postgresql.conf) over the defaults above;
     the socket's place and the port stay ours. They hold when this call starts the server, not when
     it joins one. `durable=False` is for tests: faster, and lost when the machine crashes.
-    `key` is the name of the setting that `data_dir` came from, for error messages.
 
     All calls block (start 0.1 s, the first about 1 s, crash recovery up to 120 s): use a thread.
     """
@@ -68,7 +67,6 @@ class EmbeddedPostgres:
         self,
         data_dir: Path,
         *,
-        key: str = "--data-dir",
         settings: Mapping[str, str] | None = None,
         durable: bool = True,
     ) -> None:
@@ -76,7 +74,7 @@ class EmbeddedPostgres:
         self.data_dir = Path(os.path.realpath(data_dir.expanduser()))
         not_durable = {} if durable else _SETTINGS_NOT_DURABLE
         self._settings = {**_SETTINGS, **not_durable, **(settings or {})}
-        self._cluster = Cluster(self.data_dir, key, durable=durable)
+        self._cluster = Cluster(self.data_dir, durable=durable)
         self._postmaster = Postmaster(self._cluster)
         self._start_lock = self.data_dir / "postgres.start.lock"
         self._claim: int | None = None

@@ -13,8 +13,7 @@ the two header lines that HTTP allows in place of one (RFC 9110, section 5.3).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from ipaddress import (
     IPv4Address,
@@ -106,15 +105,6 @@ class PerAddress:
     def __len__(self) -> int:
         """Return how many addresses hold something."""
         return len(self._held)
-
-    @contextmanager
-    def hold(self, address: str) -> Iterator[None]:
-        """Hold one for the block; raise TooManyFromAddress when it is one too many."""
-        key = self.take(address)
-        try:
-            yield
-        finally:
-            self.give_back(key)
 
     def take(self, address: str) -> str | None:
         """Hold one more, and return what `give_back` takes; raise TooManyFromAddress."""

@@ -650,9 +650,8 @@ def test_a_file_in_place_of_the_directory_is_refused(place: Path) -> None:
     (place / "file").touch()
     for data_dir in (place / "file", place / "file" / "below"):
         with pytest.raises(ConfigError, match="not a directory") as raised:
-            EmbeddedPostgres(data_dir, key="SSE_LABELS_DATA_DIR").start()
-        assert raised.value.key == "SSE_LABELS_DATA_DIR"
-        assert raised.value.value == str(data_dir)
+            EmbeddedPostgres(data_dir).start()
+        assert (raised.value.key, raised.value.value) == ("--data-dir", str(data_dir))
 
 
 def test_a_read_only_place_is_refused() -> None:
