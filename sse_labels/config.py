@@ -383,13 +383,17 @@ def env_name(name: str) -> str:
     return ENV_PREFIX + name.upper()
 
 
-def load(options: Mapping[str, str | None], environ: Mapping[str, str] | None = None) -> Settings:
+def load(
+    options: Mapping[str, str | None],
+    environ: Mapping[str, str] | None = None,
+    defaults: Mapping[str, Any] | None = None,
+) -> Settings:
     """Return the settings: a given option wins, then the environment, then the default.
 
-    `options` maps field names to what stood on the command line. Raises
-    `ConfigError` under the name that the user used.
+    `options` maps field names to what stood on the command line; `defaults` are values other than
+    the fields' own. Raises `ConfigError` under the name that the user used.
     """
-    values: dict[str, Any] = {}
+    values = dict(defaults or {})
     for spec in fields(Settings):
         values |= read(spec.name, spec.metadata["parse"], options, environ, spec.metadata["secret"])
     return Settings(**values)

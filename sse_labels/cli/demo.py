@@ -22,7 +22,7 @@ import click
 
 from sse_labels.app import base_url
 from sse_labels.cli.layout import Command
-from sse_labels.cli.options import DEMO_FOLDER, is_given, named_as_given, option, settings_options
+from sse_labels.cli.options import DEMO_FOLDER, named_as_given, option, settings_options
 from sse_labels.cli.serve import Place, database_of, interruptible, run
 from sse_labels.cli.standard_streams import OutputLost
 from sse_labels.config import load, seconds
@@ -41,7 +41,7 @@ BASE32 = "234567abcdefghijklmnopqrstuvwxyz"
 
 
 @click.command(cls=Command)
-@settings_options("host", "port", "data_dir", "log_level", "log_format", log_level="warning")
+@settings_options("host", "port", "data_dir", "log_level", "log_format", **QUIET)
 @option(
     "interval_seconds", seconds(0.001, 60), "Mean time between two labels.",
     default="0.3",
@@ -53,7 +53,7 @@ def demo(interval_seconds: float, **options: str | None) -> None:
     among real labels.
     """
     with named_as_given(), contextlib.suppress(KeyboardInterrupt), interruptible():
-        settings = load(options if is_given("log_level") else options | QUIET)
+        settings = load(options, defaults=QUIET)
         data_dir = (settings.data_dir or default_data_dir()) / DEMO_FOLDER
         settings = replace(settings, dsn=None, data_dir=data_dir)
         configure_logging(settings.log_level, settings.log_format)

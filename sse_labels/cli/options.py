@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 import click
 import httpx
+from click.core import ParameterSource
 
 from sse_labels.cli.layout import Option
 from sse_labels.config import (
@@ -42,7 +43,7 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 def settings_options(*names: str, **defaults: str) -> Decorator:
     """Add the options of the settings named, or of all; values arrive as text or None.
 
-    `defaults` are shown instead of the settings' own.
+    `defaults` are shown instead of the settings' own; `load` takes them, too.
     """
     chosen, group = [], None
     for spec in fields(Settings):
@@ -157,14 +158,10 @@ def any_certificate() -> ssl.SSLContext:
     return httpx.create_ssl_context(verify=False)
 
 
-def is_given(name: str) -> bool:
-    """Return whether the setting `name` was set by an option, or in the environment."""
-    return _is_written(name) or bool(read(name, str, {}))
-
-
 def key_of(name: str) -> str:
     """Return how the user gave the setting `name`: its option, or its environment variable."""
-    in_environment = is_given(name) and not _is_written(name)
+    source = click.get_current_context().get_parameter_source(name)
+    in_environment = source is not ParameterSource.COMMANDLINE and read(name, str, {})
     return env_name(name) if in_environment else option_name(name)
 
 
@@ -205,11 +202,6 @@ def token_text(text: str) -> str:
 token_option = option(
     "token", token_text, "Token that may read, where streams need one.", secret=True
 )
-
-
-def _is_written(name: str) -> bool:
-    context = click.get_current_context()
-    return context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
 
 
 def _shown(name: str, default: Any) -> str:

@@ -307,7 +307,6 @@ def fan_out(
     samples: int = 20,
     batch: int = 500,
     first: int = 0,
-    due_seconds: float | None = None,
 ) -> None:
     """Connect the groups, publish the events, all receive them."""
     connect(server, two.crowd, result, groups, samples)
