@@ -24,7 +24,7 @@ from sse_labels.embedded import EmbeddedPostgres
 from sse_labels.logs import TextFormatter
 from sse_labels.migrations import migrate
 
-from support.database import TestDatabase, reachable_directory
+from support.database import NOT_DURABLE, TestDatabase, reachable_directory
 from support.memory import folder_in_memory
 from support.server import PUBLISH_TOKEN, QUICK, RunServer, Server
 
@@ -61,7 +61,7 @@ def postgres() -> Iterator[EmbeddedPostgres]:
     with (
         reachable_directory() as directory,
         EmbeddedPostgres(
-            directory, durable=False, settings={"max_prepared_transactions": "20"}
+            directory, settings={**NOT_DURABLE, "max_prepared_transactions": "20"}
         ) as server,
     ):
         yield server

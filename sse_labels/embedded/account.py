@@ -1,4 +1,4 @@
-"""Whom the server runs as: ourselves, or a system user when we are root.
+"""Whom the server runs as: ourselves, or a system user when we are root; and files of ours alone.
 
 Promises: PostgreSQL, which refuses root, never runs as root. The one change to the system is to
 make the user `sse-labels` when it is missing.
@@ -8,15 +8,15 @@ Does not belong here: which programs are run, and which paths have to be open.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import pwd
 import subprocess
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sse_labels.embedded.files import locked, open_private
 from sse_labels.errors import ConfigError, DatabaseUnavailable
 
 SYSTEM_USER = "sse-labels"
@@ -104,3 +104,33 @@ def _make_system_user() -> pwd.struct_passwd:
     except (OSError, subprocess.CalledProcessError) as error:
         expected = "a user that PostgreSQL can run as: run useradd, or start as an ordinary user"
         raise ConfigError("system user", SYSTEM_USER, f"{expected} ({error})") from error
+
+
+def open_private(path: Path) -> int:
+    """Open a file to read and append to, made when missing."""
+    # Not through a link: that account may own the directory, and root must not write elsewhere.
+    return os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+
+
+def lock(path: Path, how: int = fcntl.LOCK_EX) -> int:
+    """Wait for the lock; return what `unlock` needs. A killed holder's is free at once."""
+    held = open_private(path)
+    fcntl.flock(held, how)
+    return held
+
+
+def unlock(held: int) -> None:
+    """Give the lock up."""
+    # Closing alone is not enough while a child between fork and exec still has it open.
+    fcntl.flock(held, fcntl.LOCK_UN)
+    os.close(held)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Wait for the lock, and hold it during the block."""
+    held = lock(path)
+    try:
+        yield
+    finally:
+        unlock(held)

@@ -31,24 +31,17 @@ DATABASE = "sse_labels"
 PORT = 5432  # Only a part of the socket's name: nothing listens on TCP.
 _LOG_MAX_BYTES = 10_000_000
 
-#: Where PostgreSQL makes what its processes share (`dynamic_shared_memory_type` is posix), and what
-#: its messages call that: it has nothing to do with the data directory.
-SHARED_MEMORY = "/dev/shm"  # noqa: S108
-_SHARED_MEMORY = "shared memory segment"
 #: What strerror(3) says when the place is at fault and not the server.
 _PLACE_COMPLAINTS = ("No space left", "quota exceeded", "Read-only file", "Permission denied")
-#: What initdb says where a container's user has no name; the server itself asks for none.
-_NO_SUCH_USER = "could not look up effective user ID"
 
 
 class Cluster:
     """The data directory `path`."""
 
-    def __init__(self, path: Path, *, durable: bool) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
         self.pgdata = path / "postgres"
         self.log = path / "postgres.log"
-        self._durable = durable
 
     @cached_property
     def account(self) -> Account:
@@ -115,14 +108,7 @@ class Cluster:
             with self._new(self.pgdata) as new:
                 os.chown(new, self.account.uid, self.account.gid, follow_symlinks=False)
                 how = ("--username=postgres", "--encoding=UTF8", "--no-locale", "--auth=trust")
-                sync = () if self._durable else ("--no-sync",)
-                code, said = self.run("initdb", *how, *sync, f"--pgdata={new.name}")
-                if _NO_SUCH_USER in said:
-                    raise ConfigError(
-                        "user ID", os.geteuid(),
-                        "one with an entry in /etc/passwd, which PostgreSQL's initdb looks up "
-                        "(add one, or give --dsn)",
-                    )  # fmt: skip
+                code, said = self.run("initdb", *how, f"--pgdata={new.name}")
                 if code != 0:
                     raise self.failure("make its data directory", said)
         elif (made_by := version.read_text().strip()) != ours:
@@ -176,8 +162,7 @@ class Cluster:
                     shutil.copytree(tree, new / tree.name, ignore=ignore)
                 for path in (new, *new.rglob("*")):
                     path.chmod(0o755)  # Whatever the umask when the wheel was installed.
-                if self._durable:
-                    os.sync()  # A power cut must not leave empty programs under the final name.
+                os.sync()  # A power cut must not leave empty programs under the final name.
         return copy / package.name / programs
 
     @contextlib.contextmanager
@@ -191,32 +176,31 @@ class Cluster:
         except BaseException:
             shutil.rmtree(new, ignore_errors=True)
             raise
-        if self._durable:  # A power cut must not leave data under a name that `tidy` removes.
-            directory = os.open(self.path, os.O_RDONLY)
-            os.fsync(directory)
-            os.close(directory)
+        # A power cut must not leave data under a name that `tidy` removes.
+        directory = os.open(self.path, os.O_RDONLY)
+        os.fsync(directory)
+        os.close(directory)
 
     def failure(self, what: str, said: str) -> ConfigError | DatabaseUnavailable:
         """Return the error for a program that could not do `what`, and `said` why."""
-        for line in said.splitlines():
-            if _SHARED_MEMORY in line:
-                return self.no_shared_memory(line.strip())
+        for line in map(str.strip, said.splitlines()):
+            # Not in the data directory, but in /dev/shm (`dynamic_shared_memory_type` is posix).
+            if "shared memory segment" in line:
+                return ConfigError(
+                    "/dev/shm", line,  # noqa: S108
+                    "a few MiB for the memory that PostgreSQL's processes share; remove what fills "
+                    "it, or make it larger (docker run --shm-size=64m)",
+                )  # fmt: skip
+            # By initdb alone, where a container's user has no name.
+            if "could not look up effective user ID" in line:
+                return ConfigError(
+                    "user ID", os.geteuid(),
+                    "one with an entry in /etc/passwd, which PostgreSQL's initdb looks up (add "
+                    "one, or give --dsn)",
+                )  # fmt: skip
             if any(complaint in line for complaint in _PLACE_COMPLAINTS):
-                return self.unusable(line.strip())
+                return self.unusable(line)
         return DatabaseUnavailable(f"PostgreSQL in {self.path} could not {what}. It said:\n{said}")
-
-    def no_shared_memory(self, reason: str) -> ConfigError:
-        """Return the error for memory that PostgreSQL's processes share and that has no room."""
-        try:
-            size = shutil.disk_usage(SHARED_MEMORY)
-            found = f"{size.free >> 10} KiB free of {size.total >> 10}"
-        except OSError as error:
-            found = str(error.strerror)
-        return ConfigError(
-            SHARED_MEMORY, found,
-            "a few MiB for the memory that PostgreSQL's processes share; remove what fills it, or "
-            f"make it larger (docker run --shm-size=64m) ({reason})",
-        )  # fmt: skip
 
     def unusable(self, reason: object) -> ConfigError:
         """Return the error for a place that we cannot work in."""

@@ -21,8 +21,8 @@ import platformdirs
 import psycopg2
 
 from sse_labels.backoff import Backoff
+from sse_labels.embedded.account import lock, locked, unlock
 from sse_labels.embedded.cluster import DATABASE, PORT, Cluster
-from sse_labels.embedded.files import locked
 from sse_labels.embedded.postmaster import POLL_SECONDS, START_SECONDS, Postmaster
 from sse_labels.errors import ConfigError, DatabaseUnavailable, SseLabelsError
 
@@ -48,9 +48,6 @@ _SETTINGS = {
     # One line every five minutes would be most of the log.
     "log_checkpoints": "off",
 }
-#: Without fsync a crash of the machine may lose everything, one of the server loses nothing.
-#: synchronous_commit stays on: commits keep the order that they have in production.
-_SETTINGS_NOT_DURABLE = {"fsync": "off", "full_page_writes": "off"}
 
 
 class EmbeddedPostgres:
@@ -58,27 +55,19 @@ class EmbeddedPostgres:
 
     `settings` are server settings (`name: value` as in postgresql.conf) over the defaults above;
     the socket's place and the port stay ours. They hold when this call starts the server, not when
-    it joins one. `durable=False` is for tests: faster, and lost when the machine crashes.
+    it joins one.
 
     All calls block (start 0.1 s, the first about 1 s, crash recovery up to 120 s): use a thread.
     """
 
-    def __init__(
-        self,
-        data_dir: Path,
-        *,
-        settings: Mapping[str, str] | None = None,
-        durable: bool = True,
-    ) -> None:
+    def __init__(self, data_dir: Path, *, settings: Mapping[str, str] | None = None) -> None:
         # Two spellings of one directory must meet at the same locks and the same socket.
         self.data_dir = Path(os.path.realpath(data_dir.expanduser()))
-        not_durable = {} if durable else _SETTINGS_NOT_DURABLE
-        self._settings = {**_SETTINGS, **not_durable, **(settings or {})}
-        self._cluster = Cluster(self.data_dir, durable=durable)
+        self._settings = {**_SETTINGS, **(settings or {})}
+        self._cluster = Cluster(self.data_dir)
         self._postmaster = Postmaster(self._cluster)
         self._start_lock = self.data_dir / "postgres.start.lock"
         self._claim: int | None = None
-        self._claim_end = contextlib.ExitStack()
         self._has_started = False
         self._keeper: threading.Thread | None = None
         self._ending = threading.Event()
@@ -101,20 +90,16 @@ class EmbeddedPostgres:
         except OSError as error:
             raise self._cluster.unusable(error) from error
 
-    def start(self) -> None:
+    def start(self) -> bool:
         """Return when the server accepts connections at `dsn`; make and start it when needed.
 
-        May be called again at any time, e.g. after the server was killed; then no data directory is
-        made anew. Failing, it leaves like `stop`.
+        The value is whether it launched one. May be called again at any time, e.g. after the server
+        was killed; then no data directory is made anew. Failing, it leaves like `stop`.
 
         Raises `ConfigError` when the data directory cannot be used (rights, a file in its place,
         another PostgreSQL's data, a full disk), and `DatabaseUnavailable` with what the server
         said when it does not come up within 120 s.
         """
-        self._start()
-
-    def _start(self) -> bool:
-        """Do what `start` promises; return whether a server was launched for it."""
         began = time.monotonic()
         try:
             if self._has_started:
@@ -124,8 +109,7 @@ class EmbeddedPostgres:
             self._cluster.refuse_foreign()
             with locked(self._start_lock):
                 if self._claim is None:
-                    claim = locked(self.data_dir / "postgres.lock", fcntl.LOCK_SH)
-                    self._claim = self._claim_end.enter_context(claim)
+                    self._claim = lock(self.data_dir / "postgres.lock", fcntl.LOCK_SH)
                 try:
                     launched = self._bring_up()
                 except BaseException:
@@ -162,7 +146,7 @@ class EmbeddedPostgres:
             if self._ending.wait(pause):
                 break
             try:
-                if self._start():
+                if self.start():
                     self.on_restart()
             except SseLabelsError as error:
                 if not self._ending.is_set():
@@ -214,8 +198,9 @@ class EmbeddedPostgres:
             self._give_up_claim()
 
     def _give_up_claim(self) -> None:
+        if self._claim is not None:
+            unlock(self._claim)
         self._claim = None
-        self._claim_end.close()
 
     def _bring_up(self) -> bool:
         if not self._postmaster.is_alive():

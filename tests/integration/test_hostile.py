@@ -23,7 +23,7 @@ from sse_labels.labels import Row
 from sse_labels.ring import Ring
 from sse_labels.web.query import QUERIES_AT_ONCE
 
-from support.database import TestDatabase, reachable_directory, until
+from support.database import NOT_DURABLE, TestDatabase, reachable_directory, until
 from support.reading import reading
 from support.server import PUBLISH_TOKEN, Gate, RunServer, Server, insert_large, until_head
 
@@ -54,7 +54,7 @@ async def test_lost_database_is_survived_with_more_than_1024_descriptors(
 
 async def test_standby_is_no_server_to_read_from() -> None:
     with reachable_directory() as directory:
-        server = EmbeddedPostgres(directory, durable=False)
+        server = EmbeddedPostgres(directory, settings=NOT_DURABLE)
         with server:
             pass
         (directory / "postgres" / "standby.signal").touch()

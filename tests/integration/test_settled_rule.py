@@ -24,7 +24,14 @@ from sse_labels.app import App
 from sse_labels.config import Settings
 from sse_labels.embedded import EmbeddedPostgres
 
-from support.database import TestDatabase, insert_with, reachable_directory, role, until
+from support.database import (
+    NOT_DURABLE,
+    TestDatabase,
+    insert_with,
+    reachable_directory,
+    role,
+    until,
+)
 from support.reading import Reader, reading
 from support.server import QUICK, RunServer, Server
 
@@ -336,7 +343,7 @@ class Restartable:
 
     def __init__(self, directory: Any) -> None:
         self._server = EmbeddedPostgres(
-            directory, durable=False, settings={"max_prepared_transactions": "5"}
+            directory, settings={**NOT_DURABLE, "max_prepared_transactions": "5"}
         )
         self._server.start()
         self.dsn = self._server.dsn

@@ -31,7 +31,14 @@ from oracle.verdict import Injection, Verdict, judge, judge_published
 from oracle.wire import Flood, get, post_labels
 from sse_labels.embedded import EmbeddedPostgres
 
-from support.database import TestDatabase, expected_event, insert_with, reachable_directory, until
+from support.database import (
+    NOT_DURABLE,
+    TestDatabase,
+    expected_event,
+    insert_with,
+    reachable_directory,
+    until,
+)
 from support.program import REPOSITORY, Program, free_port
 
 TOKEN = "oracle-publish-token"
@@ -88,8 +95,11 @@ def own_postgres() -> Iterator[EmbeddedPostgres]:
         reachable_directory() as directory,
         EmbeddedPostgres(
             directory,
-            durable=False,
-            settings={"max_prepared_transactions": "50", "log_min_messages": "fatal"},
+            settings={
+                **NOT_DURABLE,
+                "max_prepared_transactions": "50",
+                "log_min_messages": "fatal",
+            },
         ) as server,
     ):
         yield server

@@ -34,6 +34,11 @@ CREATE TABLE signing_key (id serial PRIMARY KEY, key varchar NOT NULL);
 """
 
 
+#: Settings of PostgreSQL that make it faster; after a crash of the machine all may be lost.
+#: synchronous_commit stays on: commits keep the order that they have in production.
+NOT_DURABLE = {"fsync": "off", "full_page_writes": "off"}
+
+
 @contextmanager
 def reachable_directory() -> Iterator[Path]:
     """A directory that a system user can reach too: pytest's own is closed when root runs it."""
