@@ -37,7 +37,6 @@ from sse_labels.publisher import Publisher
 from sse_labels.retention import Retention
 from sse_labels.schema import Schema
 from sse_labels.sequencer import Sequencer
-from sse_labels.shared import Share
 from sse_labels.signature_watch import SignatureWatch
 from sse_labels.signatures import SigningKey, SourceKeys
 from sse_labels.store import Store
@@ -48,6 +47,7 @@ from sse_labels.web.connection import end_dead_peers
 from sse_labels.web.delivery import retry_ms
 from sse_labels.web.guard import Guard, most_connections
 from sse_labels.web.health import HealthHandlers
+from sse_labels.web.neighbours import Neighbours
 from sse_labels.web.operators import OperatorHandlers
 from sse_labels.web.page_files import page_files
 from sse_labels.web.publish import PublishHandler
@@ -78,18 +78,18 @@ class App:
         dsn: str,
         publish_token: str | None,
         *,
-        share: Share | None = None,
+        neighbours: Neighbours | None = None,
         listeners: list[socket.socket] | None = None,
     ) -> None:
         """`dsn` is where the labels are; without `publish_token` publishing is off.
 
-        One of several processes gets its `share` of what they know together, and the
-        sockets that they all accept from.
+        One of several processes gets its `neighbours`, and the sockets that they all accept from.
         """
         self.settings = settings
-        self.share = share
+        self.neighbours = neighbours = neighbours or Neighbours()
         self._listeners = listeners
-        self.metrics = Metrics(share)
+        self.metrics = Metrics(neighbours.number)
+        neighbours.answers["numbers"] = self.metrics.numbers
         by_address.count = self.metrics.count
         self.database = Database(
             dsn,
@@ -115,7 +115,7 @@ class App:
         )
         self._check_signing_key()
         #: Of several processes one is enough: each follows all labels.
-        first = share is None or share.index == 0
+        first = neighbours.number in (None, 1)
         self.signature_watch = (
             SignatureWatch(self.source_keys, self.metrics) if self.source_keys and first else None
         )
@@ -158,7 +158,7 @@ class App:
         )
         self.streams = StreamHandler(
             self.sequencer, self.pages, self.expiry, self.store, self.metrics, self.proxies,
-            self.auth, settings, share,
+            self.auth, settings, neighbours.number,
         )  # fmt: skip
         self.retention = Retention(
             self.database,
@@ -171,9 +171,9 @@ class App:
             sweep_seconds=settings.retention_sweep_seconds,
             batch_labels=settings.retention_batch_labels,
         )
-        self.health = HealthHandlers(self.sequencer, self.listener, self.metrics)
+        self.health = HealthHandlers(self.sequencer, self.listener, neighbours)
         self.tokens = tokens = PublishTokens(publish_token, settings.publish_tokens_file)
-        self.operators = OperatorHandlers(self.streams, tokens, share.neighbours if share else None)
+        self.operators = OperatorHandlers(self.streams, tokens, neighbours)
         self.label_table = LabelTable(self.database)
         self.publish = PublishHandler(
             Publisher(
@@ -185,11 +185,7 @@ class App:
                 source_keys=self.source_keys,
             ),
             tokens,
-            PublishRate(
-                settings.publish_rate_labels,
-                settings.publish_burst_labels,
-                share.rates if share else None,
-            ),
+            PublishRate(settings.publish_rate_labels, settings.publish_burst_labels),
             max_labels=settings.publish_max_labels,
             body_seconds=settings.request_seconds,
         )
@@ -239,7 +235,7 @@ class App:
                     watching = tasks.create_task(self.signature_watch.run(), name="signatures")
                     running.append(watching)
                 try:
-                    async with self._answering(), self._http(sockets):
+                    async with self.neighbours.answering(), self._http(sockets):
                         yield port
                 finally:
                     for task in running:
@@ -288,11 +284,6 @@ class App:
                 extra={"did": self.settings.signing_did, "key": self.signing_key.did_key},
             )
 
-    def _answering(self) -> contextlib.AbstractAsyncContextManager[None]:
-        if self.share is None:
-            return contextlib.nullcontext()
-        return self.share.neighbours.answering(self.operators.answer)
-
     @contextlib.asynccontextmanager
     async def _http(self, sockets: list[socket.socket]) -> AsyncIterator[None]:
         runner = web.AppRunner(
@@ -313,21 +304,19 @@ class App:
 
     def _guard(self) -> Guard:
         settings = self.settings
+        # Each worker asks each other one, and is asked.
         others = settings.backfill_max_reads + REQUEST_CONNECTIONS + OWN_CONNECTIONS
+        others += 2 * (settings.workers - 1)
         return Guard(
             self.metrics,
-            PerAddress(
-                settings.max_per_address,
-                self.proxies.trusts,
-                self.share.connections_by_address if self.share else None,
-            ),
+            PerAddress(settings.max_per_address, self.proxies.trusts),
             max_connections=most_connections(settings.max_connections, others),
             request_seconds=settings.request_seconds,
             keepalive_seconds=settings.keepalive_seconds,
             busy_retry_ms=lambda: BUSY_RETRY_FACTOR * retry_ms(settings),
             head=lambda: self.sequencer.head if self.sequencer.started.is_set() else None,
-            share=self.share,
-            max_everywhere=settings.max_connections if self.share else None,
+            neighbours=self.neighbours,
+            streams_full=self.streams.full,
         )
 
     def _check_signing_key(self) -> None:

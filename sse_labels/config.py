@@ -14,7 +14,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,12 @@ from sse_labels.seq import number_in
 ENV_PREFIX = "SSE_LABELS_"
 
 Parse = Callable[[str], Any]
+
+#: Of these each of several workers gets its share.
+SHARED = (
+    "max_streams", "max_connections", "max_per_address", "backfill_max_reads",
+    "publish_rate_labels", "log_lines_per_address",
+)  # fmt: skip
 
 _NUMBER = re.compile(r"([0-9]+(\.[0-9]*)?|\.[0-9]+)(e[+-]?[0-9]{1,3})?", re.ASCII | re.IGNORECASE)
 _ORIGIN = re.compile(
@@ -371,6 +377,19 @@ class Settings:
                 self.retry_max_seconds,
                 f"at least --retry-min-seconds, which is {self.retry_min_seconds:g}",
             )
+
+    def of_one_worker(self) -> Settings:
+        """Return what each of `workers` processes is started with: its share of the limits.
+
+        It is rounded down, so that all together hold no more than the limit; and is at least 1.
+        """
+        limits = {name: getattr(self, name) for name in SHARED}
+        shares = {
+            name: max(1, limit // self.workers)
+            for name, limit in limits.items()
+            if limit is not None
+        }  # fmt: skip
+        return replace(self, **shares)
 
 
 def option_name(name: str) -> str:

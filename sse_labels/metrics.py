@@ -3,8 +3,11 @@
 Promises: counting costs an integer addition, because the fan-out counts for
 every delivery; the text form is made when somebody asks for it.
 Stands beside the corridor: every room counts here, this file knows none of them.
-Does not belong here: decisions. Nothing reads a metric to act on it. How the numbers of
-several processes meet (`shared`).
+Does not belong here: decisions. Nothing reads a metric to act on it.
+
+Of several workers each one's numbers are shown, under the label `worker`. A sum would fall when a
+worker dies, and Prometheus takes a counter that falls for one that began again at 0: `rate` would
+count once more all that the other workers have counted.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import resource
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from typing import Any
 
 from prometheus_client import (
@@ -24,9 +28,6 @@ from prometheus_client import (
 )
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
-
-from sse_labels.shared import Share
-from sse_labels.shared.sums import Snapshot, Sums, add, counted, snapshot
 
 #: Seconds: from an idle server's to a label that a long transaction held back.
 FANOUT_BUCKETS = (
@@ -76,24 +77,12 @@ GAUGES = {
     "sweep_age_seconds": "Seconds since retention had deleted all that is beyond its limits, or "
     "since the start; 0 without limits.",
 }
-#: Looked at by every process for itself: `--workers` shows each one's own.
-PER_WORKER = frozenset({
-    *(f"sse_labels_{name}" for name in (
-        "head_seq", "floor_seq", "holes_open", "hole_age_seconds", "following", "sweep_age_seconds",
-        "expiries_scheduled",
-    )),
-    *(f"process_{name}" for name in (
-        "open_fds", "max_fds", "resident_memory_bytes", "virtual_memory_bytes",
-        "start_time_seconds",
-    )),
-})  # fmt: skip
-#: Known by every process for all: not added up.
-OF_ALL = frozenset(
-    f"sse_labels_{name}" for name in ("connections_limit", "streams_limit", "embedded_restarts")
-)
 DESCRIPTORS = ("process_open_fds", "process_max_fds")
-#: Counting 16,000 descriptors takes 10 ms, and workers are asked four times a second.
+#: Counting 16,000 descriptors takes 10 ms, and anybody may ask as often as they like.
 PROCESS_SECONDS = 5.0
+
+#: A family as JSON has it: name, help, type, and its samples as name, labels, value.
+Family = tuple[str, str, str, list[tuple[str, dict[str, str], float]]]
 
 
 class Metrics(Collector):
@@ -102,8 +91,8 @@ class Metrics(Collector):
     `count` holds the counters by name; a gauge is a function that its owner sets.
     """
 
-    def __init__(self, share: Share | None = None) -> None:
-        """With `share` the text says what all processes count, and `show` lets them know."""
+    def __init__(self, worker: int | None = None) -> None:
+        """`worker` says which of several processes this is, from 1."""
         self.count: Counter[str] = Counter(dict.fromkeys(COUNTERS, 0))
         self.gauges: dict[str, Callable[[], float]] = {}
         self.streams_ended: Counter[str] = Counter()
@@ -121,33 +110,17 @@ class Metrics(Collector):
             buckets=FANOUT_BUCKETS,
             registry=self._registry,
         )
-        self._share = share
-        #: What those have counted that ended in our place: nothing is to go back.
-        self._before: Snapshot = {}
-        if share is not None:
-            self._before = counted(self._registry.collect(), share.read_mine())
+        self._worker = {} if worker is None else {"worker": str(worker)}
 
-    def render(self) -> bytes:
-        """Return the text exposition format, version 0.0.4."""
-        if self._share is None:
-            return generate_latest(self._registry)
-        self.show()
-        families = list(self._registry.collect())
-        others = [
-            numbers if alive else counted(families, numbers)
-            for numbers, alive in self._share.read_others()
-        ]
-        registry = CollectorRegistry(auto_describe=False)
-        whole = snapshot([f for f in families if f.name in OF_ALL], "", frozenset())
-        registry.register(Sums(families, [self._share.read_mine(), *others, whole]))
-        return generate_latest(registry)
-
-    def show(self) -> None:
-        """Let the other processes read what this one has counted by now."""
-        if self._share is not None:
-            families = [each for each in self._registry.collect() if each.name not in OF_ALL]
-            mine = snapshot(families, str(self._share.index + 1), PER_WORKER)
-            self._share.write(add([mine, self._before]))
+    def numbers(self) -> list[Family]:
+        """Return what this process has counted, for `render`, as JSON can hold it."""
+        return [
+            (family.name, family.documentation, family.type, [
+                (sample.name, {**sample.labels, **self._worker}, sample.value)
+                for sample in family.samples
+            ])
+            for family in self._registry.collect()
+        ]  # fmt: skip
 
     def collect(self) -> Iterator[Any]:
         """Yield all families but the histogram; called by the registry."""
@@ -170,6 +143,29 @@ class Metrics(Collector):
         for error, number in sorted(self.requests_refused.items()):
             refused.add_metric([error], number)
         yield refused
+
+
+class Workers(Collector):
+    """The families of several processes, each family once."""
+
+    def __init__(self, workers: Iterable[Iterable[Family]]) -> None:
+        self._workers = workers
+
+    def collect(self) -> Iterable[Metric]:
+        """Return them; called by the registry."""
+        families: dict[str, Metric] = {}
+        for name, text, kind, samples in chain.from_iterable(self._workers):
+            family = families.setdefault(name, Metric(name, text, kind))
+            for sample in samples:
+                family.add_sample(*sample)
+        return families.values()
+
+
+def render(workers: Iterable[Iterable[Family]]) -> bytes:
+    """Return the numbers of all workers in the text exposition format, version 0.0.4."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(Workers(workers))
+    return generate_latest(registry)
 
 
 class Process(ProcessCollector):

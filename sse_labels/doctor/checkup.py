@@ -51,7 +51,7 @@ def descriptors(settings: Settings) -> Finding:
     The hard limit counts: a server raises its own to that. A service's may be another.
     """
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = settings.max_connections
+    wanted = settings.of_one_worker().max_connections
     needed = descriptors_needed(wanted, database_connections(settings))
     shown = "any number of" if hard == resource.RLIM_INFINITY else str(hard)
     seen = f"{shown} files may be open here, {wanted} connections need {needed}"

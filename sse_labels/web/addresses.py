@@ -27,7 +27,6 @@ from ipaddress import (
 from aiohttp import hdrs, web
 
 from sse_labels.errors import TooManyFromAddress
-from sse_labels.shared.counts import AddressTally
 
 Network = IPv4Network | IPv6Network
 
@@ -87,18 +86,9 @@ def reader_of(address: str, subject: str | None) -> str:
 class PerAddress:
     """Counts what addresses hold; an IPv6 network of 64 bits counts as one address."""
 
-    def __init__(
-        self,
-        most: int | None,
-        exempt: Callable[[str], bool],
-        shared: AddressTally | None = None,
-    ) -> None:
-        """None as `most` is no limit; `exempt` tells which addresses have none.
-
-        `shared` knows what they hold of the server's other processes.
-        """
+    def __init__(self, most: int, exempt: Callable[[str], bool]) -> None:
+        """`exempt` tells which addresses have no limit."""
         self._most = most
-        self._shared = shared
         self._exempt = exempt
         self._held: dict[str, int] = {}
 
@@ -108,18 +98,11 @@ class PerAddress:
 
     def take(self, address: str) -> str | None:
         """Hold one more, and return what `give_back` takes; raise TooManyFromAddress."""
-        if self._most is None or self._exempt(address):
+        if self._exempt(address):
             return None
         key = group(address)
         held = self._held.get(key, 0)
-        elsewhere = 0
-        if self._shared is not None:
-            # Said before it is looked at, as in `Tally.take`.
-            self._shared.add(key, 1)
-            elsewhere = self._shared.elsewhere(key)
-        if held + elsewhere >= self._most:
-            if self._shared is not None:
-                self._shared.add(key, -1)
+        if held >= self._most:
             raise TooManyFromAddress(
                 f"{self._most} connections are open from {key}, the most that one address may hold",
                 RETRY_SECONDS,
@@ -135,8 +118,6 @@ class PerAddress:
         left = self._held.pop(key) - 1
         if left:
             self._held[key] = left
-        if self._shared is not None:
-            self._shared.add(key, -1)
 
 
 def parse_address(text: str) -> IPv4Address | IPv6Address | None:

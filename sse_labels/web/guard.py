@@ -29,10 +29,9 @@ from aiohttp import web
 
 from sse_labels.errors import RequestError, TooManyConnections, TooManyFromAddress
 from sse_labels.metrics import Metrics
-from sse_labels.shared import Share
-from sse_labels.shared.counts import Tally
 from sse_labels.web.addresses import PerAddress, caused_by
 from sse_labels.web.connection import Connection, Terms, tell_connections
+from sse_labels.web.neighbours import Neighbours
 from sse_labels.web.refusal import Refusal, refuse_at_once
 
 log = logging.getLogger(__name__)
@@ -44,9 +43,9 @@ ACCEPTS_AT_ONCE = 64
 MAX_REFUSALS = 256
 #: When nothing can be accepted: how long until the next try (asyncio waits as long).
 ACCEPT_PAUSE_SECONDS = 1.0
-#: How long a process that holds more than another lets that one accept, before it looks again:
+#: How long a worker that holds more than another lets that one accept, before it looks again:
 #: longer than a busy one takes for a round of accepting (about 20 ms; with 5 ms, of 509 clients
-#: that came back to a new process it got 235, with 30 all).
+#: that came back to a new worker it got 235, with 30 all).
 YIELD_SECONDS = 0.03
 #: Descriptors beside connections, pools and refusals: files being read, name look-ups, and …
 SPARE_DESCRIPTORS = 32
@@ -69,20 +68,18 @@ class Guard:
         keepalive_seconds: float,
         busy_retry_ms: Callable[[], int],
         head: Callable[[], int | None],
-        share: Share | None = None,
-        max_everywhere: int | None = None,
+        neighbours: Neighbours,
+        streams_full: Callable[[], bool],
     ) -> None:
         """Nothing is accepted before `serving`.
 
         `busy_retry_ms` tells how long an `EventSource` that is refused shall wait, `head` where
-        it goes on when it says no position of its own. With
-        `share`, other processes accept from the same sockets: all of them together hold
-        `max_everywhere`, this one `max_connections`.
+        it goes on when it says no position of its own. `neighbours` accept from the same sockets.
         """
         self.open = 0
-        self._share = share
-        self._places = share.connections if share else Tally.alone()
-        self._max_everywhere = max_connections if max_everywhere is None else max_everywhere
+        self._accepting = False
+        self._neighbours = neighbours
+        self._streams_full = streams_full
         self.per_address = per_address
         self.terms = Terms(
             request_seconds=request_seconds,
@@ -97,10 +94,8 @@ class Guard:
         self._refusals: set[Refusal] = set()
         self._kept: list[socket.socket] = []
         self._complain_at = 0.0
-        if share is not None:
-            share.allow(max_connections)
         metrics.gauges["connections"] = lambda: self.open
-        metrics.gauges["connections_limit"] = self.limit
+        metrics.gauges["connections_limit"] = lambda: max_connections
 
     @contextlib.asynccontextmanager
     async def serving(
@@ -117,12 +112,12 @@ class Guard:
         try:
             for door in doors:
                 door.open(loop)
-            if self._share is not None:
-                self._share.serving = True
+            self._accepting = True
+            self._count(0)
             yield
         finally:
-            if self._share is not None:
-                self._share.serving = False
+            self._accepting = False
+            self._count(0)
             for door in doors:
                 await door.close(loop)
             for refusal in tuple(self._refusals):
@@ -134,31 +129,23 @@ class Guard:
         """Count a new connection; raise TooManyConnections or TooManyFromAddress."""
         if self.open >= self._max_connections:
             raise TooManyConnections(f"{self._max_connections} connections are open, the most here")
-        if not self._places.take(self._max_everywhere):
-            raise TooManyConnections(f"{self._max_everywhere} connections are open, the most here")
-        try:
-            key = self.per_address.take(address)
-        except TooManyFromAddress:
-            self._places.give_back()
-            raise
-        self.open += 1
+        key = self.per_address.take(address)
+        self._count(1)
         return key
 
-    def limit(self) -> int:
-        """Return how many connections may be open, those of all processes together."""
-        if self._share is None:
-            return self._max_connections
-        return min(self._max_everywhere, self._share.allowed())
-
     def yields(self) -> bool:
-        """Return whether another process, which has less to do, should accept the next."""
-        return self._share is not None and self._share.yields()
+        """Return whether another worker, which has less to do, should accept the next."""
+        full = self.open >= self._max_connections or self._streams_full()
+        return self._neighbours.yields(full=full)
 
     def give_back(self, key: str | None) -> None:
         """Count a connection that ended."""
-        self.open -= 1
-        self._places.give_back()
+        self._count(-1)
         self.per_address.give_back(key)
+
+    def _count(self, more: int) -> None:
+        self.open += more
+        self._neighbours.hold(self.open if self._accepting else None)
 
     def refuse(self, raw: socket.socket, error: RequestError) -> None:
         """Answer a connection that is one too many, and end it."""

@@ -8,22 +8,30 @@ Does not belong here: counting.
 
 from __future__ import annotations
 
+import asyncio
+
 from aiohttp import hdrs, web
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from sse_labels.listener import Listener
-from sse_labels.metrics import Metrics
+from sse_labels.metrics import render
 from sse_labels.sequencer import Sequencer
 from sse_labels.web.answers import json_response
+from sse_labels.web.neighbours import Neighbours
 
 
 class HealthHandlers:
     """Answers the three operator's questions."""
 
-    def __init__(self, sequencer: Sequencer, listener: Listener, metrics: Metrics) -> None:
+    def __init__(self, sequencer: Sequencer, listener: Listener, neighbours: Neighbours) -> None:
+        """`neighbours` are asked for the workers' `numbers`."""
         self._sequencer = sequencer
         self._listener = listener
-        self._metrics = metrics
+        self._neighbours = neighbours
+        self._one_scrape = asyncio.Lock()
+        self._text = b""
+        #: When the workers were asked for what `_text` says.
+        self._asked_at = 0.0
         #: Set by the app when it drains: a load balancer should send nobody here.
         self.stopping = False
 
@@ -51,6 +59,14 @@ class HealthHandlers:
 
     async def metrics(self, request: web.Request) -> web.Response:
         """Answer Prometheus' text format."""
-        return web.Response(
-            body=self._metrics.render(), headers={hdrs.CONTENT_TYPE: CONTENT_TYPE_LATEST}
-        )
+        clock = asyncio.get_running_loop().time
+        came_at = clock()
+        # Anybody may ask: a flood opens no more than one socket to each worker, and those who wait
+        # share what is asked next (test_a_flood_of_scrapes_asks_each_worker_once_at_a_time).
+        async with self._one_scrape:
+            if self._asked_at <= came_at:
+                self._asked_at = clock()
+                workers, _ = await self._neighbours.ask("numbers")
+                self._text = render(workers)
+            text = self._text
+        return web.Response(body=text, headers={hdrs.CONTENT_TYPE: CONTENT_TYPE_LATEST})

@@ -3,25 +3,20 @@
 Promises: only holders of a token with the right `admin` are answered; the answer is bounded,
 covers every worker, and says which of them did not answer.
 Stands beside the corridor.
-Does not belong here: what a stream is (`stream`), how workers talk (`shared.neighbours`).
+Does not belong here: what a stream is (`stream`), how workers talk (`workers.neighbours`).
 """
 
 from __future__ import annotations
-
-import logging
-from typing import Any
 
 from aiohttp import web
 
 from sse_labels.errors import InvalidRequest, NoSuchStream, NotReady
 from sse_labels.publish_tokens import ADMIN, PublishTokens
-from sse_labels.shared.neighbours import Neighbours
 from sse_labels.web.answers import json_response
 from sse_labels.web.bearer import holder_of
+from sse_labels.web.neighbours import Neighbours
 from sse_labels.web.parameters import STREAMS_PARAMETERS, check_parameters, whole_number
 from sse_labels.web.stream import SORTS, StreamHandler
-
-log = logging.getLogger(__name__)
 
 DEFAULT_LIMIT, MAX_LIMIT = 100, 1000
 OFF = "/streams is closed: this server was started without tokens (--publish-tokens-file)"
@@ -31,11 +26,11 @@ class OperatorHandlers:
     """Answers operators."""
 
     def __init__(
-        self, streams: StreamHandler, tokens: PublishTokens, neighbours: Neighbours | None
+        self, streams: StreamHandler, tokens: PublishTokens, neighbours: Neighbours
     ) -> None:
-        self._streams = streams
         self._tokens = tokens
         self._neighbours = neighbours
+        neighbours.answers |= {"list": streams.listed, "cut": streams.cut}
 
     async def listed(self, request: web.Request) -> web.Response:
         """Answer the streams that lag most, or are oldest: `limit` of them, and how many match."""
@@ -45,8 +40,8 @@ class OperatorHandlers:
         if sort not in SORTS:
             raise InvalidRequest(f"sort: got {sort[:60]!r}, expected one of {', '.join(SORTS)}")
         limit = whole_number(request, "limit", DEFAULT_LIMIT, 1, MAX_LIMIT)
-        question = {"peer": request.query.get("peer"), "sort": sort, "limit": limit}
-        answers, silent = await self._ask({"list": question})
+        peer = request.query.get("peer")
+        answers, silent = await self._neighbours.ask("list", peer, sort, limit)
         rows = [row for answer in answers for row in answer["streams"]]
         rows.sort(key=lambda row: row["since"] if sort == "since" else -row["lag"])
         total = sum(answer["total"] for answer in answers)
@@ -57,24 +52,10 @@ class OperatorHandlers:
         """End one stream with `StreamCut`; answer 204, or raise NoSuchStream."""
         by = holder_of(request, self._tokens, ADMIN, OFF)
         wanted = request.match_info["id"]
-        answers, silent = await self._ask({"cut": wanted, "by": by})
+        answers, silent = await self._neighbours.ask("cut", wanted, by)
         if any(answers):
             return web.Response(status=204)
         if silent:
             named = ", ".join(map(str, silent))
             raise NotReady(f"no stream {wanted[:60]!r} was found, but worker {named} is silent")
         raise NoSuchStream(f"no stream {wanted[:60]!r} is open")
-
-    def answer(self, question: dict[str, Any]) -> Any:
-        """Answer for this process alone, to itself or to a neighbour."""
-        if "list" in question:
-            return self._streams.listed(**question["list"])
-        return self._streams.cut(question["cut"], question["by"])
-
-    async def _ask(self, question: dict[str, Any]) -> tuple[list[Any], list[int]]:
-        answers = [self.answer(question)]
-        if self._neighbours is None:
-            return answers, []
-        others = await self._neighbours.ask(question)
-        silent = [number for number, answer in others.items() if answer is None]
-        return answers + [answer for answer in others.values() if answer is not None], silent

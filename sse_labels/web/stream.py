@@ -41,8 +41,6 @@ from sse_labels.metrics import Metrics
 from sse_labels.outbox import Outbox
 from sse_labels.pages import Pages
 from sse_labels.sequencer import Sequencer
-from sse_labels.shared import Share
-from sse_labels.shared.counts import Tally
 from sse_labels.sse import encode_error, encode_opening
 from sse_labels.store import Snapshot, Store
 from sse_labels.web.addresses import PerAddress, TrustedProxies, caused_by, reader_of
@@ -112,9 +110,9 @@ class StreamHandler:
         proxies: TrustedProxies,
         auth: StreamAuth,
         settings: Settings,
-        share: Share | None = None,
+        worker: int | None = None,
     ) -> None:
-        """`share` is what the server's other processes hold, if it has any."""
+        """`worker` says which of several processes this is, from 1."""
         self._sequencer = sequencer
         self._pages = pages
         self._expiry = expiry
@@ -123,16 +121,13 @@ class StreamHandler:
         self._settings = settings
         self._proxies = proxies
         self._auth = auth
-        self._per_address = PerAddress(
-            settings.max_per_address, proxies.trusts, share.streams_by_address if share else None
-        )
-        self._places = share.streams if share else Tally.alone()
+        self._per_address = PerAddress(settings.max_per_address, proxies.trusts)
         self._messages = Messages(settings.ring_max_bytes // MESSAGES_SHARE)
         self._open: dict[str, Visit] = {}
         #: The state that new consumers begin with, when it was new, since 1970, and the floor then.
         self._shared: tuple[Snapshot, float, int] | None = None
         self._stopping = False
-        self._worker = share.index + 1 if share else 1
+        self._worker = worker or 1
         metrics.gauges["streams"] = lambda: len(self._open)
         metrics.gauges["streams_limit"] = lambda: settings.max_streams
         metrics.gauges["streams_backfilling"] = lambda: sum(
@@ -240,13 +235,7 @@ class StreamHandler:
     ) -> Visit:
         """Take a place for one more stream; raise what keeps it from opening."""
         self._admit()
-        if not self._places.take(self._settings.max_streams):
-            raise self._full()
-        try:
-            share = self._per_address.take(client)
-        except TooManyFromAddress:
-            self._places.give_back()
-            raise
+        share = self._per_address.take(client)
         reader = reader_of(client, subject)
         outbox = Outbox(
             self._sequencer,
@@ -273,7 +262,6 @@ class StreamHandler:
         if visit.expiry is not None:
             visit.expiry.cancel()
         del self._open[visit.id]
-        self._places.give_back()
         self._per_address.give_back(visit.share)
         self._metrics.streams_ended[how] += 1
         log.info(
@@ -378,11 +366,13 @@ class StreamHandler:
         """Raise what keeps one more stream from opening."""
         if self._stopping:
             raise NotReady("the server is stopping")
-        if self._places.everywhere() >= self._settings.max_streams:
-            raise self._full()
+        if self.full():
+            most = self._settings.max_streams
+            raise TooManyConnections(f"{most} streams are open, the most here")
 
-    def _full(self) -> TooManyConnections:
-        return TooManyConnections(f"{self._settings.max_streams} streams are open, the most here")
+    def full(self) -> bool:
+        """Tell whether as many streams are open as may be."""
+        return len(self._open) >= self._settings.max_streams
 
     def _label_socket(self, request: web.Request, visit: Visit, start: int) -> LabelSocket:
         ended = partial(self._ended, visit)

@@ -6,7 +6,7 @@ them could serve from (a wrong setting at the start, a broken promise) ends the 
 ends one process, with one sentence.
 Stands above `app`, which every worker runs whole: each has its own sequencer.
 Does not belong here: the database's server, which the first process owns (`cli`); what
-the workers know of each other (`shared`).
+the workers ask each other (`neighbours`).
 
     supervisor ──stdin: a job, then nothing until it ends──> worker ──> App
                <──stdout: "ready", a "." each second, or why it cannot go on──
@@ -21,6 +21,6 @@ All accept from one socket. With one for each (SO_REUSEPORT) the kernel resets w
 in the queue of a worker that is killed (57 of 100 connections, of which nobody knows),
 and spreads by chance; from one socket alone, whoever wakes first takes most: of 1,000
 connections in a row four workers got 171, 465, 14 and 350. So the one that is ahead lets
-the others accept (`Share.yields`): 500 in a row became 128, 124, 125, 123, and 492 that
-came back after a death filled the replacement, 492 : 508, instead of its neighbour.
+the others accept (`neighbours`): 1,000 in a row became 245, 255, 248, 252, at once 252, 244,
+252, 252, and the 245 that came back after a death 236, 256, 254, 254.
 """

@@ -11,22 +11,15 @@ import contextlib
 import json
 import os
 import pickle
-import struct
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import BinaryIO
 
+from sse_labels import errors
 from sse_labels.config import Settings
-from sse_labels.errors import (
-    BrokenPromise,
-    ConfigError,
-    DatabaseRefused,
-    DatabaseUnavailable,
-    SchemaError,
-    SseLabelsError,
-)
+from sse_labels.errors import ConfigError, SseLabelsError
 
 #: How long a worker that was told to end may take beyond `drain_seconds`; then it is killed.
 GRACE_SECONDS = 1.0
@@ -35,9 +28,6 @@ READY = b"ready\n"
 #: A worker's event loop says this so often; one that is stopped or stuck does not.
 TURNING = b".\n"
 TURN_SECONDS = 1.0
-_LENGTH = struct.Struct("=I")
-_ERRORS = {each.__name__: each for each in (BrokenPromise, DatabaseRefused, DatabaseUnavailable)}
-_CONFIG_ERRORS = {each.__name__: each for each in (ConfigError, SchemaError)}
 
 
 @dataclass(frozen=True)
@@ -45,30 +35,30 @@ class Job:
     """All that a worker is told; descriptors are inherited under the same numbers."""
 
     index: int
-    replaces: bool
+    #: How many workers have ended in its place.
+    replaced: int
+    #: Limits are its share of the server's.
     settings: Settings
     dsn: str
     publish_token: str | None
     listeners: tuple[int, ...]
-    memory: int
+    words: int
+    #: Names this server among those of the machine.
+    run: str
 
     @property
     def name(self) -> str:
         """What log lines and metrics call the worker."""
         return f"worker-{self.index + 1}"
 
-    def encode(self) -> bytes:
-        """Return what `read` understands."""
-        text = pickle.dumps(self)
-        return _LENGTH.pack(len(text)) + text
-
     @classmethod
     def read(cls, pipe: BinaryIO) -> Job | None:
         """Return the job that comes; None when the supervisor has ended before."""
-        length = pipe.read(_LENGTH.size)
-        text = pipe.read(*_LENGTH.unpack(length)) if len(length) == _LENGTH.size else b""
-        # The pipe is our parent's.
-        return pickle.loads(text) if text else None  # noqa: S301
+        try:
+            job: Job = pickle.load(pipe)  # noqa: S301 - the pipe is our parent's
+        except (EOFError, pickle.UnpicklingError):
+            return None
+        return job
 
 
 def encode_error(error: SseLabelsError) -> bytes:
@@ -81,14 +71,13 @@ def encode_error(error: SseLabelsError) -> bytes:
 
 
 def decode_error(line: bytes) -> SseLabelsError:
-    """Return the error that `encode_error` was given; others than a server's own lose their class.
+    """Return the error that `encode_error` was given.
 
-    Raises ValueError when the line is something else.
+    Raises ValueError, TypeError or AttributeError when the line is something else.
     """
     name, *said = json.loads(line)
-    if name in _CONFIG_ERRORS:
-        return _CONFIG_ERRORS[name](*said)
-    return _ERRORS.get(name, SseLabelsError)(*said)
+    error: SseLabelsError = getattr(errors, name)(*said)
+    return error
 
 
 def when_the_supervisor_ends(pipe: int, drain: Callable[[], object], seconds: float) -> None:

@@ -12,20 +12,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
+import os
+import pickle
+import secrets
 import signal
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from sse_labels.app import App, base_urls, listening_sockets
 from sse_labels.backoff import Backoff
 from sse_labels.config import Settings
 from sse_labels.embedded import EmbeddedPostgres
 from sse_labels.errors import BrokenPromise, ConfigError, DatabaseRefused, SseLabelsError
-from sse_labels.shared import Memory
 from sse_labels.workers.job import (
     GRACE_SECONDS,
     READY,
@@ -34,6 +37,7 @@ from sse_labels.workers.job import (
     Job,
     decode_error,
 )
+from sse_labels.workers.neighbours import new_words, words_in
 
 log = logging.getLogger(__name__)
 
@@ -67,30 +71,20 @@ class End:
         return f"signal {-self.status}"
 
 
-class Worker(Protocol):
-    """A process that was started."""
-
-    async def ended(self, ready: Callable[[], None]) -> End:
-        """Return when it has ended; call `ready` when it serves."""
-
-    async def drained(self) -> None:
-        """Have it end; return when it has. Cancelled, it kills."""
-
-
 class Supervisor:
     """Keeps one worker in each place."""
 
     def __init__(
         self,
         places: int,
-        launch: Callable[[int, bool], Awaitable[Worker]],
+        launch: Callable[[int, int], Awaitable[Process]],
         forget: Callable[[int], None],
         stopping: Callable[[], None],
         *,
         clock: Callable[[], float] = time.monotonic,
         pause: Callable[[float], Awaitable[Any]] = asyncio.sleep,
     ) -> None:
-        """`launch` starts one for a place, saying if it replaces another.
+        """`launch` starts one for a place, saying how many it has replaced there.
 
         `forget` frees what one held, `stopping` is called before the first is told to end.
         """
@@ -127,10 +121,9 @@ class Supervisor:
 
     async def _keep(self, place: int) -> None:
         backoff = Backoff(FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS)
-        replaces = False
-        while True:
+        for replaced in itertools.count():
             began = self._clock()
-            end = await self._live(place, replaces)
+            end = await self._live(place, replaced)
             self._check(place, end)
             if self._clock() - began >= STEADY_SECONDS:
                 backoff.reset()
@@ -145,7 +138,6 @@ class Supervisor:
                 },
             )
             await self._pause(wait)
-            replaces = True
 
     def _check(self, place: int, end: End) -> None:
         """Raise when no other worker shall take the place."""
@@ -158,9 +150,9 @@ class Supervisor:
             # A file that went bad, say: who has read it before serves on, as a single process does.
             raise end.error
 
-    async def _live(self, place: int, replaces: bool) -> End:
+    async def _live(self, place: int, replaced: int) -> End:
         try:
-            worker = await self._launch(place, replaces)
+            worker = await self._launch(place, replaced)
         except OSError as error:
             # No memory, no descriptor, for now: the others serve on.
             return End(1, SseLabelsError(f"it cannot be started: {error}"))
@@ -183,20 +175,11 @@ class Supervisor:
 class Process:
     """A worker as a process of its own."""
 
-    def __init__(
-        self,
-        process: asyncio.subprocess.Process,
-        settings: Settings,
-        pause: Callable[[float], Awaitable[Any]] = asyncio.sleep,
-    ) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, settings: Settings) -> None:
         self._process = process
         self._drain_seconds = settings.drain_seconds
-        self._pause = pause
         least, most = HANG_SECONDS
-        hang_seconds = min(most, max(least, HANG_HEARTBEATS * settings.heartbeat_seconds))
-        self._hang_turns = hang_seconds / TURN_SECONDS
-        #: How often we have turned since it last said anything.
-        self._silent_turns = -IMPORT_SECONDS / TURN_SECONDS
+        self._hang_seconds = min(most, max(least, HANG_HEARTBEATS * settings.heartbeat_seconds))
 
     @classmethod
     async def launch(cls, command: Sequence[str], job: Job) -> Process:
@@ -205,47 +188,43 @@ class Process:
             *command,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
-            pass_fds=(*job.listeners, job.memory),
+            pass_fds=(*job.listeners, job.words),
             # Ctrl-C reaches every process of the group; this one is told by us.
             start_new_session=True,
         )
         assert process.stdin is not None  # noqa: S101 - a pipe was asked for
         log.info("a worker starts", extra={"worker": job.index + 1, "pid": process.pid})
-        process.stdin.write(job.encode())
+        process.stdin.write(pickle.dumps(job))
         return cls(process, job.settings)
 
     async def ended(self, ready: Callable[[], None]) -> End:
-        """Return when it has ended; call `ready` when it serves."""
-        async with asyncio.TaskGroup() as tasks:
-            watching = tasks.create_task(self._kill_when_it_hangs())
-            error = await self._listen(ready)
-            status = await self._process.wait()
-            watching.cancel()
-        return End(status, error)
-
-    async def _listen(self, ready: Callable[[], None]) -> SseLabelsError | None:
+        """Return when it has ended; call `ready` when it serves. Kill it when it hangs."""
         assert self._process.stdout is not None  # noqa: S101 - a pipe was asked for
         error: SseLabelsError | None = None
-        async for line in self._process.stdout:
-            self._silent_turns = 0
+        silent_seconds, line = -IMPORT_SECONDS, b"\n"
+        while line:
+            try:
+                async with asyncio.timeout(TURN_SECONDS):
+                    line = await self._process.stdout.readline()
+            except TimeoutError:
+                # Our turns are counted, not time: while we or the machine are suspended none pass
+                # (test_time_in_which_the_supervisor_is_suspended_makes_nobody_hang).
+                silent_seconds += TURN_SECONDS
+                if silent_seconds - TURN_SECONDS < self._hang_seconds <= silent_seconds:
+                    log.error(
+                        "a worker hangs, it is killed",
+                        extra={"pid": self._process.pid, "silent_seconds": silent_seconds},
+                    )
+                    self._process.kill()
+                continue
+            silent_seconds = 0.0
             if line == READY:
                 ready()
             elif line != TURNING:
                 # What is no error of ours was written by accident.
-                with contextlib.suppress(ValueError, TypeError):
+                with contextlib.suppress(ValueError, TypeError, AttributeError):
                     error = decode_error(line)
-        return error
-
-    async def _kill_when_it_hangs(self) -> None:
-        # Turns are counted, not time: while we or the machine are suspended none pass.
-        while self._silent_turns < self._hang_turns:
-            await self._pause(TURN_SECONDS)
-            self._silent_turns += 1
-        log.error(
-            "a worker hangs, it is killed",
-            extra={"pid": self._process.pid, "silent_seconds": self._silent_turns * TURN_SECONDS},
-        )
-        self._process.kill()
+        return End(await self._process.wait(), error)
 
     async def drained(self) -> None:
         """Have it end, by closing its input; kill it when that takes too long."""
@@ -283,27 +262,38 @@ async def serve(
         for listener in listeners:
             listener.close()
 
-    try:
+    with contextlib.ExitStack() as closing:
+        closing.callback(close)
         port = listeners[0].getsockname()[1]
         app = App(settings, dsn, publish_token)
         try:
             await app.prepare()
         finally:
             app.database.close()
-        with contextlib.closing(Memory.create(settings.workers)) as memory:
-            if postgres is not None:
-                postgres.on_restart = memory.count_restart
+        descriptor = new_words(settings.workers)
+        closing.callback(os.close, descriptor)
+        words = words_in(descriptor)
+        # `prepare` has brought the schema up to date.
+        share = replace(settings.of_one_worker(), migrate=False)
+        run = secrets.token_hex(16)
 
-            async def launch(index: int, replaces: bool) -> Worker:
-                numbers = tuple(listener.fileno() for listener in listeners)
-                job = Job(index, replaces, settings, dsn, publish_token, numbers, memory.descriptor)
-                return await Process.launch(command, job)
+        def forget(index: int) -> None:
+            words[index] = 0
 
-            async def serving() -> None:
-                address = base_urls(settings, port)
-                log.info("serving", extra={"address": address, "workers": settings.workers})
-                await ready(port)
+        def count_restart() -> None:
+            words[-1] += 1
 
-            await Supervisor(settings.workers, launch, memory.forget, close).run(stop, serving)
-    finally:
-        close()
+        if postgres is not None:
+            postgres.on_restart = count_restart
+
+        async def launch(index: int, replaced: int) -> Process:
+            numbers = tuple(listener.fileno() for listener in listeners)
+            job = Job(index, replaced, share, dsn, publish_token, numbers, descriptor, run)
+            return await Process.launch(command, job)
+
+        async def serving() -> None:
+            address = base_urls(settings, port)
+            log.info("serving", extra={"address": address, "workers": settings.workers})
+            await ready(port)
+
+        await Supervisor(settings.workers, launch, forget, close).run(stop, serving)

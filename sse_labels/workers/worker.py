@@ -1,28 +1,21 @@
 """One worker: the whole application, as one of several.
 
-Promises: it serves like a single process, and lets the others read what it counts.
+Promises: it serves like a single process.
 Does not belong here: signals, exit statuses.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
+import signal
 import socket
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 from typing import Any
 
 from sse_labels import app as application
 from sse_labels.app import App
-from sse_labels.metrics import Metrics
-from sse_labels.shared import Memory
 from sse_labels.workers.job import GRACE_SECONDS, TURN_SECONDS, Job, when_the_supervisor_ends
-
-log = logging.getLogger(__name__)
-
-#: How old what a neighbour shows may be, and what the counts lose of a worker that is killed.
-SHOW_SECONDS = 0.25
+from sse_labels.workers.neighbours import Neighbours, words_in
 
 
 async def serve(
@@ -36,64 +29,37 @@ async def serve(
 
     `turning` is called each second, while the event loop turns.
     """
-    loop, task = asyncio.get_running_loop(), asyncio.current_task()
-    serves = False
-
-    async def up(port: int) -> None:
-        nonlocal serves
-        serves = True
-        await ready(port)
+    loop = asyncio.get_running_loop()
 
     def drain() -> None:
-        if task is not None and not (serves or stop.is_set()):
-            task.cancel()  # nothing to drain yet: wait for no database
-        stop.set()
+        if not stop.is_set():  # told a second time it would not drain
+            signal.raise_signal(signal.SIGTERM)
 
     when_the_supervisor_ends(
         pipe,
         lambda: loop.call_soon_threadsafe(drain),
         job.settings.drain_seconds + GRACE_SECONDS,
     )
-    workers = job.settings.workers
-    settings = replace(
-        job.settings,
-        # The supervisor has done it.
-        migrate=False,
-        # Not counted together: a read waits for its turn here, and is refused nowhere.
-        backfill_max_reads=max(1, job.settings.backfill_max_reads // workers),
-    )
-    memory = Memory(job.memory, workers)
+    words = words_in(job.words)
     app = App(
-        settings,
+        job.settings,
         job.dsn,
         job.publish_token,
-        share=memory.share(job.index),
+        neighbours=Neighbours(job.index, words, job.run),
         listeners=[socket.socket(fileno=number) for number in job.listeners],
     )
-    app.metrics.count["workers_replaced"] += job.replaces
+    app.metrics.count["workers_replaced"] = job.replaced
+
+    async def turn() -> None:
+        while True:
+            turning()
+            if job.index == 0:  # one is enough: what workers count is added up
+                app.metrics.count["embedded_restarts"] = words[-1]
+            await asyncio.sleep(TURN_SECONDS)
+
     async with asyncio.TaskGroup() as tasks:
-        others = [
-            tasks.create_task(show(app.metrics, memory)),
-            tasks.create_task(say_each_second(turning)),
-        ]
+        turns = tasks.create_task(turn())
         try:
-            await application.serve(app, stop, up)
+            await application.serve(app, stop, ready)
         finally:
-            for task in others:
-                task.cancel()
-            app.metrics.show()
-
-
-async def show(metrics: Metrics, memory: Memory) -> None:
-    """Let the other workers read what this one counts, until cancelled."""
-    while True:
-        metrics.count["embedded_restarts"] = memory.restarts[0]
-        metrics.show()
-        await asyncio.sleep(SHOW_SECONDS)
-
-
-async def say_each_second(turning: Callable[[], None]) -> None:
-    """Call `turning` until cancelled."""
-    while True:
-        turning()
-        await asyncio.sleep(TURN_SECONDS)
+            turns.cancel()

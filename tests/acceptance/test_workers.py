@@ -81,18 +81,21 @@ async def get(url: str, **headers: str) -> httpx.Response:
 
 
 async def scrape(url: str) -> dict[str, float]:
-    """The metrics as any worker shows them; what has labels is named with them."""
+    """The metrics as any worker shows them: each one's, named with its number, and their sums."""
     answer = await get(f"{url}/metrics")
-    return {
-        sample.name.removeprefix("sse_labels_") + "".join(map(str, sample.labels.values())):
-        sample.value
-        for family in text_string_to_metric_families(answer.text)
-        for sample in family.samples
-    }  # fmt: skip
+    shown: Counter[str] = Counter()
+    for family in text_string_to_metric_families(answer.text):
+        for sample in family.samples:
+            worker = sample.labels["worker"]
+            name = sample.name.removeprefix("sse_labels_")
+            name += "".join(value for key, value in sample.labels.items() if key != "worker")
+            shown[name + worker] = sample.value
+            shown[name] += sample.value
+    return shown
 
 
 async def until_shown(url: str, **expected: float) -> dict[str, float]:
-    """Scrape until all of `expected` is shown: a worker knows the other's numbers in a moment."""
+    """Scrape until all of `expected` is shown."""
     async with asyncio.timeout(20):
         while True:
             shown = await scrape(url)
@@ -112,7 +115,7 @@ async def streams(url: str, count: int, **query: object) -> AsyncIterator[list[R
         yield readers
 
 
-async def test_streams_are_spread_each_gets_every_label_and_metrics_are_sums(
+async def test_streams_are_spread_each_gets_every_label_and_metrics_are_of_all_workers(
     database: TestDatabase,
 ) -> None:
     database.fill(50)
@@ -135,18 +138,15 @@ async def test_streams_are_spread_each_gets_every_label_and_metrics_are_sums(
                 connections=17,
                 events_delivered_total=16 * 80,
                 events_followed_total=2 * 30,
-                # Of all workers, and not of each.
                 connections_limit=200,
                 streams_limit=100,
+                streams_limit1=50,
             )
             for worker in (1, 2):
                 assert 0 < shown[f"process_open_fds{worker}"] < shown[f"process_max_fds{worker}"]
                 assert shown[f"process_resident_memory_bytes{worker}"] > 1024**2
                 assert 0 <= shown[f"sweep_age_seconds{worker}"] < 60
-            assert {name: shown[name] for name in shown if name.startswith("head_seq")} == {
-                "head_seq1": 80,
-                "head_seq2": 80,
-            }
+            assert shown["head_seq1"] == shown["head_seq2"] == 80
             assert shown["following1"] == shown["following2"] == 1
             assert await asyncio.to_thread(server.end) == 0
             for reader in readers:
@@ -161,8 +161,7 @@ async def test_killed_worker_is_replaced_and_its_consumers_lose_nothing(
     database: TestDatabase,
 ) -> None:
     database.fill(20)
-    # As many as there are: what the dead one held must be free again.
-    with two_workers("--dsn", database.dsn, "--max-streams=10") as server:
+    with two_workers("--dsn", database.dsn) as server:
         url = await url_of(server)
         async with streams(url, 10, cursor=0) as readers:
             for reader in readers:
@@ -190,8 +189,10 @@ async def test_killed_worker_is_replaced_and_its_consumers_lose_nothing(
             )
             assert pids(server)[1] != server_pids[1]
             assert pids(server)[2] == server_pids[2]
-            shown = await until_shown(url, workers_replaced_total=1, head_seq1=40)
-            assert shown["events_delivered_total"] == 200 + 200
+            shown = await until_shown(url, workers_replaced_total1=1, head_seq1=40)
+            # The one that lives has counted on, the other began again; either may have read on.
+            assert shown["events_delivered_total"] == 40 * (10 - of_first) + 20 * of_first
+            assert shown["events_delivered_total2"] >= 40 * (10 - of_first)
         assert await asyncio.to_thread(server.end) == 0
     assert "another takes its place: worker=1 how=SIGKILL " in server.errors
     assert "Traceback" not in server.errors
@@ -230,9 +231,9 @@ async def test_worker_that_hangs_is_replaced_and_its_consumers_lose_nothing(
     assert "Traceback" not in server.errors
 
 
-async def test_limits_hold_over_all_workers(database: TestDatabase) -> None:
+async def test_all_workers_together_hold_no_more_than_the_limits(database: TestDatabase) -> None:
     limits = ("--max-streams=6", "--max-per-address=4", "--max-connections=16",
-              "--publish-rate-labels=1", "--publish-burst-labels=10")  # fmt: skip
+              "--publish-rate-labels=2", "--publish-burst-labels=10")  # fmt: skip
     with two_workers("--dsn", database.dsn, *limits) as server:
         url = await url_of(server)
         greedy = {"X-Forwarded-For": "203.0.113.9"}
@@ -248,8 +249,18 @@ async def test_limits_hold_over_all_workers(database: TestDatabase) -> None:
                     await client.aclose()
                 return answer.status_code
 
-            assert [await opened(**greedy) for _ in range(8)] == [200] * 4 + [429] * 4
-            assert [await opened() for _ in range(4)] == [200] * 2 + [503] * 2
+            # Each worker lets in its half; which one is asked is chance.
+            statuses: list[int] = []
+            async with asyncio.timeout(20):
+                while statuses.count(200) < 4:
+                    statuses.append(await opened(**greedy))
+                statuses += [await opened(**greedy) for _ in range(4)]
+                assert (statuses.count(200), {*statuses}) == (4, {200, 429})
+                statuses = []
+                while statuses.count(200) < 2:
+                    statuses.append(await opened())
+                statuses += [await opened() for _ in range(4)]
+                assert (statuses.count(200), {*statuses}) == (2, {200, 503})
             # An idle connection is one too.
             idle: list[asyncio.StreamWriter] = []
             async with asyncio.timeout(20):
@@ -261,16 +272,20 @@ async def test_limits_hold_over_all_workers(database: TestDatabase) -> None:
                     idle.append((await asyncio.open_connection(*address_of(url)))[1])
                     stack.callback(idle[-1].close)
             assert len(idle) >= 8
-            assert "16 connections are open" in answers[0].json()["message"]
+            assert "8 connections are open" in answers[0].json()["message"]
             for writer in idle:
                 writer.close()
             await until_live(url)
             assert len(await streams_by_worker(server, 6)) == 2
 
-        statuses = [await publish(url, 2) for _ in range(10)]
-        assert statuses[:5] == [201] * 5
-        assert statuses.count(429) >= 4
-        assert len(database.stored()) == 2 * statuses.count(201)
+        # A burst is each worker's, as a request of so many labels is.
+        published = 0
+        async with asyncio.timeout(20):
+            while published < 2:
+                published += await publish(url, 10) == 201
+        statuses = [await publish(url, 10) for _ in range(10)]
+        assert set(statuses) == {429}
+        assert len(database.stored()) == 20
 
 
 def address_of(url: str) -> tuple[str, int]:

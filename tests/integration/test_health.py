@@ -12,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from sse_labels.app import App
 from sse_labels.config import Settings
+from sse_labels.metrics import render
 
 from support.database import TestDatabase, until
 from support.reading import reading
@@ -237,7 +238,8 @@ async def test_metrics_measure_from_commit_to_fanout(
         await reader.until_opened()
         database.insert(1)
         await reader.until_events(1)
-    await until(lambda: "fanout_seconds_count 1.0" in server.app.metrics.render().decode())
+    numbers = server.app.metrics.numbers
+    await until(lambda: b"fanout_seconds_count 1.0" in render([numbers()]))
     found = await families(server)
     assert 0 <= sample(found, "sse_labels_commit_to_fanout_seconds_sum") < 20
 

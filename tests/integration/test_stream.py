@@ -21,6 +21,7 @@ from httpx_sse import EventSource
 from sse_labels.app import App
 from sse_labels.config import Settings
 from sse_labels.errors import BrokenPromise, ConsumerTooSlow, SchemaError
+from sse_labels.metrics import render
 from sse_labels.web import stream as stream_module
 from sse_labels.web.event_stream import EventStream
 
@@ -599,7 +600,7 @@ async def test_a_reader_that_takes_nothing_is_reset_and_the_others_get_everythin
         assert len(server.app.streams._open) == 2
         database.insert(1)
         await asyncio.gather(one.until_seq(201), other.until_seq(201))
-        rendered = metrics.render().decode()
+        rendered = render([metrics.numbers()]).decode()
         assert 'sse_labels_streams_ended_total{how="ConsumerTooSlow"} 1.0' in rendered
     assert one.events == other.events == database.stored()
 
@@ -769,7 +770,7 @@ async def test_a_reader_that_hangs_up_leaves_nothing_behind(
         assert server.app.sequencer._subscribers == {}
         assert server.app.pages._reads._reads == server.app.pages._table._reads == {}
         assert server.app.metrics.streams_ended == {"ClientGone": 3}
-        assert "sse_labels_streams 0.0" in server.app.metrics.render().decode()
+        assert "sse_labels_streams 0.0" in render([server.app.metrics.numbers()]).decode()
 
 
 # A full server

@@ -384,3 +384,18 @@ def test_every_log_level_is_one_that_logging_knows(
     configure_logging(level)
     assert given["level"] in logging.getLevelNamesMapping()
     assert load({"log_level": level}, {}).log_level == level
+
+
+def test_each_worker_gets_its_share_of_limits_rounded_down_and_at_least_one() -> None:
+    settings = Settings(
+        workers=4, max_connections=4003, max_per_address=3, publish_rate_labels=10,
+        publish_burst_labels=100,
+    )  # fmt: skip
+    share = settings.of_one_worker()
+    assert (share.max_connections, share.max_per_address, share.publish_rate_labels) == (1000, 1, 2)
+    assert (share.max_streams, share.backfill_max_reads) == (3750, 1)
+    # A request of so many labels is one worker's.
+    assert share.publish_burst_labels == 100
+    # Of no limit each has none.
+    assert Settings(workers=4).of_one_worker().publish_rate_labels is None
+    assert Settings().of_one_worker() == Settings()

@@ -26,6 +26,7 @@ from sse_labels.web.addresses import PerAddress
 from sse_labels.web.answers import errors_as_json
 from sse_labels.web.connection import read_body
 from sse_labels.web.guard import Guard, most_connections
+from sse_labels.web.neighbours import Neighbours
 
 PATIENCE_SECONDS = 20.0
 GET = b"GET /hello HTTP/1.1\r\nHost: test\r\n\r\n"
@@ -133,7 +134,7 @@ def application(site: Site, request_seconds: float) -> web.Application:
 async def guarded(
     *,
     max_connections: int = 100,
-    per_address: int | None = None,
+    per_address: int = 10_000,
     request_seconds: float = PATIENCE_SECONDS,
     keepalive_seconds: float = PATIENCE_SECONDS,
 ) -> AsyncIterator[Site]:
@@ -146,6 +147,8 @@ async def guarded(
         keepalive_seconds=keepalive_seconds,
         busy_retry_ms=lambda: 34567,
         head=lambda: 41,
+        neighbours=Neighbours(),
+        streams_full=lambda: False,
     )
     site = Site(made, metrics)
     runner = web.AppRunner(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from throttled import utils
 
 from sse_labels.errors import PayloadTooLarge, RateLimited
 from sse_labels.web.rate import PublishRate
@@ -14,15 +13,13 @@ class Clock:
 
     now = 1000.0
 
-    def __call__(self) -> float:
-        return self.now
+    def __call__(self) -> int:
+        return int(self.now * 1e9)
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    made = Clock()
-    monkeypatch.setattr(utils, "now_mono_f", made)
-    return made
+def clock() -> Clock:
+    return Clock()
 
 
 def retry_after(rate: PublishRate, labels: int, publisher: str = "alice") -> int:
@@ -34,7 +31,7 @@ def retry_after(rate: PublishRate, labels: int, publisher: str = "alice") -> int
 
 
 def test_burst_is_accepted_and_then_so_many_labels_per_second(clock: Clock) -> None:
-    rate = PublishRate(10, 100)
+    rate = PublishRate(10, 100, clock)
     rate.take("alice", 60)
     rate.take("alice", 40)
     accepted = 0
@@ -49,7 +46,7 @@ def test_burst_is_accepted_and_then_so_many_labels_per_second(clock: Clock) -> N
 
 
 def test_who_waits_as_told_is_accepted(clock: Clock) -> None:
-    rate = PublishRate(10, 100)
+    rate = PublishRate(10, 100, clock)
     rate.take("alice", 100)
     for labels in (1, 5, 12, 33, 100):
         seconds = retry_after(rate, labels)
@@ -63,7 +60,7 @@ def test_who_waits_as_told_is_accepted(clock: Clock) -> None:
 
 
 def test_refused_labels_cost_nothing(clock: Clock) -> None:
-    rate = PublishRate(10, 100)
+    rate = PublishRate(10, 100, clock)
     rate.take("alice", 90)
     for _ in range(5):
         assert retry_after(rate, 50) == 4
@@ -71,14 +68,14 @@ def test_refused_labels_cost_nothing(clock: Clock) -> None:
 
 
 def test_publishers_do_not_share_a_rate(clock: Clock) -> None:
-    rate = PublishRate(1, 10)
+    rate = PublishRate(1, 10, clock)
     rate.take("alice", 10)
     rate.take("bob", 10)
     assert retry_after(rate, 3) == retry_after(rate, 3, "bob") == 3
 
 
 def test_idle_publisher_saves_no_more_than_a_burst(clock: Clock) -> None:
-    rate = PublishRate(10, 100)
+    rate = PublishRate(10, 100, clock)
     rate.take("alice", 100)
     clock.now += 86_400
     rate.take("alice", 100)
@@ -94,3 +91,22 @@ def test_without_a_rate_everything_is_accepted() -> None:
     rate = PublishRate(None, 1)
     for _ in range(100):
         rate.take("alice", 1_000_000)
+
+
+def test_of_too_many_publishers_the_one_that_was_quiet_longest_is_forgotten(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sse_labels.web.rate.MAX_PUBLISHERS", 2)
+    rate = PublishRate(1, 10, clock)
+    for publisher in ("alice", "bob", "alice", "carol"):
+        rate.take(publisher, 5)
+    assert retry_after(rate, 1) == 1
+    rate.take("bob", 10)
+
+
+@pytest.mark.parametrize("per_second", [1, 3, 7, 999_983])
+def test_a_burst_in_many_parts_is_one_burst(clock: Clock, per_second: int) -> None:
+    rate = PublishRate(per_second, 1000, clock)
+    for _ in range(1000):
+        rate.take("alice", 1)
+    assert retry_after(rate, 1) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -27,13 +28,15 @@ from sse_labels.workers.supervisor import (
     Supervisor,
 )
 
+from support.virtual_time import virtual_time
+
 
 class Fake:
     """A worker that ends when the test says so."""
 
-    def __init__(self, place: int, replaces: bool) -> None:
+    def __init__(self, place: int, replaced: int) -> None:
         self.place = place
-        self.replaces = replaces
+        self.replaced = replaced
         self.end: asyncio.Future[End] = asyncio.get_running_loop().create_future()
         self.ready: Callable[[], None] | None = None
         self.was_drained = False
@@ -58,8 +61,8 @@ class Stage:
     events: list[str] = field(default_factory=list)
     stop: asyncio.Event = field(default_factory=asyncio.Event)
 
-    async def launch(self, place: int, replaces: bool) -> Fake:
-        self.launched.append(Fake(place, replaces))
+    async def launch(self, place: int, replaced: int) -> Fake:
+        self.launched.append(Fake(place, replaced))
         return self.launched[-1]
 
     async def pause(self, seconds: float) -> None:
@@ -106,7 +109,7 @@ async def test_it_serves_once_all_do_and_stops_when_all_have_ended() -> None:
     running = stage.run()
     await stage.settle()
     first, second = stage.launched
-    assert [worker.replaces for worker in stage.launched] == [False, False]
+    assert [worker.replaced for worker in stage.launched] == [0, 0]
     assert first.ready is not None
     assert second.ready is not None
     first.ready()
@@ -129,7 +132,7 @@ async def test_dead_worker_is_forgotten_and_replaced_in_its_place() -> None:
     running = stage.run()
     await stage.settle()
     again = await stage.die(stage.launched[1])
-    assert (again.place, again.replaces) == (1, True)
+    assert (again.place, again.replaced) == (1, 1)
     assert stage.forgotten == [1]
     assert len(stage.launched) == 3
     assert not stage.launched[0].was_drained
@@ -229,7 +232,7 @@ async def test_database_that_is_away_is_waited_for() -> None:
     running = stage.run()
     await stage.settle()
     again = await stage.die(stage.launched[0], End(1, DatabaseUnavailable("cannot connect")))
-    assert again.replaces
+    assert again.replaced == 1
     stage.stop.set()
     await running
 
@@ -238,10 +241,10 @@ async def test_machine_that_can_start_none_now_is_asked_again() -> None:
     stage = Stage(places=1)
     launch, refused = stage.launch, []
 
-    async def launch_later(place: int, replaces: bool) -> Fake:
+    async def launch_later(place: int, replaced: int) -> Fake:
         if refused:
             raise refused.pop()
-        return await launch(place, replaces)
+        return await launch(place, replaced)
 
     stage.launch = launch_later  # type: ignore[method-assign]
     running = stage.run()
@@ -291,32 +294,35 @@ class Silent:
 
 
 @pytest.mark.parametrize(("heartbeat", "seconds"), [(15.0, 30), (1.0, 5), (4.0, 8), (3600.0, 30)])
+@virtual_time
 async def test_worker_that_says_nothing_any_more_is_killed(heartbeat: float, seconds: int) -> None:
-    fake, turns, paused = Silent(), asyncio.Semaphore(0), asyncio.Semaphore(0)
-
-    async def pause(_: float) -> None:
-        paused.release()
-        await turns.acquire()
-
-    async def turn(times: int) -> None:
-        """Let the supervisor turn so often."""
-        for _ in range(times):
-            await paused.acquire()
-            turns.release()
-            await asyncio.sleep(0)
-
-    process = Process(fake, Settings(heartbeat_seconds=heartbeat), pause)  # type: ignore[arg-type]
+    fake = Silent()
+    process = Process(fake, Settings(heartbeat_seconds=heartbeat))  # type: ignore[arg-type]
     ended = asyncio.ensure_future(process.ended(lambda: None))
     # Importing takes its time.
-    await turn(int(IMPORT_SECONDS))
+    await asyncio.sleep(IMPORT_SECONDS)
     for line in (READY, TURNING, TURNING):
         fake.stdout.feed_data(line)
-        await Stage().settle()
-        await turn(seconds - 1)
+        await asyncio.sleep(seconds - 0.5)
     assert not fake.was_killed.is_set()
-    await turn(1)
-    assert await ended == End(-9)
+    await asyncio.sleep(1)
+    assert fake.was_killed.is_set()
     assert str(await ended) == "SIGKILL"
+
+
+@virtual_time
+async def test_time_in_which_the_supervisor_is_suspended_makes_nobody_hang() -> None:
+    fake = Silent()
+    process = Process(fake, Settings(heartbeat_seconds=1))  # type: ignore[arg-type]
+    ended = asyncio.ensure_future(process.ended(lambda: None))
+    loop = asyncio.get_running_loop()
+    for _ in range(10):
+        fake.stdout.feed_data(TURNING)
+        await asyncio.sleep(0.5)
+        loop.now += 3600  # type: ignore[attr-defined]
+    assert not fake.was_killed.is_set()
+    fake.kill()
+    await ended
 
 
 @pytest.mark.parametrize(
@@ -346,9 +352,9 @@ def test_an_error_keeps_its_class_and_its_words(error: Exception) -> None:
 
 
 def test_a_job_arrives_whole(tmp_path) -> None:
-    job = Job(1, True, Settings(workers=2), "host=db password=geheim", "token", (5, 6), 7)
+    job = Job(1, 3, Settings(workers=2), "host=db password=geheim", "token", (5, 6), 7, "run")
     file = tmp_path / "pipe"
-    for sent, read in ((job.encode(), job), (b"", None), (b"\x01", None)):
+    for sent, read in ((pickle.dumps(job), job), (b"", None), (pickle.dumps(job)[:9], None)):
         file.write_bytes(sent)
         with file.open("rb") as pipe:
             assert Job.read(pipe) == read

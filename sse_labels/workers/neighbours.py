@@ -1,0 +1,139 @@
+"""How one worker asks the others a question, answers theirs, and lets them accept.
+
+Promises: a neighbour that is dead, stuck or slow is named and holds nobody up longer than
+`ANSWER_SECONDS`; nobody but processes of the same user is answered; nothing is left behind.
+Does not belong here: what is asked.
+
+Abstract Unix sockets (unix(7)): their names go with their processes, however those end. Other
+users can see the names, so each side looks who the other is (SO_PEERCRED).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import mmap
+import os
+import socket
+import struct
+from collections.abc import AsyncIterator
+from typing import Any
+
+import ujson
+
+from sse_labels.web import neighbours
+
+#: How long a neighbour may take; one that is not stuck takes milliseconds.
+ANSWER_SECONDS = 1.0
+MAX_BYTES = 16 * 1024**2
+#: How many more connections this worker may hold than another before that one accepts: so many, …
+AHEAD = 4
+#: … and this part of what it holds: a flood is not to wait for perfect balance.
+AHEAD_PART = 16
+_WORD_BYTES = 8
+
+
+def new_words(workers: int) -> int:
+    """Return the descriptor of a new file without a name, for `words_in`."""
+    descriptor = os.memfd_create("sse-labels")
+    os.truncate(descriptor, (workers + 1) * _WORD_BYTES)
+    return descriptor
+
+
+def words_in(descriptor: int) -> memoryview:
+    """Return numbers that all processes share; the processor writes each at once.
+
+    For each worker: 0, or 1 more than the connections it holds while it accepts; only that worker
+    writes it. Then, written by the first process, how often the embedded PostgreSQL was restarted.
+    """
+    return memoryview(mmap.mmap(descriptor, 0)).cast("q")
+
+
+class Neighbours(neighbours.Neighbours):
+    """The other workers, as one of them asks them."""
+
+    def __init__(self, index: int, words: memoryview, run: str) -> None:
+        """Worker `index`, from 0, of those that share `words`; `run` names this server."""
+        super().__init__()
+        self.number = index + 1
+        self._index = index
+        self._others = [other for other in range(len(words) - 1) if other != index]
+        self._words = words
+        self._run = run
+        self._yielded_to: dict[int, int] = {}
+
+    def hold(self, connections: int | None) -> None:
+        """Tell the others how many connections are open here; None: no more are accepted."""
+        self._words[self._index] = 0 if connections is None else connections + 1
+
+    def yields(self, *, full: bool) -> bool:
+        """Return whether another worker accepts and holds clearly fewer; if `full`, any fewer.
+
+        But not those that have taken none since this was last answered with yes: they are busy, or
+        stuck, and nobody shall wait for them.
+        """
+        mine = self._words[self._index]
+        few = mine if full else mine - AHEAD - mine // AHEAD_PART
+        behind = {
+            other: held for other in self._others if 0 < (held := self._words[other]) < few
+        }  # fmt: skip
+        if behind.items() <= self._yielded_to.items():
+            return False
+        self._yielded_to = behind
+        return True
+
+    @contextlib.asynccontextmanager
+    async def answering(self) -> AsyncIterator[None]:
+        """Answer the others' questions inside the block."""
+
+        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            with contextlib.suppress(OSError, TimeoutError, ValueError):
+                async with asyncio.timeout(ANSWER_SECONDS):
+                    if _is_ours(writer):
+                        name, *arguments = ujson.loads(await reader.readline())
+                        said = ujson.dumps(self.answers[name](*arguments))
+                        writer.write(said.encode() + b"\n")
+                        await writer.drain()
+            writer.close()
+
+        server = await asyncio.start_unix_server(answer, self._name(self._index))
+        try:
+            yield
+        finally:
+            server.close()
+
+    async def ask(self, name: str, *arguments: Any) -> tuple[list[Any], list[int]]:
+        """Return the answers of all workers, and the numbers of those that did not answer."""
+        answers, _ = await super().ask(name, *arguments)
+        question = ujson.dumps([name, *arguments]).encode() + b"\n"
+        others = await asyncio.gather(*(self._ask(other, question) for other in self._others))
+        silent = [
+            other + 1 for other, said in zip(self._others, others, strict=True) if said is None
+        ]
+        return answers + [said for said in others if said is not None], silent
+
+    async def _ask(self, other: int, question: bytes) -> Any:
+        writer = None
+        try:
+            async with asyncio.timeout(ANSWER_SECONDS):
+                reader, writer = await asyncio.open_unix_connection(
+                    self._name(other), limit=MAX_BYTES
+                )
+                if not _is_ours(writer):
+                    return None
+                writer.write(question)
+                return ujson.loads(await reader.readline())
+        except (OSError, TimeoutError, ValueError):
+            return None
+        finally:
+            if writer is not None:
+                writer.close()
+
+    def _name(self, index: int) -> str:
+        return f"\0sse-labels-{self._run}-{index}"
+
+
+def _is_ours(writer: asyncio.StreamWriter) -> bool:
+    raw = writer.get_extra_info("socket")
+    _, uid, _ = struct.unpack("3i", raw.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return bool(uid == os.geteuid())
