@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from types import MappingProxyType
 
 
 class SseLabelsError(Exception):
@@ -73,9 +72,13 @@ class RequestError(SseLabelsError):
     """A request that is answered with `status` and `{"error": name, "message": str(self)}`."""
 
     status = 400
-    name = "InvalidRequest"
+    name: str
     #: Extra response headers, e.g. `WWW-Authenticate`.
-    headers: Mapping[str, str] = MappingProxyType({})
+    headers: Mapping[str, str] = {}
+
+    def __init_subclass__(cls, status: int | None = None) -> None:
+        cls.name = cls.__name__
+        cls.status = status or cls.status
 
 
 class InvalidRequest(RequestError):
@@ -85,61 +88,41 @@ class InvalidRequest(RequestError):
 class FutureCursor(RequestError):
     """The cursor lies beyond the newest seq that the database knows."""
 
-    name = "FutureCursor"
 
-
-class AuthRequired(RequestError):
+class AuthRequired(RequestError, status=401):
     """No token, or one that nobody here knows (RFC 6750, section 3)."""
 
-    status = 401
-    name = "AuthRequired"
-    headers: Mapping[str, str] = MappingProxyType({"WWW-Authenticate": 'Bearer realm="sse-labels"'})
+    headers: Mapping[str, str] = {"WWW-Authenticate": 'Bearer realm="sse-labels"'}
 
 
-class Forbidden(RequestError):
+class Forbidden(RequestError, status=403):
     """The token is known, the right is missing."""
 
-    status = 403
-    name = "Forbidden"
 
-
-class NoSuchStream(RequestError):
+class NoSuchStream(RequestError, status=404):
     """No stream of this id is open, or no longer."""
 
-    status = 404
-    name = "NoSuchStream"
 
-
-class PayloadTooLarge(RequestError):
+class PayloadTooLarge(RequestError, status=413):
     """The body is over the limit."""
 
-    status = 413
-    name = "PayloadTooLarge"
 
-
-class UnsupportedMediaType(RequestError):
+class UnsupportedMediaType(RequestError, status=415):
     """The body's coding is none that is decoded here (RFC 9110, section 15.5.16)."""
 
-    status = 415
-    name = "UnsupportedMediaType"
-    headers: Mapping[str, str] = MappingProxyType({"Accept-Encoding": "gzip, deflate"})
+    headers: Mapping[str, str] = {"Accept-Encoding": "gzip, deflate"}
 
 
-class UpgradeRequired(RequestError):
+class UpgradeRequired(RequestError, status=426):
     """A WebSocket handshake of a version that is not spoken here (RFC 6455, section 4.4)."""
 
-    status = 426
-    name = "UpgradeRequired"
-    headers: Mapping[str, str] = MappingProxyType(
-        {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13"}
-    )
+    headers: Mapping[str, str] = {
+        "Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13",
+    }  # fmt: skip
 
 
-class InvalidLabel(RequestError):
+class InvalidLabel(RequestError, status=422):
     """A label breaks the lexicon; the message names its index in the request and the field."""
-
-    status = 422
-    name = "InvalidLabel"
 
     def __init__(self, field: str, problem: str, index: int | None = None) -> None:
         where = field if index is None else f"labels[{index}]" + (f".{field}" if field else "")
@@ -153,55 +136,35 @@ class InvalidLabel(RequestError):
         return InvalidLabel(self.field, self.problem, index)
 
 
-class IdempotencyKeyReused(RequestError):
+class IdempotencyKeyReused(RequestError, status=422):
     """An Idempotency-Key came back with other labels (draft-ietf-httpapi-idempotency-key)."""
 
-    status = 422
-    name = "IdempotencyKeyReused"
 
-
-class LabelsRefused(RequestError):
+class LabelsRefused(RequestError, status=422):
     """The database does not take these labels: a constraint or a trigger of its own says no."""
 
-    status = 422
-    name = "LabelsRefused"
 
-
-class EpochChanged(RequestError):
+class EpochChanged(RequestError, status=409):
     """The cursor is from another life of the database: its seqs name other labels now."""
 
-    status = 409
-    name = "EpochChanged"
 
-
-class TooManyConnections(RequestError):
+class TooManyConnections(RequestError, status=503):
     """The server holds as many streams as it may."""
 
-    status = 503
-    name = "TooManyConnections"
 
-
-class RequestTimeout(RequestError):
+class RequestTimeout(RequestError, status=408):
     """The request did not become whole in time (RFC 9110, section 15.5.9)."""
 
-    status = 408
-    name = "RequestTimeout"
     # What is left of the body is not waited for, so the connection cannot be used again.
-    headers = MappingProxyType({"Connection": "close"})
+    headers: Mapping[str, str] = {"Connection": "close"}
 
 
-class HeadTooLarge(RequestError):
+class HeadTooLarge(RequestError, status=431):
     """The request's head is over the limit (RFC 6585, section 5)."""
 
-    status = 431
-    name = "HeadTooLarge"
 
-
-class ComeBackLater(RequestError):
+class ComeBackLater(RequestError, status=429):
     """Too much from one client (RFC 6585, section 4); `Retry-After` says when to come back."""
-
-    status = 429
-    name = "TooManyRequests"
 
     def __init__(self, message: str, after_seconds: float) -> None:
         super().__init__(message)
@@ -213,61 +176,44 @@ class ComeBackLater(RequestError):
 class TooManyFromAddress(ComeBackLater):
     """One address holds as many streams or connections as it may."""
 
-    name = "TooManyFromAddress"
-
 
 class RateLimited(ComeBackLater):
     """A publisher is over its rate; nothing was stored."""
 
-    name = "RateLimited"
 
-
-class NotReady(RequestError):
+class NotReady(RequestError, status=503):
     """The database is away or the sequencer has no head yet; try again soon."""
-
-    status = 503
-    name = "NotReady"
 
 
 class StreamClosed(SseLabelsError):
     """A stream ends; `name` and the message become its last event."""
 
-    name = "StreamClosed"
+    name: str
+
+    def __init_subclass__(cls) -> None:
+        cls.name = cls.__name__
 
 
 class ConsumerTooSlow(StreamClosed):
     """More events waited for the consumer than its outbox may hold."""
 
-    name = "ConsumerTooSlow"
-
 
 class TokenExpired(StreamClosed):
     """The token that opened the stream is no longer valid."""
-
-    name = "TokenExpired"
 
 
 class StreamCut(StreamClosed):
     """An operator ended this stream."""
 
-    name = "StreamCut"
-
-
-HISTORY_REFUSED = (
-    "the database does not let this server read on; its operator can see why in its log"
-)
-
 
 class HistoryRefused(StreamClosed):
     """The database does not let this server read what the consumer is to get."""
 
-    name = "HistoryRefused"
-
-    def __init__(self, message: str = HISTORY_REFUSED) -> None:
-        super().__init__(message)
+    def __init__(self) -> None:
+        super().__init__(
+            "the database does not let this server read on; its operator can see why in its log"
+        )
 
 
 class ServerStopping(StreamClosed):
     """The server shuts down; reconnecting with the last id loses nothing."""
-
-    name = "ServerStopping"
