@@ -149,13 +149,7 @@ class App:
             cache_max_bytes=settings.page_cache_max_bytes,
         )
         self.proxies = TrustedProxies(settings.trusted_proxies)
-        self.auth = StreamAuth(
-            jwt_secret=settings.jwt_secret,
-            jwt_secret_file=settings.jwt_secret_file,
-            jwt_key_file=settings.jwt_key_file,
-            jwt_issuer=settings.jwt_issuer,
-            jwt_audience=settings.jwt_audience,
-        )
+        self.auth = StreamAuth(settings)
         self.streams = StreamHandler(
             self.sequencer, self.pages, self.expiry, self.store, self.metrics, self.proxies,
             self.auth, settings, neighbours.number,

@@ -16,7 +16,6 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import jwt
 from aiohttp import hdrs, web
@@ -26,10 +25,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from jwt.algorithms import HMACAlgorithm
 
-from sse_labels.errors import AuthRequired, ConfigError, Forbidden, InvalidRequest, RequestError
+from sse_labels.config import Settings
+from sse_labels.errors import AuthRequired, ConfigError, Forbidden, InvalidRequest
 from sse_labels.filters import Filter
 from sse_labels.formats import is_did
 from sse_labels.watched_file import Unusable, WatchedFile
+from sse_labels.web.bearer import bearer_tokens, challenged
 
 COOKIE = "sse_labels_token"
 QUERY = "access_token"
@@ -63,47 +64,39 @@ PUBLIC = Grant()
 class StreamAuth:
     """Tells what a request may read; without a key everybody may read everything."""
 
-    def __init__(
-        self,
-        *,
-        jwt_secret: str | None = None,
-        jwt_secret_file: Path | None = None,
-        jwt_key_file: Path | None = None,
-        jwt_issuer: str | None = None,
-        jwt_audience: str | None = None,
-        clock: Callable[[], float] = time.time,
-    ) -> None:
+    def __init__(self, settings: Settings, clock: Callable[[], float] = time.time) -> None:
         """Read the key: one secret (HS256), or one file with a public key (PEM) or several (JWKS).
 
         Raises ConfigError when there are two, when one cannot be used, and when an issuer or an
         audience is given without one: who set it thinks that streams are protected.
         """
+        self._issuer = settings.jwt_issuer
+        self._audience = settings.jwt_audience
+        self.clock = clock
+        self._keys: Callable[[], Keys] | None = None
+        secret, secret_file = settings.jwt_secret, settings.jwt_secret_file
         given = {
-            "--jwt-secret": jwt_secret,
-            "--jwt-secret-file": jwt_secret_file,
-            "--jwt-key-file": jwt_key_file,
+            "--jwt-secret": secret,
+            "--jwt-secret-file": secret_file,
+            "--jwt-key-file": settings.jwt_key_file,
         }
         keys = [name for name, value in given.items() if value is not None]
         if len(keys) > 1:
             raise ConfigError(keys[1], "(not shown)", f"none beside {keys[0]}: there is one key")
         if not keys:
-            for name, value in (("--jwt-issuer", jwt_issuer), ("--jwt-audience", jwt_audience)):
+            for name, value in (("--jwt-issuer", self._issuer), ("--jwt-audience", self._audience)):
                 if value is not None:
                     raise ConfigError(name, value, f"one of {', '.join(given)} beside it")
-        self._issuer = jwt_issuer
-        self._audience = jwt_audience
-        self.clock = clock
-        self._keys: Callable[[], Keys] | None = None
-        if jwt_secret is not None:
+        if secret is not None:
             try:
-                secret = parse_secret(jwt_secret.encode("utf-8", "surrogateescape"))
+                key = parse_secret(secret.encode("utf-8", "surrogateescape"))
             except Unusable as error:
                 raise ConfigError("--jwt-secret", "(not shown)", str(error)) from None
-            self._keys = lambda: secret
-        elif jwt_secret_file is not None:
-            self._keys = WatchedFile("--jwt-secret-file", jwt_secret_file, parse_secret).value
-        elif jwt_key_file is not None:
-            self._keys = WatchedFile("--jwt-key-file", jwt_key_file, parse_keys).value
+            self._keys = lambda: key
+        elif secret_file is not None:
+            self._keys = WatchedFile("--jwt-secret-file", secret_file, parse_secret).value
+        elif settings.jwt_key_file is not None:
+            self._keys = WatchedFile("--jwt-key-file", settings.jwt_key_file, parse_keys).value
 
     @property
     def protected(self) -> bool:
@@ -150,9 +143,11 @@ class StreamAuth:
                 issuer=self._issuer,
                 audience=self._audience,
             )
+        except jwt.MissingRequiredClaimError as error:
+            raise _refused(f"the claim {error.claim} is missing") from None
         except jwt.PyJWTError as error:
             # PyJWT's messages may quote the token; `from None` keeps them out of tracebacks too.
-            raise _refused(_reason(error)) from None
+            raise _refused(_REASONS.get(type(error), "the token is malformed")) from None
         return claims
 
     def _grant(self, claims: Mapping[str, object], in_query: bool) -> Grant:
@@ -203,7 +198,7 @@ def narrow(asked: Filter | None, grant: Grant) -> Filter | None:
         return replace(asked or Filter(), sources=grant.sources)
     outside = sorted(asked.sources - grant.sources)
     if outside:
-        raise _challenged(
+        raise challenged(
             Forbidden(f"sources: this token may not read {outside[0][:60]!r}"),
             "insufficient_scope",
             "a source is not among those of the token",
@@ -311,17 +306,10 @@ def _token_of(request: web.Request, by_cookie: bool) -> tuple[str | None, bool]:
     What the client put there itself wins over the cookie, which a browser sends unasked and a
     page may not be able to delete. Two that were put there are refused: neither is meant less.
     """
-    bearers = [
-        credentials.strip()
-        for scheme, _, credentials in (
-            value.partition(" ") for value in request.headers.getall(hdrs.AUTHORIZATION, [])
-        )
-        if scheme.lower() == "bearer"
-    ]
     queries = request.query.getall(QUERY, [])
-    given = bearers + queries
+    given = bearer_tokens(request) + queries
     if len(given) > 1:
-        raise _challenged(
+        raise challenged(
             InvalidRequest(
                 f"got {len(given)} tokens, expected one: {hdrs.AUTHORIZATION} or {QUERY}"
             ),
@@ -330,7 +318,7 @@ def _token_of(request: web.Request, by_cookie: bool) -> tuple[str | None, bool]:
         )
     if given:
         if not given[0]:
-            raise _challenged(InvalidRequest("the token is empty"), "invalid_request", "no token")
+            raise challenged(InvalidRequest("the token is empty"), "invalid_request", "no token")
         return given[0], bool(queries)
     # Emptied is how a cookie is often deleted.
     return (request.cookies.get(COOKIE) or None) if by_cookie else None, False
@@ -361,31 +349,14 @@ def _sources(claims: Mapping[str, object]) -> frozenset[str] | None:
     return frozenset(value)
 
 
-def _reason(error: jwt.PyJWTError) -> str:
-    """Return why PyJWT refused a token, in words that quote nothing of it."""
-    reasons: tuple[tuple[type[jwt.PyJWTError], str], ...] = (
-        (jwt.InvalidSignatureError, "the signature does not fit the key"),
-        (jwt.InvalidAlgorithmError, "the algorithm is not the one of the key"),
-        (jwt.InvalidAudienceError, "the audience is not this service"),
-        (jwt.InvalidIssuerError, "the issuer is not the one expected"),
-    )
-    if isinstance(error, jwt.MissingRequiredClaimError):
-        return f"the claim {error.claim} is missing"
-    return next(
-        (text for kind, text in reasons if isinstance(error, kind)), "the token is malformed"
-    )
+#: Why PyJWT refused a token, in words that quote nothing of it.
+_REASONS: dict[type[jwt.PyJWTError], str] = {
+    jwt.InvalidSignatureError: "the signature does not fit the key",
+    jwt.InvalidAlgorithmError: "the algorithm is not the one of the key",
+    jwt.InvalidAudienceError: "the audience is not this service",
+    jwt.InvalidIssuerError: "the issuer is not the one expected",
+}
 
 
 def _refused(reason: str) -> AuthRequired:
-    error = AuthRequired(reason)
-    _challenged(error, "invalid_token", reason)
-    return error
-
-
-def _challenged(error: RequestError, code: str, description: str) -> RequestError:
-    """Return `error` with the challenge of RFC 6750, 3; `description` is ASCII without quotes."""
-    error.headers = {
-        hdrs.WWW_AUTHENTICATE: f'Bearer realm="sse-labels", error="{code}", '
-        f'error_description="{description}"'
-    }
-    return error
+    return challenged(AuthRequired(reason), "invalid_token", reason)

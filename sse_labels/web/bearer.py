@@ -1,19 +1,35 @@
-"""Whose token came with a request, and whether it has the right.
+"""Bearer tokens (RFC 6750): where one stands in a request, and what a refusal says.
 
-Promises: a token is compared in constant time and never logged.
-Stands at the door for publishers and operators.
-Does not belong here: what the right opens; tokens for reading (`auth`).
+Promises: a publish token is compared in constant time; no token is logged.
+Stands at the door, for readers, publishers and operators.
+Does not belong here: what a right opens; what a reader's token says (`auth`).
 """
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 from aiohttp import hdrs, web
 
-from sse_labels.errors import AuthRequired, Forbidden
+from sse_labels.errors import AuthRequired, Forbidden, RequestError
 from sse_labels.publish_tokens import PublishTokens
 
-#: RFC 6750, section 3.1.
-BAD_TOKEN = 'Bearer realm="sse-labels", error="invalid_token"'  # noqa: S105
+Error = TypeVar("Error", bound=RequestError)
+
+
+def bearer_tokens(request: web.Request) -> list[str]:
+    """Return the tokens of all headers `Authorization: Bearer …`; an empty one too."""
+    given = (value.partition(" ") for value in request.headers.getall(hdrs.AUTHORIZATION, []))
+    return [token.strip() for scheme, _, token in given if scheme.lower() == "bearer"]
+
+
+def challenged(error: Error, code: str, description: str) -> Error:
+    """Return `error` with the challenge of RFC 6750, 3; `description` is ASCII without quotes."""
+    error.headers = {
+        hdrs.WWW_AUTHENTICATE: f'Bearer realm="sse-labels", error="{code}", '
+        f'error_description="{description}"'
+    }
+    return error
 
 
 def holder_of(request: web.Request, tokens: PublishTokens, right: str, off: str) -> str:
@@ -23,14 +39,13 @@ def holder_of(request: web.Request, tokens: PublishTokens, right: str, off: str)
     """
     if tokens.empty:
         raise Forbidden(off)
-    scheme, _, token = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
-    if scheme.lower() != "bearer" or not token.strip():
+    token = next(filter(None, bearer_tokens(request)), None)
+    if token is None:
         raise AuthRequired("expected the header Authorization: Bearer <token>")
-    holder = tokens.who(token.strip())
+    holder = tokens.who(token)
     if holder is None:
-        refusal = AuthRequired("this token is not known here")
-        refusal.headers = {"WWW-Authenticate": BAD_TOKEN}
-        raise refusal
+        reason = "this token is not known here"
+        raise challenged(AuthRequired(reason), "invalid_token", reason)
     if right not in holder.rights:
         raise Forbidden(f"{holder.name} may not {right}")
     return holder.name

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
 )
 
+from sse_labels.config import Settings
 from sse_labels.errors import AuthRequired, ConfigError, Forbidden, InvalidRequest
 from sse_labels.filters import Filter
 from sse_labels.web.auth import (
@@ -120,6 +122,10 @@ def asking(
     return make_mocked_request("GET", path, headers=headers)
 
 
+def auth_of(*, clock: Callable[[], float] = time.time, **settings: Any) -> StreamAuth:
+    return StreamAuth(Settings(**settings), clock)
+
+
 def refusal(auth: StreamAuth, request: web.Request, *secrets: str) -> str:
     with pytest.raises(AuthRequired) as caught:
         auth.authorize(request)
@@ -145,7 +151,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def auth(clock: Clock) -> StreamAuth:
-    return StreamAuth(jwt_secret=SECRET, clock=clock)
+    return auth_of(jwt_secret=SECRET, clock=clock)
 
 
 KeyFile = Callable[[bytes], Path]
@@ -168,12 +174,12 @@ def key_file(tmp_path: Path) -> KeyFile:
 
 class TestPublic:
     def test_without_a_key_everybody_may_read_everything(self) -> None:
-        auth = StreamAuth()
+        auth = auth_of()
         assert not auth.protected
         assert auth.authorize(asking()) == PUBLIC == Grant(None, None, None)
 
     def test_without_a_key_no_token_is_looked_at(self) -> None:
-        assert StreamAuth().authorize(asking("junk", cookie="junk", query="junk")) == PUBLIC
+        assert auth_of().authorize(asking("junk", cookie="junk", query="junk")) == PUBLIC
 
 
 class TestTokens:
@@ -301,7 +307,7 @@ class TestTimes:
 class TestIssuerAndAudience:
     @pytest.fixture
     def auth(self, clock: Clock) -> StreamAuth:
-        return StreamAuth(
+        return auth_of(
             jwt_secret=SECRET, jwt_issuer="https://id.example", jwt_audience="labels", clock=clock
         )
 
@@ -335,7 +341,7 @@ class TestIssuerAndAudience:
         assert refusal(auth, asking(token), token) == "the issuer is not the one expected"
 
     def test_a_token_for_some_audience_is_refused_where_none_is_set(self, clock: Clock) -> None:
-        auth = StreamAuth(jwt_secret=SECRET, clock=clock)
+        auth = auth_of(jwt_secret=SECRET, clock=clock)
         token = signed(aud="another-service")
         assert refusal(auth, asking(token), token) == "the audience is not this service"
 
@@ -345,7 +351,7 @@ class TestAlgorithms:
     def test_a_public_key_takes_what_its_private_key_signed(
         self, key_file: KeyFile, clock: Clock, key: Private, algorithm: str
     ) -> None:
-        auth = StreamAuth(jwt_key_file=key_file(pem(key)), clock=clock)
+        auth = auth_of(jwt_key_file=key_file(pem(key)), clock=clock)
         token = signed(sources=[ALICE], key=key, algorithm=algorithm)
         assert auth.authorize(asking(token)).sources == frozenset({ALICE})
         # A PEM has no name, the token may give one.
@@ -357,7 +363,7 @@ class TestAlgorithms:
     def test_a_signature_of_another_key_is_refused(
         self, key_file: KeyFile, clock: Clock, key: Private, other: Private, algorithm: str
     ) -> None:
-        auth = StreamAuth(jwt_key_file=key_file(pem(key)), clock=clock)
+        auth = auth_of(jwt_key_file=key_file(pem(key)), clock=clock)
         token = signed(key=other, algorithm=algorithm)
         assert refusal(auth, asking(token), token) == "the signature does not fit the key"
 
@@ -367,9 +373,9 @@ class TestAlgorithms:
         self, key_file: KeyFile, clock: Clock, alg: Any, kind: str
     ) -> None:
         auth = {
-            "secret": lambda: StreamAuth(jwt_secret=SECRET, clock=clock),
-            "pem": lambda: StreamAuth(jwt_key_file=key_file(pem(EC_KEY)), clock=clock),
-            "jwks": lambda: StreamAuth(jwt_key_file=key_file(jwks(jwk(EC_KEY, "1"))), clock=clock),
+            "secret": lambda: auth_of(jwt_secret=SECRET, clock=clock),
+            "pem": lambda: auth_of(jwt_key_file=key_file(pem(EC_KEY)), clock=clock),
+            "jwks": lambda: auth_of(jwt_key_file=key_file(jwks(jwk(EC_KEY, "1"))), clock=clock),
         }[kind]()
         whole = by_hand({"alg": alg, "kid": "1"}, {"exp": NOW + 60, "iat": NOW})
         for token in (whole, whole.rpartition(".")[0] + "."):
@@ -386,30 +392,30 @@ class TestAlgorithms:
     ) -> None:
         raw = key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
         for known in (pem(key), pem(key).strip(), raw):
-            auth = StreamAuth(jwt_key_file=key_file(pem(key)), clock=clock)
+            auth = auth_of(jwt_key_file=key_file(pem(key)), clock=clock)
             token = by_hand({"alg": "HS256"}, {"exp": NOW + 60}, known)
             message = refusal(auth, asking(token), token)
             assert message == "the algorithm is not the one of the key"
         set_of_keys = jwks(jwk(key, "1"))
         for known in (pem(key), set_of_keys, json.dumps(jwk(key, "1")).encode()):
-            auth = StreamAuth(jwt_key_file=key_file(set_of_keys), clock=clock)
+            auth = auth_of(jwt_key_file=key_file(set_of_keys), clock=clock)
             token = by_hand({"alg": "HS256", "kid": "1"}, {"exp": NOW + 60}, known)
             message = refusal(auth, asking(token), token)
             assert message == "the algorithm is not the one of the key"
 
     def test_one_key_takes_one_algorithm(self, key_file: KeyFile, clock: Clock) -> None:
         longer = SECRET * 2
-        auth = StreamAuth(jwt_secret=longer, clock=clock)
+        auth = auth_of(jwt_secret=longer, clock=clock)
         for algorithm in ("HS384", "HS512"):
             token = signed(key=longer, algorithm=algorithm)
             message = refusal(auth, asking(token), token)
             assert message == "the algorithm is not the one of the key"
-        auth = StreamAuth(jwt_key_file=key_file(pem(EC_KEY)), clock=clock)
+        auth = auth_of(jwt_key_file=key_file(pem(EC_KEY)), clock=clock)
         token = signed(key=ED_KEY, algorithm="EdDSA")
         assert refusal(auth, asking(token)) == "the algorithm is not the one of the key"
 
     def test_a_key_in_the_token_itself_is_not_believed(self, clock: Clock) -> None:
-        auth = StreamAuth(jwt_secret=SECRET, clock=clock)
+        auth = auth_of(jwt_secret=SECRET, clock=clock)
         token = signed(key=EC_KEY, algorithm="ES256", headers={"jwk": jwk(EC_KEY)})
         assert refusal(auth, asking(token)) == "the algorithm is not the one of the key"
 
@@ -419,7 +425,7 @@ class TestKeySets:
         self, key_file: KeyFile, clock: Clock
     ) -> None:
         content = jwks(jwk(EC_KEY, "a", alg="ES256", use="sig"), jwk(ED_KEY, "b"))
-        auth = StreamAuth(jwt_key_file=key_file(content), clock=clock)
+        auth = auth_of(jwt_key_file=key_file(content), clock=clock)
         auth.authorize(asking(signed(key=EC_KEY, algorithm="ES256", headers={"kid": "a"})))
         auth.authorize(asking(signed(key=ED_KEY, algorithm="EdDSA", headers={"kid": "b"})))
         crossed = signed(key=ED_KEY, algorithm="EdDSA", headers={"kid": "a"})
@@ -431,13 +437,13 @@ class TestKeySets:
     def test_a_token_that_names_no_key_of_the_set_is_refused(
         self, key_file: KeyFile, clock: Clock, headers: dict[str, Any] | None
     ) -> None:
-        auth = StreamAuth(jwt_key_file=key_file(jwks(jwk(EC_KEY, "a"))), clock=clock)
+        auth = auth_of(jwt_key_file=key_file(jwks(jwk(EC_KEY, "a"))), clock=clock)
         token = signed(key=EC_KEY, algorithm="ES256", headers=headers)
         message = refusal(auth, asking(token), token)
         assert message == "the token names no key (kid) that is known here"
 
     def test_a_token_that_cannot_be_read_is_refused(self, key_file: KeyFile, clock: Clock) -> None:
-        auth = StreamAuth(jwt_key_file=key_file(jwks(jwk(EC_KEY, "a"))), clock=clock)
+        auth = auth_of(jwt_key_file=key_file(jwks(jwk(EC_KEY, "a"))), clock=clock)
         for token in ("x", by_hand({"alg": "ES256", "kid": 7}, {}), by_hand(b"[" * 3000, {})):
             assert refusal(auth, asking(token)) == "the token is malformed"
 
@@ -457,14 +463,14 @@ class TestKeySets:
     def test_keys_of_other_kinds_are_passed_over(
         self, key_file: KeyFile, clock: Clock, other: dict[str, Any]
     ) -> None:
-        auth = StreamAuth(jwt_key_file=key_file(jwks(other, jwk(EC_KEY, "a"))), clock=clock)
+        auth = auth_of(jwt_key_file=key_file(jwks(other, jwk(EC_KEY, "a"))), clock=clock)
         auth.authorize(asking(signed(key=EC_KEY, algorithm="ES256", headers={"kid": "a"})))
         kid = {"kid": str(other.get("kid", "x"))}
         token = signed(key=EC_OTHER, algorithm="ES256", headers=kid)
         message = refusal(auth, asking(token))
         assert message == "the token names no key (kid) that is known here"
         with pytest.raises(ConfigError, match="at least one key that signs"):
-            StreamAuth(jwt_key_file=key_file(jwks(other)))
+            auth_of(jwt_key_file=key_file(jwks(other)))
 
 
 class TestRotation:
@@ -473,7 +479,7 @@ class TestRotation:
     ) -> None:
         old = signed(key=EC_KEY, algorithm="ES256", headers={"kid": "old"})
         new = signed(key=EC_OTHER, algorithm="ES256", headers={"kid": "new"})
-        auth = StreamAuth(jwt_key_file=key_file(jwks(jwk(EC_KEY, "old"))), clock=clock)
+        auth = auth_of(jwt_key_file=key_file(jwks(jwk(EC_KEY, "old"))), clock=clock)
         auth.authorize(asking(old))
         refusal(auth, asking(new))
         key_file(jwks(jwk(EC_KEY, "old"), jwk(EC_OTHER, "new")))
@@ -484,7 +490,7 @@ class TestRotation:
         auth.authorize(asking(new))
 
     def test_a_new_secret_counts_at_the_next_request(self, key_file: KeyFile, clock: Clock) -> None:
-        auth = StreamAuth(jwt_secret_file=key_file(SECRET.encode() + b"\n"), clock=clock)
+        auth = auth_of(jwt_secret_file=key_file(SECRET.encode() + b"\n"), clock=clock)
         auth.authorize(asking(signed()))
         key_file(b"\xff" * 32)
         refusal(auth, asking(signed()))
@@ -493,7 +499,7 @@ class TestRotation:
     def test_a_key_file_that_went_bad_changes_nothing_and_is_logged_once(
         self, key_file: KeyFile, clock: Clock, caplog: pytest.LogCaptureFixture
     ) -> None:
-        auth = StreamAuth(jwt_key_file=key_file(pem(EC_KEY)), clock=clock)
+        auth = auth_of(jwt_key_file=key_file(pem(EC_KEY)), clock=clock)
         token = signed(key=EC_KEY, algorithm="ES256")
         private = EC_KEY.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
         key_file(private)
@@ -520,11 +526,11 @@ class TestKeysThatCannotBeUsed:
         self, key_file: KeyFile, secret: str, expected: str
     ) -> None:
         with pytest.raises(ConfigError, match=expected) as caught:
-            StreamAuth(jwt_secret=secret)
+            auth_of(jwt_secret=secret)
         assert caught.value.key == "--jwt-secret"
         assert not secret or secret not in str(caught.value)
         with pytest.raises(ConfigError, match=expected) as caught:
-            StreamAuth(jwt_secret_file=key_file(secret.encode()))
+            auth_of(jwt_secret_file=key_file(secret.encode()))
         assert caught.value.key == "--jwt-secret-file"
 
     @pytest.mark.parametrize(
@@ -546,14 +552,14 @@ class TestKeysThatCannotBeUsed:
         self, key_file: KeyFile, content: bytes
     ) -> None:
         with pytest.raises(ConfigError, match="expected one public key, PEM") as caught:
-            StreamAuth(jwt_key_file=key_file(content))
+            auth_of(jwt_key_file=key_file(content))
         assert caught.value.key == "--jwt-key-file"
         assert SECRET not in str(caught.value)
 
     def test_a_private_key_is_refused(self, key_file: KeyFile) -> None:
         content = EC_KEY.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
         with pytest.raises(ConfigError, match="the private key is the issuer's alone"):
-            StreamAuth(jwt_key_file=key_file(content))
+            auth_of(jwt_key_file=key_file(content))
 
     @pytest.mark.parametrize(
         ("content", "expected"),
@@ -583,22 +589,22 @@ class TestKeysThatCannotBeUsed:
         self, key_file: KeyFile, content: bytes, expected: str
     ) -> None:
         with pytest.raises(ConfigError, match=expected) as caught:
-            StreamAuth(jwt_key_file=key_file(content))
+            auth_of(jwt_key_file=key_file(content))
         assert caught.value.key == "--jwt-key-file"
 
     def test_there_is_one_key_or_none(self, key_file: KeyFile) -> None:
         file = key_file(pem(EC_KEY))
         with pytest.raises(ConfigError, match="none beside --jwt-secret") as caught:
-            StreamAuth(jwt_secret=SECRET, jwt_key_file=file)
+            auth_of(jwt_secret=SECRET, jwt_key_file=file)
         assert SECRET not in str(caught.value)
         with pytest.raises(ConfigError, match="none beside --jwt-secret-file"):
-            StreamAuth(jwt_secret_file=file, jwt_key_file=file)
+            auth_of(jwt_secret_file=file, jwt_key_file=file)
 
     def test_an_issuer_or_audience_without_a_key_protects_nothing_and_is_refused(self) -> None:
         with pytest.raises(ConfigError, match="--jwt-issuer"):
-            StreamAuth(jwt_issuer="https://id.example")
+            auth_of(jwt_issuer="https://id.example")
         with pytest.raises(ConfigError, match="--jwt-audience"):
-            StreamAuth(jwt_audience="labels")
+            auth_of(jwt_audience="labels")
 
     def test_no_repr_shows_a_key(self, auth: StreamAuth) -> None:
         assert auth._keys is not None
