@@ -133,8 +133,8 @@ class Program:
                     )
 
     def url(self) -> str:
-        """The address of a server, once it serves."""
-        return self.wait_for(r"serving: address=(http://\S+)")[1]
+        """The address of a server, once it serves; of several workers, once all of them do."""
+        return self.wait_for(r"INFO sse_labels\.\S+: serving: address=(http://\S+)")[1]
 
     def send(self, number: signal.Signals) -> None:
         """Send a signal to this process alone."""
