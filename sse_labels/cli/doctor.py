@@ -22,11 +22,11 @@ from sse_labels.cli.options import (
     server_url,
     settings_options,
     switch,
-    tls_options,
     token_option,
     url_argument,
 )
 from sse_labels.cli.serve import database_at, interruptible
+from sse_labels.cli.tls import tls_options
 from sse_labels.config import Settings, did, load
 from sse_labels.doctor import Finding, Target, Verdict, examine
 from sse_labels.embedded import EmbeddedPostgres, default_data_dir

@@ -25,9 +25,9 @@ from sse_labels.cli.options import (
     option,
     settings_options,
     switch,
-    tls_options,
 )
 from sse_labels.cli.serve import Ready, database_at, database_of, interruptible, until_told
+from sse_labels.cli.tls import tls_options
 from sse_labels.config import Expected, Settings, did, integer, load, seconds, size
 from sse_labels.connection import Connection
 from sse_labels.database import Database

@@ -9,15 +9,12 @@ Does not belong here: what a command does; how help looks (`layout`).
 from __future__ import annotations
 
 import contextlib
-import ssl
 from collections.abc import Callable, Iterator
 from dataclasses import fields
-from functools import wraps
 from typing import Any
 from urllib.parse import urlsplit
 
 import click
-import httpx
 from click.core import ParameterSource
 
 from sse_labels.cli.layout import Option
@@ -28,7 +25,6 @@ from sse_labels.config import (
     boolean,
     env_name,
     option_name,
-    path,
     read,
     words,
 )
@@ -115,47 +111,6 @@ def switch(name: str, text: str) -> Decorator:
         option_name(name), name, cls=Option, is_flag=True, default=None, callback=check,
         env=env_name(name), shown_default="off", group=None, help=text,
     )  # fmt: skip
-
-
-def tls_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add what a client trusts over TLS; the command gets it as the context `tls`."""
-
-    @wraps(command)
-    def with_tls(
-        *arguments: Any, ca_file: ssl.SSLContext | None, insecure: bool, **options: Any
-    ) -> Any:
-        if ca_file is not None and insecure:
-            raise ConfigError(key_of("ca_file"), "it and --insecure", "one of the two")
-        tls = any_certificate() if insecure else ca_file or known_authorities()
-        return command(*arguments, tls=tls, **options)
-
-    with_switch = switch("insecure", "Accept any TLS certificate.")(with_tls)
-    return option(
-        "ca_file", authorities_in, "Certificates (PEM) of the authorities to trust over TLS.",
-        shown_default="the system's, and Mozilla's list",
-    )(with_switch)  # fmt: skip
-
-
-def authorities_in(text: str) -> ssl.SSLContext:
-    """Read a file of certificates, which alone are trusted."""
-    try:
-        return ssl.create_default_context(cafile=path(text))
-    except OSError as error:
-        # Of which ssl.SSLError is one.
-        why = error.strerror or "it has none"
-        raise Expected(f"a readable file of certificates, in PEM ({why})") from None
-
-
-def known_authorities() -> ssl.SSLContext:
-    """Return what trusts the authorities that httpx brings, and those of this machine."""
-    context = httpx.create_ssl_context()
-    context.load_default_certs()
-    return context
-
-
-def any_certificate() -> ssl.SSLContext:
-    """Return what trusts everybody."""
-    return httpx.create_ssl_context(verify=False)
 
 
 def key_of(name: str) -> str:

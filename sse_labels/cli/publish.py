@@ -38,10 +38,10 @@ from sse_labels.cli.options import (
     option,
     server_url,
     shown_data_dir,
-    tls_options,
     token_text,
 )
 from sse_labels.cli.standard_streams import tell_result
+from sse_labels.cli.tls import tls_options
 from sse_labels.config import integer, path, seconds, size
 from sse_labels.embedded import EmbeddedPostgres, default_data_dir
 from sse_labels.errors import ConfigError, SseLabelsError

@@ -31,12 +31,12 @@ from sse_labels.cli.options import (
     option,
     server_url,
     switch,
-    tls_options,
     token_option,
     url_argument,
 )
 from sse_labels.cli.standard_streams import OutputLost
 from sse_labels.cli.state import State
+from sse_labels.cli.tls import tls_options
 from sse_labels.client.event_stream import (
     HEADERS,
     TOKEN_HINT,

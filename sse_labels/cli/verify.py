@@ -23,10 +23,10 @@ from sse_labels.cli.options import (
     option,
     server_url,
     switch,
-    tls_options,
     token_option,
     url_argument,
 )
+from sse_labels.cli.tls import tls_options
 from sse_labels.config import Expected, integer, path, seconds
 from sse_labels.seq import SEQ_MAX
 from sse_labels.signatures import SourceKeys

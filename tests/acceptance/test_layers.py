@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -45,3 +46,8 @@ def test_a_module_without_a_place_in_the_list_is_found(tmp_path: Path) -> None:
     done = lint_imports(tmp_path)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "utils" in done.stdout
+
+
+def test_a_server_starts_without_an_http_client() -> None:
+    look = "import sys, sse_labels.cli.serve; sys.exit('httpx' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", look], check=False).returncode == 0

@@ -11,8 +11,8 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from sse_labels.cli.options import any_certificate
 from sse_labels.cli.serve import database_at
+from sse_labels.cli.tls import any_certificate
 from sse_labels.config import Settings
 from sse_labels.doctor import Finding, Target, Verdict, database_checks, examine
 from sse_labels.doctor import way_checks as way
