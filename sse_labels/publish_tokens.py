@@ -14,19 +14,20 @@ slow hash would let whoever sends wrong tokens buy our CPU with theirs.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import hmac
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from sse_labels.errors import ConfigError
-from sse_labels.watched_file import Unusable, WatchedFile
+from sse_labels.watched_file import Unusable, WatchedFile, each_line
 
 PUBLISH = "publish"
 ADMIN = "admin"
@@ -54,6 +55,7 @@ class Holder:
 
     name: str
     rights: frozenset[str]
+    digest: bytes = field(repr=False)
 
 
 class PublishTokens:
@@ -65,8 +67,9 @@ class PublishTokens:
         A line is `name sha256:<64 hex digits>` and, after it, the rights: `publish` (the
         default), `admin`, both joined by a comma, or `none`. `#` begins a comment.
         """
-        holder = Holder(SETTING_NAME, frozenset({PUBLISH}))
-        self._setting = () if token is None else (Known(holder, digest_of(token)),)
+        self._setting: tuple[Holder, ...] = ()
+        if token is not None:
+            self._setting = (Holder(SETTING_NAME, frozenset({PUBLISH}), digest_of(token)),)
         self._file = None
         if file is not None:
             parse = partial(parse_tokens, others=self._setting)
@@ -85,19 +88,11 @@ class PublishTokens:
             # No break: how long it takes must not tell which token was nearly, or really, hit.
             # (test_a_token_is_compared_with_every_one_that_is_known)
             if hmac.compare_digest(given, known.digest):
-                found = known.holder
+                found = known
         return found
 
-    def _known(self) -> tuple[Known, ...]:
+    def _known(self) -> tuple[Holder, ...]:
         return self._setting if self._file is None else self._setting + self._file.value()
-
-
-@dataclass(frozen=True, slots=True)
-class Known:
-    """One token that is known, without the token."""
-
-    holder: Holder
-    digest: bytes = field(repr=False)
 
 
 def digest_of(token: str) -> bytes:
@@ -128,59 +123,40 @@ def parse_rights(text: str) -> frozenset[str]:
     return frozenset(rights)
 
 
-def parse_tokens(content: bytes, others: tuple[Known, ...] = ()) -> tuple[Known, ...]:
+def parse_tokens(content: bytes, others: tuple[Holder, ...] = ()) -> tuple[Holder, ...]:
     """Return the tokens of a file; raise Unusable with the number of the first bad line.
 
     Names and tokens stand once, also among `others`: of two lines for one token, which has
     other rights, neither can be believed.
     """
-    found: list[Known] = []
-    names: set[str] = set()
+    found: dict[str, Holder] = {}
     digests = {known.digest for known in others}
-    for number, raw in enumerate(content.split(b"\n"), start=1):
-        try:
-            known = _parse_line(raw)
-            if known is None:
-                continue
-            if known.holder.name in names:
-                raise Unusable("a name that no other line has")
-            if known.digest in digests:
-                raise Unusable("a token that stands nowhere else, in the file or as the setting")
-        except Unusable as error:
-            # Never the line itself: who pastes a token in place of its digest is not to find it
-            # in the log.
-            raise Unusable(f"in line {number}: {error}") from None
-        names.add(known.holder.name)
-        digests.add(known.digest)
-        found.append(known)
-    return tuple(found)
+
+    def take(words: list[str]) -> None:
+        holder = _parse_line(words)
+        if holder.name in found:
+            raise Unusable("a name that no other line has")
+        if holder.digest in digests:
+            raise Unusable("a token that stands nowhere else, in the file or as the setting")
+        found[holder.name] = holder
+        digests.add(holder.digest)
+
+    each_line(content, take)
+    return tuple(found.values())
 
 
-def _parse_line(raw: bytes) -> Known | None:
-    try:
-        words = raw.decode("utf-8").partition("#")[0].split()
-    except UnicodeDecodeError:
-        raise Unusable("UTF-8") from None
-    if not words:
-        return None
+def _parse_line(words: list[str]) -> Holder:
     digest = _DIGEST.fullmatch(words[1]) if len(words) in (2, 3) else None
     if digest is None:
         raise Unusable(_EXPECTED_LINE)
     if not _NAME.fullmatch(words[0]) or words[0] == SETTING_NAME:
         raise Unusable(f"as the name {_EXPECTED_NAME}")
     rights = frozenset({PUBLISH}) if len(words) == 2 else parse_rights(words[2])
-    return Known(Holder(words[0], rights), bytes.fromhex(digest[1]))
+    return Holder(words[0], rights, bytes.fromhex(digest[1]))
 
 
-def add_token(
-    file: Path,
-    name: str,
-    rights: Iterable[str] = (PUBLISH,),
-    tell: Callable[[str], object] = lambda token: None,
-) -> str:
+def add_token(file: Path, name: str, rights: Iterable[str] = (PUBLISH,)) -> str:
     """Make a token, append its line to `file`, return the token: it stands nowhere else.
-
-    When `tell`, which is called with the token, raises an error, the line is removed again.
 
     The file is made when there is none, for its owner alone. Raises ConfigError, and leaves the
     file as it was, when the name exists there or the file is not one of tokens.
@@ -193,14 +169,16 @@ def add_token(
             # Two that add the same name at once: the second finds the first one's line.
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             content = opened.read()
-            known = parse_tokens(content)
-            if any(one.holder.name == name for one in known):
+            if any(known.name == name for known in parse_tokens(content)):
                 raise ConfigError("NAME", name, f"a name that does not stand in {file} yet")
-            start = b"\n" if content and not content.endswith(b"\n") else b""
-            _append(descriptor, start + line.encode("ascii") + b"\n", len(content))
+            start = "\n" if content and not content.endswith(b"\n") else ""
+            added = f"{start}{line}\n".encode("ascii")
             try:
-                tell(token)
-            except BaseException:
+                # In one call, so that a server never reads half a line.
+                if os.write(descriptor, added) < len(added):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(descriptor)
+            except OSError:
                 os.ftruncate(descriptor, len(content))
                 raise
     except Unusable as error:
@@ -210,16 +188,3 @@ def add_token(
             FILE_SETTING, str(file), f"a file to write to ({error.strerror})"
         ) from error
     return token
-
-
-def _append(descriptor: int, added: bytes, length: int) -> None:
-    """Write in one call, so that a server never reads half a line; undo what did not fit."""
-    try:
-        whole = os.write(descriptor, added) == len(added)
-        os.fsync(descriptor)
-    except OSError:
-        os.ftruncate(descriptor, length)
-        raise
-    if not whole:
-        os.ftruncate(descriptor, length)
-        raise OSError(0, "the disk is full")

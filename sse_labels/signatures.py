@@ -31,7 +31,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from sse_labels.errors import ConfigError
 from sse_labels.formats import is_did
 from sse_labels.labels import Label, label_json
-from sse_labels.watched_file import FILE_MAX_BYTES, Unusable, WatchedFile
+from sse_labels.watched_file import FILE_MAX_BYTES, Unusable, WatchedFile, each_line
 
 SIGNATURE_BYTES = 64
 KEY_SETTING = "--signing-key-file"
@@ -202,19 +202,13 @@ class SourceKeys:
 def parse_source_keys(content: bytes) -> dict[str, list[PublicKey]]:
     """Return the keys of each source; raise Unusable with the number of the first bad line."""
     found: defaultdict[str, list[PublicKey]] = defaultdict(list)
-    for number, raw in enumerate(content.split(b"\n"), start=1):
-        try:
-            words = raw.decode("utf-8").partition("#")[0].split()
-        except UnicodeDecodeError:
-            raise Unusable(f"in line {number}: UTF-8") from None
-        if not words:
-            continue
+
+    def take(words: list[str]) -> None:
         if len(words) != 2 or not is_did(words[0]):
-            raise Unusable(f"in line {number}: a DID and a key, did:plc:… did:key:z…")
-        try:
-            found[words[0]].append(parse_public_key(words[1]))
-        except Unusable as error:
-            raise Unusable(f"in line {number}: {error}") from None
+            raise Unusable("a DID and a key, did:plc:… did:key:z…")
+        found[words[0]].append(parse_public_key(words[1]))
+
+    each_line(content, take)
     return dict(found)
 
 

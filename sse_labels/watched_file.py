@@ -33,6 +33,23 @@ class Unusable(Exception):
     """Raised when a text cannot be used: its message says what was expected, and quotes nothing."""
 
 
+def each_line(content: bytes, take: Callable[[list[str]], None]) -> None:
+    """Call `take` with the words of each line that has any; `#` begins a comment.
+
+    Raises Unusable with the number of the first line that `take` cannot use, never with the line
+    itself: who pastes a token in place of its digest is not to find it in the log.
+    """
+    for number, raw in enumerate(content.split(b"\n"), start=1):
+        try:
+            words = raw.decode("utf-8").partition("#")[0].split()
+            if words:
+                take(words)
+        except UnicodeDecodeError:
+            raise Unusable(f"in line {number}: UTF-8") from None
+        except Unusable as error:
+            raise Unusable(f"in line {number}: {error}") from None
+
+
 class WatchedFile(Generic[T]):
     """What a small file says, read again when the file was changed.
 

@@ -1,8 +1,7 @@
 """`sse-labels token NAME`: a new publish token.
 
 Promises: the token is printed once, alone on standard output, after its digest is
-in the file, which keeps none that could not be printed; the file itself is of no
-use to who wants to publish.
+in the file; the file itself is of no use to who wants to publish.
 Does not belong here: the file's form, what a right opens (`publish_tokens`).
 """
 
@@ -46,8 +45,5 @@ def token(name: str, publish_tokens_file: Path | None, rights: frozenset[str]) -
     if publish_tokens_file is None:
         raise ConfigError(FILE_SETTING, None, "the server's file of publish tokens")
 
-    def tell(made: str) -> None:
-        click.echo(made)
-        click.echo(f"{name} is in {publish_tokens_file}; the token above is kept nowhere", err=True)
-
-    add_token(publish_tokens_file, name, rights, tell)
+    click.echo(add_token(publish_tokens_file, name, rights))
+    click.echo(f"{name} is in {publish_tokens_file}; the token above is kept nowhere", err=True)

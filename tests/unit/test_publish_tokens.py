@@ -21,6 +21,7 @@ from sse_labels.publish_tokens import (
     Holder,
     PublishTokens,
     add_token,
+    digest_of,
     line_for,
     new_token,
 )
@@ -62,7 +63,7 @@ class TestKnowing:
     def test_the_token_of_the_setting_may_publish(self) -> None:
         tokens = PublishTokens(PLAIN)
         assert not tokens.empty
-        assert tokens.who(PLAIN) == Holder("publish-token", frozenset({PUBLISH}))
+        assert tokens.who(PLAIN) == Holder("publish-token", frozenset({PUBLISH}), digest_of(PLAIN))
         assert tokens.who(PLAIN + "x") is None
         assert tokens.who(PLAIN[:-1]) is None
 
@@ -73,8 +74,8 @@ class TestKnowing:
         write(file, *map(line_for, names, made, rights))
         tokens = PublishTokens(PLAIN, file)
         for name, token, right in zip(names, made, rights, strict=True):
-            assert tokens.who(token) == Holder(name, frozenset(right))
-        assert tokens.who(PLAIN) == Holder("publish-token", frozenset({PUBLISH}))
+            assert tokens.who(token) == Holder(name, frozenset(right), digest_of(token))
+        assert tokens.who(PLAIN) == Holder("publish-token", frozenset({PUBLISH}), digest_of(PLAIN))
         assert tokens.who(new_token()) is None
 
     def test_a_token_without_the_right_is_known_so_that_403_can_be_answered(
@@ -88,7 +89,9 @@ class TestKnowing:
 
     def test_rights_are_publish_when_none_are_written(self, file: Path) -> None:
         write(file, f"ozone sha256:{hashlib.sha256(b'secret').hexdigest().upper()}")
-        assert PublishTokens(None, file).who("secret") == Holder("ozone", frozenset({PUBLISH}))
+        assert PublishTokens(None, file).who("secret") == Holder(
+            "ozone", frozenset({PUBLISH}), digest_of("secret")
+        )
 
     def test_comments_and_blank_lines_say_nothing(self, file: Path) -> None:
         token = new_token()
@@ -361,7 +364,7 @@ class TestCommand:
         assert result.exit_code == 0
         made = result.stdout.removesuffix("\n")
         holder = PublishTokens(None, file).who(made)
-        assert holder == Holder("ozone", frozenset({PUBLISH, ADMIN}))
+        assert holder == Holder("ozone", frozenset({PUBLISH, ADMIN}), digest_of(made))
         assert made not in result.stderr
         assert made not in file.read_text()
 
