@@ -36,8 +36,8 @@ from sse_labels.errors import (
     UnsupportedMediaType,
 )
 from sse_labels.web.addresses import caused_by
-from sse_labels.web.answers import SECURITY_HEADERS
-from sse_labels.web.refusal import encode_answer, error_body
+from sse_labels.web.answers import SECURITY_HEADERS, error_response
+from sse_labels.web.refusal import encode_answer
 
 log = logging.getLogger(__name__)
 
@@ -238,17 +238,10 @@ class Connection(web.RequestHandler):
             extra=caused_by(self._address(), peer=self.peername, error=type(exc).__name__),
         )
         self._terms.refused(error)
-        response = web.Response(
-            status=error.status,
-            text=error_body(error),
-            content_type="application/json",
-            headers={
-                hdrs.CONNECTION: "close",
-                hdrs.CACHE_CONTROL: "no-store",
-                **SECURITY_HEADERS,
-                **error.headers,
-            },
-        )
+        response = error_response(error)
+        response.headers.update(SECURITY_HEADERS)
+        # What follows cannot be told from the rest of it.
+        response.headers[hdrs.CONNECTION] = "close"
         response.force_close()
         return response
 

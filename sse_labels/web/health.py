@@ -13,10 +13,11 @@ import asyncio
 from aiohttp import hdrs, web
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from sse_labels.errors import NotReady
 from sse_labels.listener import Listener
 from sse_labels.metrics import render
 from sse_labels.sequencer import Sequencer
-from sse_labels.web.answers import json_response
+from sse_labels.web.answers import error_response, json_response
 from sse_labels.web.neighbours import Neighbours
 
 
@@ -51,10 +52,7 @@ class HealthHandlers:
         elif not self._listener.listening.is_set():
             reasons.append("notifications do not arrive: labels come by polling alone")
         if reasons:
-            message = "; ".join(reasons)
-            answer = json_response({"error": "NotReady", "message": message}, status=503)
-            answer.headers[hdrs.RETRY_AFTER] = "1"
-            return answer
+            return error_response(NotReady("; ".join(reasons)))
         return json_response({"status": "ready", "head": self._sequencer.head})
 
     async def metrics(self, request: web.Request) -> web.Response:

@@ -14,13 +14,12 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Callable
-from http import HTTPStatus
 
-from aiohttp import hdrs
+from aiohttp import hdrs, web
 
 from sse_labels.errors import RequestError
-from sse_labels.sse import dumps, encode_error
-from sse_labels.web.answers import RETRY_AFTER_SECONDS, SECURITY_HEADERS
+from sse_labels.sse import encode_error
+from sse_labels.web.answers import SECURITY_HEADERS, error_response
 from sse_labels.web.parameters import position_asked
 
 #: How long a refused client may take to ask, and then to read its answer.
@@ -106,11 +105,6 @@ def refuse_at_once(
     raw.close()
 
 
-def error_body(error: RequestError) -> str:
-    """Return the JSON that says what is wrong, as `json_response` makes it."""
-    return f"{dumps({'error': error.name, 'message': str(error)})}\n"
-
-
 def encode_refusal(
     asked: bytes, error: RequestError, busy_retry_ms: int, head: int | None
 ) -> bytes:
@@ -136,28 +130,26 @@ def has_head(asked: bytes) -> bool:
 
 def encode_answer(error: RequestError) -> bytes:
     """Return a whole HTTP response with the error, after which the connection closes."""
-    more = {hdrs.RETRY_AFTER: str(RETRY_AFTER_SECONDS)} if error.status == 503 else {}
-    kind = "application/json; charset=utf-8"
-    return _encode(error.status, kind, error_body(error), more | dict(error.headers))
+    return _encode(error_response(error))
 
 
 def encode_busy(error: RequestError, retry_ms: int, position: int | None) -> bytes:
     """Return the same as an event stream that ends at once, for an `EventSource`."""
-    event = encode_error(error.name, str(error), cursor=position, retry_ms=retry_ms).decode("ascii")
-    return _encode(200, "text/event-stream; charset=utf-8", event, {})
+    event = encode_error(error.name, str(error), cursor=position, retry_ms=retry_ms)
+    return _encode(web.Response(body=event, content_type="text/event-stream", charset="utf-8"))
 
 
-def _encode(status: int, kind: str, body: str, more: dict[str, str]) -> bytes:
+def _encode(answer: web.Response) -> bytes:
+    body = answer.text or ""
     headers = {
-        hdrs.CONTENT_TYPE: kind,
         hdrs.CONTENT_LENGTH: str(len(body)),
         hdrs.CACHE_CONTROL: "no-store",
         # Nothing in it is anybody's secret, and a page of any origin shall know what to do.
         hdrs.ACCESS_CONTROL_ALLOW_ORIGIN: "*",
         **SECURITY_HEADERS,
-        **more,
+        **answer.headers,
         hdrs.CONNECTION: "close",
     }
-    lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}"]
+    lines = [f"HTTP/1.1 {answer.status} {answer.reason}"]
     lines += [f"{name}: {value}" for name, value in headers.items()]
     return "\r\n".join([*lines, "", body]).encode("ascii")

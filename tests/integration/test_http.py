@@ -15,7 +15,6 @@ import httpx
 import pytest
 
 from sse_labels.publish_tokens import add_token
-from sse_labels.web.answers import ASKED_HEADERS_MAX, ASKED_HEADERS_MAX_CHARACTERS
 from sse_labels.web.label_socket import MAX_MESSAGE_BYTES
 from sse_labels.xrpc import SUBSCRIBE_PATH
 
@@ -133,32 +132,21 @@ async def preflight(client: httpx.AsyncClient, asked: str) -> str:
 
 async def test_a_preflight_allows_the_headers_that_it_asks_for(client: httpx.AsyncClient) -> None:
     assert await preflight(client, "atproto-accept-labelers, x-a,X-B") == (
-        "atproto-accept-labelers, x-a, X-B"
+        "atproto-accept-labelers, x-a,X-B"
     )
 
 
 @pytest.mark.parametrize(
-    "asked",
-    [
-        "x-bad header",
-        "",
-        "a,,b",
-        "x-\u00e9",
-        ",".join(f"x-{n}" for n in range(ASKED_HEADERS_MAX + 1)),
-        "x" * (ASKED_HEADERS_MAX_CHARACTERS + 1),
-    ],
-    ids=["space", "empty", "gap", "not a token", "too many", "too long"],
+    "asked", [b"", "x-\u00e9".encode(), b"x-\xe9"], ids=["empty", "not ASCII", "no text"]
 )
 async def test_a_preflight_for_no_list_of_headers_gets_the_usual_ones(
-    server: Server, asked: str
+    server: Server, asked: bytes
 ) -> None:
     answer = await exchange(
         server,
-        (
-            "OPTIONS /stream HTTP/1.1\r\nHost: a\r\nConnection: close\r\nOrigin: https://a.example\r\n"
-            "Access-Control-Request-Method: GET\r\n"
-            f"Access-Control-Request-Headers: {asked}\r\n\r\n"
-        ).encode(),
+        b"OPTIONS /stream HTTP/1.1\r\nHost: a\r\nConnection: close\r\nOrigin: https://a.example\r\n"
+        b"Access-Control-Request-Method: GET\r\n"
+        b"Access-Control-Request-Headers: " + asked + b"\r\n\r\n",
     )
     [allowed] = re.findall(rb"Access-Control-Allow-Headers: ([^\r]*)", answer)
     assert allowed == b"Authorization, Content-Type, Idempotency-Key, Last-Event-ID"
