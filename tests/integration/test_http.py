@@ -198,7 +198,7 @@ async def test_a_label_that_states_a_field_twice_is_refused_and_nothing_stored(
     twice = label[:-1] + ', "neg": true, "neg": false}'
     answer = await client.post("/labels", content=f'{{"labels": [{label}, {twice}]}}')
     assert answer.status_code == 400
-    assert answer.json()["message"] == "labels[1]: the name 'neg' stands twice"
+    assert answer.json()["message"] == "the name 'neg' stands twice in one object"
     assert database.stored() == []
 
 
