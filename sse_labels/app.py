@@ -54,6 +54,7 @@ from sse_labels.web.publish import PublishHandler
 from sse_labels.web.query import QueryHandler
 from sse_labels.web.rate import PublishRate
 from sse_labels.web.stream import BUSY_RETRY_FACTOR, StreamHandler
+from sse_labels.web.streams import Streams
 from sse_labels.xrpc import SUBSCRIBE_PATH
 
 log = logging.getLogger(__name__)
@@ -150,9 +151,10 @@ class App:
         )
         self.proxies = TrustedProxies(settings.trusted_proxies)
         self.auth = StreamAuth(settings)
-        self.streams = StreamHandler(
-            self.sequencer, self.pages, self.expiry, self.store, self.metrics, self.proxies,
-            self.auth, settings, neighbours.number,
+        self.streams = Streams(self.metrics, settings, self.proxies.trusts, self.auth.clock)
+        self.stream_handler = StreamHandler(
+            self.sequencer, self.pages, self.expiry, self.store, self.streams, self.metrics,
+            self.proxies, self.auth, settings,
         )  # fmt: skip
         self.retention = Retention(
             self.database,
@@ -167,7 +169,9 @@ class App:
         )
         self.health = HealthHandlers(self.sequencer, self.listener, neighbours)
         self.tokens = tokens = PublishTokens(publish_token, settings.publish_tokens_file)
-        self.operators = OperatorHandlers(self.streams, tokens, neighbours)
+        self.operators = OperatorHandlers(
+            self.streams, lambda: self.sequencer.head, tokens, neighbours
+        )
         self.label_table = LabelTable(self.database)
         self.publish = PublishHandler(
             Publisher(
@@ -193,12 +197,12 @@ class App:
         )
         for path, file in page_files():
             app.router.add_get(path, file.handle)
-        app.router.add_get("/stream", self.streams.handle)
+        app.router.add_get("/stream", self.stream_handler.handle)
         app.router.add_get("/streams", self.operators.listed)
         app.router.add_delete("/streams/{id}", self.operators.cut)
         app.router.add_post("/labels", self.publish.handle)
         app.router.add_get("/xrpc/com.atproto.label.queryLabels", self.query.handle)
-        app.router.add_get(SUBSCRIBE_PATH, self.streams.subscribe)
+        app.router.add_get(SUBSCRIBE_PATH, self.stream_handler.subscribe)
         app.router.add_get("/health/live", self.health.live)
         app.router.add_get("/health/ready", self.health.ready)
         app.router.add_get("/metrics", self.health.metrics)

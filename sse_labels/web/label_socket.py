@@ -146,10 +146,10 @@ class LabelSocket(web.WebSocketResponse, LongAnswer):
         self,
         request: web.Request,
         outbox: Outbox,
-        messages: Messages,
         metrics: Metrics,
         settings: Settings,
         *,
+        messages: Messages,
         start: int,
         ended: Callable[[str], None],
     ) -> None:

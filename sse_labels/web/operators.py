@@ -3,10 +3,16 @@
 Promises: only holders of a token with the right `admin` are answered; the answer is bounded,
 covers every worker, and says which of them did not answer.
 Stands beside the corridor.
-Does not belong here: what a stream is (`stream`), how workers talk (`workers.neighbours`).
+Does not belong here: what a stream is (`streams`), how workers talk (`workers.neighbours`).
 """
 
 from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from heapq import nsmallest
+from typing import Any
 
 from aiohttp import web
 
@@ -16,8 +22,10 @@ from sse_labels.web.answers import json_response
 from sse_labels.web.bearer import holder_of
 from sse_labels.web.neighbours import Neighbours
 from sse_labels.web.parameters import STREAMS_PARAMETERS, check_parameters, whole_number
-from sse_labels.web.stream import SORTS, StreamHandler
+from sse_labels.web.streams import OpenStream, Streams
 
+#: What streams may be sorted by; the first unless the request says.
+SORTS = ("lag", "since")
 DEFAULT_LIMIT, MAX_LIMIT = 100, 1000
 OFF = "/streams is closed: this server was started without tokens (--publish-tokens-file)"
 
@@ -26,11 +34,17 @@ class OperatorHandlers:
     """Answers operators."""
 
     def __init__(
-        self, streams: StreamHandler, tokens: PublishTokens, neighbours: Neighbours
+        self,
+        streams: Streams,
+        head: Callable[[], int],
+        tokens: PublishTokens,
+        neighbours: Neighbours,
     ) -> None:
+        self._streams = streams
+        self._head = head
         self._tokens = tokens
         self._neighbours = neighbours
-        neighbours.answers |= {"list": streams.listed, "cut": streams.cut}
+        neighbours.answers |= {"list": self.streams_here, "cut": streams.cut}
 
     async def listed(self, request: web.Request) -> web.Response:
         """Answer the streams that lag most, or are oldest: `limit` of them, and how many match."""
@@ -59,3 +73,34 @@ class OperatorHandlers:
             named = ", ".join(map(str, silent))
             raise NotReady(f"no stream {wanted[:60]!r} was found, but worker {named} is silent")
         raise NoSuchStream(f"no stream {wanted[:60]!r} is open")
+
+    def streams_here(self, peer: str | None, sort: str, limit: int) -> dict[str, Any]:
+        """Return the `limit` streams here that lag most, or are oldest, and how many there are."""
+        found = [stream for stream in self._streams.open.values() if peer in (None, stream.client)]
+        if sort == "since":
+            first = nsmallest(limit, found, key=lambda stream: stream.opened)
+        else:
+            first = nsmallest(limit, found, key=lambda stream: stream.outbox.position)
+        return {"streams": [self._row(stream) for stream in first], "total": len(found)}
+
+    def _row(self, stream: OpenStream) -> dict[str, Any]:
+        narrowed, outbox = stream.narrowed, stream.outbox
+        seconds = time.monotonic() - stream.opened
+        since = datetime.fromtimestamp(time.time() - seconds, UTC).isoformat(timespec="seconds")
+        return {
+            "id": stream.id,
+            "peer": stream.client,
+            "who": stream.subject,
+            "worker": self._neighbours.number or 1,
+            "since": since.replace("+00:00", "Z"),
+            "seconds": round(seconds, 1),
+            "state": "live" if outbox.caught_up else "catching up",
+            "position": outbox.position,
+            "lag": max(0, self._head() - outbox.position),
+            "queued": outbox.queued,
+            "filter": None if narrowed is None else {
+                "sources": sorted(narrowed.sources),
+                "uriPatterns": sorted([*narrowed.uris, *(f"{p}*" for p in narrowed.uri_prefixes)]),
+                "values": sorted(narrowed.values),
+            },
+        }  # fmt: skip

@@ -15,6 +15,7 @@ from difflib import get_close_matches
 from functools import lru_cache
 from itertools import islice
 from math import inf
+from typing import NamedTuple, TypeVar
 from urllib.parse import parse_qs, unquote_to_bytes
 
 from aiohttp import web
@@ -23,6 +24,9 @@ from sse_labels.errors import InvalidRequest
 from sse_labels.filters import Filter, parse_filter
 from sse_labels.formats import expires_at, is_datetime, shown
 from sse_labels.seq import number_in
+
+#: A head, or None while it is not known.
+H = TypeVar("H", int, int | None)
 
 LAST_EVENT_ID = "Last-Event-ID"
 #: The same in the query: how EventSource polyfills that cannot send the header come back.
@@ -43,6 +47,35 @@ _LENGTHS_APART = 2
 COMPARED_MAX = 32
 #: How far a client's clock may be ahead: it asks for what expires after its own now.
 AHEAD_SECONDS = 10.0
+
+
+class Asked(NamedTuple):
+    """What a request for a stream asks for."""
+
+    #: Where the stream starts; None: live only.
+    cursor: int | None
+    #: Whether what is in force comes first.
+    state: bool
+    #: After what time to tell of expiries, in seconds since 1970; None: not asked for.
+    expired_since: float | None
+    filter: Filter | None
+    epoch: str | None
+
+    def position(self, head: H) -> int | H:
+        """Return where the stream starts while the head is `head`."""
+        return position_of(self.cursor, head, state=self.state)
+
+
+def stream_asked(request: web.Request, now: float) -> Asked:
+    """Return what a request for a stream asks for at the time `now`; raise InvalidRequest."""
+    check_parameters(request, STREAM_PARAMETERS)
+    return Asked(
+        stream_cursor(request),
+        wants_state(request),
+        expired_since(request, now),
+        request_filter(request),
+        request.query.get("epoch"),
+    )
 
 
 def parse_cursor(text: str, name: str) -> int:
@@ -142,7 +175,7 @@ def position_asked(asked: bytes, head: int | None) -> int | None:
     return position_of(cursor, head, state="snapshot" in query)
 
 
-def position_of(cursor: int | None, head: int | None, *, state: bool) -> int | None:
+def position_of(cursor: int | None, head: H, *, state: bool) -> int | H:
     """Return where a client stands that has not been let in, or None when that is not known."""
     if cursor is not None:
         return cursor

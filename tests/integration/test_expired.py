@@ -48,7 +48,7 @@ async def until_expired(stream: Reader, count: int) -> list[dict[str, Any]]:
 @asynccontextmanager
 async def live(server: Server, **query: Any) -> AsyncIterator[Reader]:
     """A stream that has begun to ask, and is live."""
-    streams = server.app.streams._open
+    streams = server.app.streams.open
     before = set(streams)
     async with reading(server.stream_url, **{"expired": "live", **query}) as stream:
         [new] = set(streams) - before

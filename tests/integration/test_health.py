@@ -195,10 +195,10 @@ async def test_metrics_tell_what_happened(run_server: RunServer, database: TestD
             assert sample(found, "sse_labels_backfill_events_total") == 2
             assert sample(found, "sse_labels_backfill_pages_total") == 1
             assert sample(found, "sse_labels_ring_bytes") > 0
-        await until(lambda: not server.app.streams._open)
+        await until(lambda: not server.app.streams.open)
         async with reading(server.stream_url, cursor=4) as reader:
             await reader.until_seq(5)
-        await until(lambda: not server.app.streams._open)
+        await until(lambda: not server.app.streams.open)
         await get(server, "/stream?cursor=x")
         found = await families(server)
     assert sample(found, "sse_labels_streams") == 0

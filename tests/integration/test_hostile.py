@@ -143,7 +143,7 @@ async def test_server_stops_in_time_with_readers_that_do_not_read(
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
                 client.connect(("127.0.0.1", port))
                 client.sendall(b"GET /stream?cursor=0 HTTP/1.1\r\nHost: test\r\n\r\n")
-            await until(lambda: len(server.app.streams._open) == 50)
+            await until(lambda: len(server.app.streams.open) == 50)
             insert_large(database, 200)
             await until_head(server, 200)
             told = time.monotonic()

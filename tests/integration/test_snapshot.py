@@ -269,7 +269,7 @@ async def test_consumers_that_come_together_begin_with_the_same_state(
 async def test_a_state_that_is_not_new_enough_is_not_begun_with(
     server: Server, database: TestDatabase, monkeypatch: pytest.MonkeyPatch, bound: str
 ) -> None:
-    monkeypatch.setattr(f"sse_labels.web.stream.SNAPSHOT_SHARED_{bound}", 9)
+    monkeypatch.setattr(f"sse_labels.snapshots.SHARED_{bound}", 9)
     clock = server.app.expiry.clock
     for head, at in ((10, 10), (19, 10), (20, 20)):
         if bound == "SECONDS":

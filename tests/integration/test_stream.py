@@ -87,9 +87,7 @@ async def get(url: str, method: str = "GET", **given: Any) -> httpx.Response:
 async def caught_up(server: Server, streams: int) -> None:
     """Return when so many streams are live."""
     await until(
-        lambda: (
-            sum(visit.outbox.caught_up for visit in server.app.streams._open.values()) == streams
-        )
+        lambda: sum(visit.outbox.caught_up for visit in server.app.streams.open.values()) == streams
     )
 
 
@@ -377,7 +375,7 @@ async def test_a_stream_that_fails_says_so_and_from_where_to_go_on(
                 )
         last = json.loads(end[2])
         assert (last["error"], last["cursor"]) == ("InternalServerError", 2)
-        await until(lambda: not server.app.streams._open)
+        await until(lambda: not server.app.streams.open)
         assert server.app.metrics.streams_ended[how] == 1
         [line] = [line for line in caplog.text.splitlines() if "stream closed: " in line]
         assert f" how={how} " in line
@@ -554,10 +552,10 @@ async def frozen(server: Server, path: str = "/stream") -> AsyncIterator[socket.
     with socket.socket() as client:
         client.setblocking(False)
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        streams = len(server.app.streams._open)
+        streams = len(server.app.streams.open)
         await loop.sock_connect(client, ("127.0.0.1", int(server.url.rsplit(":", 1)[1])))
         await loop.sock_sendall(client, f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
-        await until(lambda: len(server.app.streams._open) == streams + 1)
+        await until(lambda: len(server.app.streams.open) == streams + 1)
         yield client
 
 
@@ -582,9 +580,7 @@ async def test_a_reader_that_takes_nothing_is_reset_and_the_others_get_everythin
     ):
         await caught_up(server, 3)
         stalled = next(
-            visit.outbox
-            for visit in server.app.streams._open.values()
-            if visit.outbox.position == 0
+            visit.outbox for visit in server.app.streams.open.values() if visit.outbox.position == 0
         )
         for seq in range(10, 201, 10):
             insert_large(database, 10)
@@ -597,7 +593,7 @@ async def test_a_reader_that_takes_nothing_is_reset_and_the_others_get_everythin
         received = await until_reset(client)
         assert received.startswith(b"HTTP/1.1 200 OK\r\n")
         assert len(received) < 100_000
-        assert len(server.app.streams._open) == 2
+        assert len(server.app.streams.open) == 2
         database.insert(1)
         await asyncio.gather(one.until_seq(201), other.until_seq(201))
         rendered = render([metrics.numbers()]).decode()
@@ -702,7 +698,7 @@ async def test_the_last_event_is_not_waited_for_longer_than_the_grace(
             with pytest.raises(BlockingIOError):
                 while True:
                     raw.send(b"\n")
-        [outbox] = [visit.outbox for visit in server.app.streams._open.values()]
+        [outbox] = [visit.outbox for visit in server.app.streams.open.values()]
         outbox.close(ConsumerTooSlow("as if by an overflow"))
         ended = server.app.metrics.streams_ended
         await until(lambda: ended["ConsumerTooSlow"] == 1, seconds=3)
@@ -726,7 +722,7 @@ async def test_an_overflow_in_the_moment_of_the_send_timeout_disturbs_nobody(
         raised: list[Exception] = []
 
         def overflow() -> None:
-            [outbox] = [visit.outbox for visit in server.app.streams._open.values()]
+            [outbox] = [visit.outbox for visit in server.app.streams.open.values()]
             try:
                 outbox.close(ConsumerTooSlow("as if by an overflow, in the sequencer's task"))
             except Exception as error:
@@ -734,7 +730,7 @@ async def test_an_overflow_in_the_moment_of_the_send_timeout_disturbs_nobody(
 
         # The next callback after the one that ends the write, before the stream's task runs.
         asyncio.get_running_loop().call_at(math.nextafter(when, math.inf), overflow)
-        await until(lambda: not server.app.streams._open)
+        await until(lambda: not server.app.streams.open)
         await until_reset(client)
     assert raised == []
 
@@ -765,7 +761,7 @@ async def test_a_reader_that_hangs_up_leaves_nothing_behind(
                 await until(lambda: server.app.metrics.events_delivered > 0)
             assert asyncio.all_tasks() - before
         gate.opened.set()
-        await until(lambda: not server.app.streams._open)
+        await until(lambda: not server.app.streams.open)
         await until(lambda: not asyncio.all_tasks() - before)
         assert server.app.sequencer._subscribers == {}
         assert server.app.pages._reads._reads == server.app.pages._table._reads == {}
@@ -791,8 +787,8 @@ async def test_a_full_server_tells_browsers_to_come_back_later(run_server: RunSe
             # Ten times what others are told.
             assert refused.retry_ms is not None
             assert 20_000 <= refused.retry_ms <= 50_000
-            assert len(server.app.streams._open) == 1
-        await until(lambda: not server.app.streams._open)
+            assert len(server.app.streams.open) == 1
+        await until(lambda: not server.app.streams.open)
         async with reading(server.stream_url) as next_one:
             await next_one.until_opened()
         assert server.app.metrics.requests_refused == {"TooManyConnections": 1}

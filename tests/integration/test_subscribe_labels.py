@@ -158,7 +158,7 @@ async def test_a_consumer_that_lags_is_told_and_closed(
         subscribed(server, small=True) as slow,
     ):
         await until(lambda: server.app.metrics.gauges["streams"]() == 1)
-        [visit] = server.app.streams._open.values()
+        [visit] = server.app.streams.open.values()
         await until(lambda: visit.outbox.caught_up)
         # One write, far larger than what the kernel takes; what comes next waits in the outbox.
         insert_large(database, 200)

@@ -116,13 +116,13 @@ class Crowd:
         return found
 
     def _streams(self) -> int:
-        return len(self._app.streams._open)
+        return len(self._app.streams.open)
 
     def _caught_up(self) -> int:
-        return sum(visit.outbox.caught_up for visit in self._app.streams._open.values())
+        return sum(visit.outbox.caught_up for visit in self._app.streams.open.values())
 
     def _queued(self) -> int:
-        return sum(visit.outbox.queued > 0 for visit in self._app.streams._open.values())
+        return sum(visit.outbox.queued > 0 for visit in self._app.streams.open.values())
 
     async def _come(self, text: str, count: int | None = None) -> None:
         loop = asyncio.get_running_loop()
@@ -220,4 +220,4 @@ async def test_clients_whose_network_is_gone_are_gone_within_heartbeat_and_send_
         await until(lambda: not any(crowd.left(before).values()))
         # Whoever answers was let alone.
         await reader.until_seq(seq)
-        assert len(server.app.streams._open) == 1
+        assert len(server.app.streams.open) == 1
