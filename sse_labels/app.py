@@ -151,7 +151,9 @@ class App:
         )
         self.proxies = TrustedProxies(settings.trusted_proxies)
         self.auth = StreamAuth(settings)
-        self.streams = Streams(self.metrics, settings, self.proxies.trusts, self.auth.clock)
+        self.streams = Streams(
+            self.metrics, settings, self.proxies.trusts, lambda: self.auth.clock()
+        )
         self.stream_handler = StreamHandler(
             self.sequencer, self.pages, self.expiry, self.store, self.streams, self.metrics,
             self.proxies, self.auth, settings,
