@@ -272,6 +272,8 @@ async def test_a_database_that_cannot_hold_every_label_is_refused_with_the_remed
     plain.close()
 
 
+# Each of the encodings is refused by what all commands call: see the test before.
+@pytest.mark.parametrize("not_unicode", ["EUC_JP"], indirect=True)
 @pytest.mark.parametrize("command", ["serve", "migrate", "doctor"])
 async def test_each_command_names_the_encoding_and_the_remedy(
     command: str, postgres: EmbeddedPostgres, not_unicode: str

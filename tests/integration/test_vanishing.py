@@ -24,7 +24,7 @@ from support.reading import reading
 from support.server import Gate, RunServer, Server, insert_large
 
 #: Of each kind; half of them leave with a reset, the others in order.
-CLIENTS = 100
+CLIENTS = 30
 #: Labels of 8 KiB: more than the buffers between the server and a client hold.
 HISTORY = 60
 #: What one client keeps alive in the server.
