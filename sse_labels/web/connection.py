@@ -20,13 +20,11 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from itertools import takewhile
 from typing import Any
 
 from aiohttp import StreamReader, hdrs, web
-from aiohttp.http import RawRequestMessage
-from aiohttp.http_exceptions import ContentEncodingError, LineTooLong
 
 from sse_labels.errors import (
     HeadTooLarge,
@@ -36,6 +34,7 @@ from sse_labels.errors import (
     UnsupportedMediaType,
 )
 from sse_labels.web.addresses import caused_by
+from sse_labels.web.aiohttp_seams import ContentEncodingError, LineTooLong, Protocol
 from sse_labels.web.answers import SECURITY_HEADERS, error_response
 from sse_labels.web.refusal import encode_answer
 
@@ -57,11 +56,7 @@ CHATTER_BYTES_PER_SECOND = 1024
 DEAD_MIN_SECONDS = 1.0
 
 
-class LongAnswer(web.StreamResponse):
-    """An answer that takes its time, and bounds it itself."""
-
-
-class Connection(web.RequestHandler):
+class Connection(Protocol):
     """aiohttp's protocol with manners."""
 
     __slots__ = (
@@ -72,7 +67,7 @@ class Connection(web.RequestHandler):
         self, terms: Terms, key: str | None, server: web.Server, loop: asyncio.AbstractEventLoop
     ) -> None:
         """`terms.ended` will be called with `key`, once."""
-        super().__init__(server, loop=loop, **terms.options)
+        super().__init__(server, loop, terms.options)
         self._terms = terms
         self._key = key
         self._held = True
@@ -158,20 +153,13 @@ class Connection(web.RequestHandler):
         """Take what comes from now on for a WebSocket's, whose client has little to say."""
         self._allowance = Allowance()
 
-    def finish_response(
-        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
-    ) -> Coroutine[Any, Any, tuple[web.StreamResponse, bool]]:
-        """Send the rest of an answer; called by aiohttp when its handler is done.
-
-        From here on it must be taken, or the next request come.
-        """
-        if not isinstance(resp, LongAnswer):
-            self._handling = False
-            if self._wire is not None:
-                self._terms.answers.start(self)
-                if self._unread:
-                    self._terms.heads.start(self)
-        return super().finish_response(request, resp, start_time)
+    def answer_began(self) -> None:
+        """A handler is done: from here on its answer must be taken, or the next request come."""
+        self._handling = False
+        if self._wire is not None:
+            self._terms.answers.start(self)
+            if self._unread:
+                self._terms.heads.start(self)
 
     def head_is_late(self) -> None:
         """Answer 408, or end a connection that never said anything."""
@@ -209,40 +197,31 @@ class Connection(web.RequestHandler):
             self._wire.write(encode_answer(error))
         self.force_close()
 
-    def handle_error(
-        self,
-        request: web.BaseRequest,
-        status: int = 500,
-        exc: BaseException | None = None,
-        message: str | None = None,
-    ) -> web.StreamResponse:
-        """Answer what is not a request; called by aiohttp.
+    def answer_to_no_request(self, error: BaseException | None) -> web.Response:
+        """Answer what is not a request.
 
         What was sent is not repeated: an answer must not say what a stranger chose.
         """
-        error: RequestError
-        if isinstance(exc, LineTooLong):
-            error = HeadTooLarge(f"expected lines of at most {MAX_FIELD_BYTES} bytes")
-        elif isinstance(exc, ContentEncodingError):
+        refused: RequestError
+        if isinstance(error, LineTooLong):
+            refused = HeadTooLarge(f"expected lines of at most {MAX_FIELD_BYTES} bytes")
+        elif isinstance(error, ContentEncodingError):
             # Of a coding that aiohttp knows by name, and decodes only beside other packages.
-            error = UnsupportedMediaType("expected a body in gzip or deflate, or as it is")
-        elif status < 500:
-            error = InvalidRequest(
+            refused = UnsupportedMediaType("expected a body in gzip or deflate, or as it is")
+        else:
+            refused = InvalidRequest(
                 f"expected a request in HTTP/1.1 or HTTP/1.0 with at most {MAX_FIELDS} header lines"
             )
-        else:
-            return super().handle_error(request, status, exc, message)
         # Its class alone: the text repeats what was sent, and a token may be in it.
         log.debug(
             "not a request",
-            extra=caused_by(self._address(), peer=self.peername, error=type(exc).__name__),
+            extra=caused_by(self._address(), peer=self.peername, error=type(error).__name__),
         )
-        self._terms.refused(error)
-        response = error_response(error)
+        self._terms.refused(refused)
+        response = error_response(refused)
         response.headers.update(SECURITY_HEADERS)
         # What follows cannot be told from the rest of it.
         response.headers[hdrs.CONNECTION] = "close"
-        response.force_close()
         return response
 
 
@@ -307,23 +286,6 @@ class Terms:
         #: Since a handler ended. aiohttp ends idle connections by itself, after
         #: `keepalive_seconds`, so what is left then is a client that does not read.
         self.answers = Deadlines(keepalive_seconds + request_seconds, Connection.answer_is_late)
-
-
-def tell_connections(server: web.Server) -> None:
-    """Let `server` tell its connections when a request is known.
-
-    A middleware could do that, too, but would stay on the stack of every stream: 0.5 KiB each.
-    """
-    make_request: Callable[..., web.BaseRequest] = server.request_factory
-
-    def make_and_tell(
-        message: RawRequestMessage, payload: StreamReader, protocol: web.RequestHandler, *rest: Any
-    ) -> web.BaseRequest:
-        if isinstance(protocol, Connection):
-            protocol.request_began(payload)
-        return make_request(message, payload, protocol, *rest)
-
-    server.request_factory = make_and_tell
 
 
 class Deadlines:

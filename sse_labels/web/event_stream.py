@@ -20,7 +20,7 @@ from sse_labels.metrics import Metrics
 from sse_labels.notice import Notice
 from sse_labels.outbox import Outbox
 from sse_labels.sse import HEARTBEAT, chunked, encode_error, encode_id, encode_info
-from sse_labels.web.connection import LongAnswer
+from sse_labels.web.aiohttp_seams import HeadWithBody
 from sse_labels.web.delivery import Delivery, retry_ms
 
 HEADERS = {
@@ -85,18 +85,10 @@ class Chunked(Plain):
 PLAIN, CHUNKED = Plain(), Chunked()
 
 
-class EventStream(LongAnswer):
-    """Writes what one outbox yields as Server-Sent Events.
-
-    aiohttp asks a response for its body by `write_eof`, when the handler and all around it
-    have returned: had the handler streamed, their frames would wait as long as the stream
-    does, 3 KiB for each.
-    """
+class EventStream(HeadWithBody):
+    """Writes what one outbox yields as Server-Sent Events."""
 
     __slots__ = ("_opening", "_settings", "_wire", "delivery")
-
-    #: aiohttp's own responses do so, too: the head waits for the first bytes of the body.
-    _send_headers_immediately = False
 
     def __init__(
         self,

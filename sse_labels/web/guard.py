@@ -30,7 +30,8 @@ from aiohttp import web
 from sse_labels.errors import RequestError, TooManyConnections, TooManyFromAddress
 from sse_labels.metrics import Metrics
 from sse_labels.web.addresses import PerAddress, caused_by
-from sse_labels.web.connection import Connection, Terms, tell_connections
+from sse_labels.web.aiohttp_seams import tell_of_requests
+from sse_labels.web.connection import Connection, Terms
 from sse_labels.web.neighbours import Neighbours
 from sse_labels.web.refusal import Refusal, refuse_at_once
 
@@ -106,7 +107,7 @@ class Guard:
         When the block is left nothing more is accepted; what is open is `server`'s to end.
         """
         loop = asyncio.get_running_loop()
-        tell_connections(server)
+        tell_of_requests(server)
         self._keep_descriptors()
         doors = [Door(self, server, listener) for listener in listeners]
         try:

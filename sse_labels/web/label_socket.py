@@ -34,7 +34,8 @@ from sse_labels.metrics import Metrics
 from sse_labels.notice import Notice
 from sse_labels.outbox import Outbox
 from sse_labels.sse import decode_frame
-from sse_labels.web.connection import Connection, LongAnswer
+from sse_labels.web.aiohttp_seams import LongAnswer
+from sse_labels.web.connection import Connection
 from sse_labels.web.delivery import Delivery
 from sse_labels.xrpc import CLOSE_POLICY, HEARTBEAT, encode_error, encode_info, encode_labels
 
@@ -182,7 +183,6 @@ class LabelSocket(web.WebSocketResponse, LongAnswer):
             await self.delivery.run(self)
         finally:
             self._listening.cancel()
-            self._eof_sent = True
 
     async def _listen(self) -> None:
         """Answer pings and a close (aiohttp does, while this waits); ignore all else."""
