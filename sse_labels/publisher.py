@@ -21,11 +21,12 @@ from sse_labels.errors import (
     InvalidLabel,
     LabelsRefused,
 )
+from sse_labels.keys import Keys
 from sse_labels.label_table import LabelTable
 from sse_labels.labels import Label, check_subject, label_json, parse_label
 from sse_labels.metrics import Metrics
 from sse_labels.schema import Schema
-from sse_labels.signatures import SigningKey, SourceKeys, Verdict
+from sse_labels.signatures import Verdict
 from sse_labels.sse import dumps
 
 log = logging.getLogger(__name__)
@@ -42,10 +43,7 @@ class Publisher:
         table: LabelTable,
         schema: Schema,
         metrics: Metrics,
-        *,
-        signing_key: SigningKey | None = None,
-        signing_did: str | None = None,
-        source_keys: SourceKeys | None = None,
+        keys: Keys,
     ) -> None:
         """Sign labels of `signing_did` (None: of every source) that come without a signature.
 
@@ -54,9 +52,9 @@ class Publisher:
         self._table = table
         self._schema = schema
         self._metrics = metrics
-        self._signing_key = signing_key
-        self._signing_did = signing_did
-        self._source_keys = source_keys
+        self._signing_key = keys.signing_key
+        self._signing_did = keys.signing_did
+        self._source_keys = keys.source_keys
         self._turn = asyncio.Lock()
 
     @contextlib.asynccontextmanager

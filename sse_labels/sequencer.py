@@ -60,12 +60,7 @@ class Sequencer:
         poll_seconds: float,
         gather_seconds: float,
         clock: Callable[[], float] = time.monotonic,
-        watchers: Sequence[Callable[[Sequence[Row]], None]] = (),
     ) -> None:
-        """Each watcher is handed all rows that are settled, withheld ones too.
-
-        In the step in which their chunk is handed out, and before that.
-        """
         self._store = store
         self._metrics = metrics
         self._limit = page_max_events
@@ -73,7 +68,7 @@ class Sequencer:
         self._poll_seconds = poll_seconds
         self._gather_seconds = gather_seconds
         self._clock = clock
-        self._watchers = watchers
+        self._watchers: list[Callable[[Sequence[Row]], None]] = []
         self._wake = asyncio.Event()
         self._subscribers: dict[Filter | None, dict[Subscriber, None]] = {}
         self._rule: SettledRule | None = None
@@ -108,6 +103,13 @@ class Sequencer:
         """Return how long the open hole has been waited for; 0 when there is none."""
         hole = None if self._rule is None else self._rule.hole
         return 0.0 if hole is None else self._clock() - hole.since
+
+    def watch(self, watcher: Callable[[Sequence[Row]], None]) -> None:
+        """Hand all settled rows to `watcher`, withheld ones too.
+
+        In the step in which their chunk is handed out, and before that.
+        """
+        self._watchers.append(watcher)
 
     def subscribe(self, subscriber: Subscriber, narrowed: Filter | None) -> None:
         """Push every chunk from now on, as `narrowed` shows it."""

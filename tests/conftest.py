@@ -147,8 +147,8 @@ def run_server(database: TestDatabase) -> RunServer:
         app = App(Settings(**{**QUICK, **settings}), dsn or database.dsn, PUBLISH_TOKEN)
         async with app.running() as port:
             url = f"http://127.0.0.1:{port}"
-            await app.sequencer.started.wait()
-            await app.listener.listening.wait()
+            await app.feed.sequencer.started.wait()
+            await app.feed.listener.listening.wait()
             yield Server(app, url, f"{url}/stream")
 
     return run

@@ -20,7 +20,6 @@ from datetime import UTC, datetime, timedelta
 import aiohttp
 import click
 
-from sse_labels.app import base_url
 from sse_labels.cli.layout import Command
 from sse_labels.cli.options import DEMO_FOLDER, named_as_given, option, settings_options
 from sse_labels.cli.serve import Place, database_of, interruptible, run
@@ -29,6 +28,7 @@ from sse_labels.config import load, seconds
 from sse_labels.embedded import default_data_dir
 from sse_labels.logs import configure_logging
 from sse_labels.sse import dumps
+from sse_labels.web.listening import base_url
 
 log = logging.getLogger(__name__)
 

@@ -27,13 +27,11 @@ from sse_labels.errors import (
 )
 from sse_labels.expiry import Expiry
 from sse_labels.expiry_reader import ExpiryReader
+from sse_labels.feed import Feed
 from sse_labels.metrics import Metrics
 from sse_labels.outbox import Outbox
-from sse_labels.pages import Pages
-from sse_labels.sequencer import Sequencer
 from sse_labels.snapshots import Snapshots
 from sse_labels.sse import encode_error, encode_opening
-from sse_labels.store import Store
 from sse_labels.web.addresses import TrustedProxies, caused_by, reader_of
 from sse_labels.web.auth import Grant, StreamAuth, narrow
 from sse_labels.web.delivery import retry_ms
@@ -63,27 +61,25 @@ class StreamHandler:
 
     def __init__(
         self,
-        sequencer: Sequencer,
-        pages: Pages,
+        feed: Feed,
         expiry: Expiry,
-        store: Store,
         streams: Streams,
         metrics: Metrics,
         proxies: TrustedProxies,
         auth: StreamAuth,
         settings: Settings,
     ) -> None:
-        self._sequencer = sequencer
-        self._pages = pages
+        self._sequencer = feed.sequencer
+        self._pages = feed.pages
+        self._store = feed.store
         self._expiry = expiry
-        self._store = store
         self._streams = streams
         self._metrics = metrics
         self._settings = settings
         self._proxies = proxies
         self._auth = auth
         self._messages = Messages(settings.ring_max_bytes // MESSAGES_SHARE)
-        self._snapshots = Snapshots(sequencer)
+        self._snapshots = Snapshots(feed.sequencer)
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """Return the event stream that was asked for; raise what is wrong with the request."""

@@ -24,11 +24,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from sse_labels.app import App, base_urls, listening_sockets
+from sse_labels.app import App
 from sse_labels.backoff import Backoff
 from sse_labels.config import Settings
 from sse_labels.embedded import EmbeddedPostgres
 from sse_labels.errors import BrokenPromise, ConfigError, DatabaseRefused, SseLabelsError
+from sse_labels.web.listening import base_urls, listening_sockets
 from sse_labels.workers.job import (
     GRACE_SECONDS,
     READY,

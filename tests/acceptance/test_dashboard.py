@@ -250,7 +250,7 @@ async def test_too_slow_is_told_and_nothing_is_lost(
         dashboard = await Dashboard.open(context, server.url)
         await dashboard.says("Live")
         await dashboard.shows(database.insert(3))
-        [visit] = server.app.streams.open.values()
+        [visit] = server.app.site.streams.open.values()
         visit.outbox.close(ConsumerTooSlow("more than 5 events waited to be read"))
         await dashboard.happened("This page was too slow: more than 5 events waited to be read")
         database.insert(3)
@@ -276,11 +276,11 @@ async def test_full_server_is_told_and_entered_when_there_is_a_place(
     async with run_server(max_streams=1) as server:
         async with reading(server.stream_url) as reader:
             await reader.until_opened()
-            [first] = server.app.streams.open
+            [first] = server.app.site.streams.open
             dashboard = await Dashboard.open(context, server.url)
             await dashboard.says("The server is full")
             await dashboard.says("Next try in")
-        await until(lambda: first not in server.app.streams.open)
+        await until(lambda: first not in server.app.site.streams.open)
         # By script: it may have tried again by itself in the meantime, and then there is no button.
         await dashboard.page.locator("#retry").dispatch_event("click")
         await dashboard.says("Live")
@@ -345,7 +345,7 @@ async def test_ten_tabs_share_one_connection_and_miss_nothing(
     for tab in tabs:
         await tab.says("one connection for 10 tabs")
     database.fill(20)
-    await until(lambda: len(server.app.streams.open) == 1)
+    await until(lambda: len(server.app.site.streams.open) == 1)
     stored = database.stored()
     for tab in tabs[:5]:
         await tab.shows([event["seq"] for event in stored])
@@ -386,7 +386,7 @@ async def test_page_without_shared_workers_reads_for_itself_and_rests_while_hidd
             document.dispatchEvent(new Event("visibilitychange"))"""
         )
         await context.clock.fast_forward(RESTS_AFTER_MS)
-        await until(lambda: not server.app.streams.open)
+        await until(lambda: not server.app.site.streams.open)
         missed = database.insert(3)
         await dashboard.page.evaluate(
             """document.visibilityState = "visible";

@@ -56,10 +56,10 @@ async def test_stream_that_is_ended_says_why_in_one_line(
     async with run_server() as server:
         async with reading(server.stream_url) as reader:
             await reader.until_opened()
-            [visit] = server.app.streams.open.values()
+            [visit] = server.app.site.streams.open.values()
             visit.outbox.close(closed("as the test wants it"))
             await reader.until_closed()
-        await until(lambda: not server.app.streams.open)
+        await until(lambda: not server.app.site.streams.open)
     [opened], [ended] = lines_of(caplog, "stream opened"), lines_of(caplog, "stream closed")
     assert f"how={closed.name} " in ended
     assert opened.rpartition("id=")[2] == ended.rpartition("id=")[2]

@@ -171,7 +171,7 @@ async def test_readers_address_is_handed_on_and_cannot_be_forged(front: Any) -> 
             session.get(f"{proxy.url}/stream", headers=headers) as response,
         ):
             assert response.status == 200
-            [visit] = server.app.streams.open.values()
+            [visit] = server.app.site.streams.open.values()
             assert visit.client == "127.0.0.7"
 
 

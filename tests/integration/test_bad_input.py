@@ -356,7 +356,7 @@ async def test_publishing_that_is_off_is_forbidden_to_everyone(database: TestDat
         serving(App(Settings(**QUICK), database.dsn, None)) as server,
         httpx.AsyncClient(base_url=server.url, verify=False) as client,
     ):
-        await server.app.sequencer.started.wait()
+        await server.app.feed.sequencer.started.wait()
         for headers in ({}, {"Authorization": "Bearer x"}, {"Authorization": "Bearer None"}):
             answer = await client.post("/labels", headers=headers, json={"labels": [GOOD]})
             assert error_of(answer) == (403, "Forbidden")

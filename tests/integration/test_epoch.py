@@ -71,7 +71,7 @@ async def test_same_database_keeps_its_epoch_over_restarts(
     seen = set()
     for _ in range(3):
         async with run_server(migrate=True) as server:
-            seen.add(server.app.sequencer.epoch)
+            seen.add(server.app.feed.sequencer.epoch)
     assert seen == {epoch_of(database)}
 
 
@@ -79,11 +79,11 @@ async def test_rebuilt_database_gets_another_epoch_at_the_next_start(
     run_server: RunServer, database: TestDatabase
 ) -> None:
     async with run_server(migrate=True) as server:
-        before = server.app.sequencer.epoch
+        before = server.app.feed.sequencer.epoch
     # A backup restored elsewhere brings the identity of where it was taken.
     database.execute("UPDATE label_stream SET identity = 'another/cluster/1'")
     async with run_server(migrate=True) as server:
-        after = server.app.sequencer.epoch
+        after = server.app.feed.sequencer.epoch
     assert before != after == epoch_of(database)
 
 
@@ -101,7 +101,7 @@ async def test_role_that_owns_the_tables_claims_the_epoch(
         database.execute("UPDATE label_stream SET identity = 'another/cluster/1'")
         before = epoch_of(database)
         async with run_server(owner, migrate=True) as server:
-            assert server.app.sequencer.epoch == epoch_of(database) != before
+            assert server.app.feed.sequencer.epoch == epoch_of(database) != before
         database.execute(f"REASSIGN OWNED BY {name} TO postgres")
 
 
@@ -151,7 +151,7 @@ async def test_server_that_may_not_begin_an_epoch_refuses_a_rebuilt_database(
         pass
     with role(database, "SELECT ON label, label_stream", "SELECT ON SEQUENCE label_id_seq") as dsn:
         async with run_server(dsn) as server:
-            assert server.app.sequencer.epoch == epoch_of(database)
+            assert server.app.feed.sequencer.epoch == epoch_of(database)
         database.execute("UPDATE label_stream SET identity = 'another/cluster/1'")
         with pytest.raises(SchemaError, match="Run `sse-labels migrate`"):
             async with run_server(dsn):

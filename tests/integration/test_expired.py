@@ -48,7 +48,7 @@ async def until_expired(stream: Reader, count: int) -> list[dict[str, Any]]:
 @asynccontextmanager
 async def live(server: Server, **query: Any) -> AsyncIterator[Reader]:
     """A stream that has begun to ask, and is live."""
-    streams = server.app.streams.open
+    streams = server.app.site.streams.open
     before = set(streams)
     async with reading(server.stream_url, **{"expired": "live", **query}) as stream:
         [new] = set(streams) - before
@@ -235,7 +235,9 @@ async def test_a_label_that_comes_while_the_database_is_asked_takes_the_place_of
         await until_head(server, 2)
         gate = Gate()
         monkeypatch.setattr(
-            server.app.store, "still_in_force", gate.after(server.app.store.still_in_force)
+            server.app.feed.store,
+            "still_in_force",
+            gate.after(server.app.feed.store.still_in_force),
         )
         clock.set(5)
         await gate.reached.wait()
@@ -253,7 +255,7 @@ async def test_a_consumer_in_backfill_is_told_once_it_is_live_after_the_label(
     async with run_server(ring_max_bytes=0) as server:
         clock = Clock(server)
         gate = Gate()
-        monkeypatch.setattr(server.app.store, "page", gate.before(server.app.store.page))
+        monkeypatch.setattr(server.app.feed.store, "page", gate.before(server.app.feed.store.page))
         async with reading(server.stream_url, cursor=0, expired="live") as stream:
             await stream.until_opened()
             await gate.reached.wait()
@@ -381,7 +383,7 @@ async def test_a_database_that_is_away_makes_it_late_and_loses_nothing(
     async with live(server) as stream:
         await until(lambda: scheduled(server) == 2)
         with away(database):
-            await until(lambda: not server.app.sequencer.following)
+            await until(lambda: not server.app.feed.sequencer.following)
             clock.set(6)
             await until(lambda: server.app.expiry._checks)
             # Asks while it is away, too.
@@ -404,7 +406,7 @@ async def test_a_replay_waits_for_the_database_and_live_labels_go_on(
     database.insert(2, exp=at(5))
     await until_head(server, 2)
     gate = Gate()
-    store = server.app.store
+    store = server.app.feed.store
     async with live(server):
         await until(lambda: server.app.expiry._schedule.end.at > NOON + 10)
         monkeypatch.setattr(store, "expiring", gate.before(store.expiring))

@@ -28,11 +28,11 @@ class Held:
 
     def __init__(self, patch: pytest.MonkeyPatch, server: Server, name: str, place: int) -> None:
         """What tells calls apart stands at `place` among their arguments."""
-        self._call = getattr(server.app.store, name)
+        self._call = getattr(server.app.feed.store, name)
         self._place = place
         self._permits = asyncio.Semaphore(0)
         self.begun: list[Any] = []
-        patch.setattr(server.app.store, name, self)
+        patch.setattr(server.app.feed.store, name, self)
 
     async def __call__(self, *given: Any, **more: Any) -> Any:
         self.begun.append(given[self._place])
@@ -109,7 +109,7 @@ async def test_one_of_another_address_has_its_turn_before_the_many(
         await until(lambda: len(page.begun) == 2)
         one = await stack.enter_async_context(coming_from(ONE))
         await stack.enter_async_context(one.get(f"{server.stream_url}?cursor=50"))
-        clients = server.app.pages._reads._clients
+        clients = server.app.feed.pages._reads._clients
         await until(lambda: f"address {ONE}" in clients)
         page.allow()
         await until(lambda: len(page.begun) == 3)
@@ -138,7 +138,7 @@ async def test_a_query_of_another_address_has_its_turn_before_the_many(
             asked = [tasks.create_task(ask(many, cursor)) for cursor in range(12)]
             await until(lambda: len(query.begun) == 4)
             asked.append(tasks.create_task(ask(one, 100)))
-            await until(lambda: f"address {ONE}" in server.app.query._reads._clients)
+            await until(lambda: f"address {ONE}" in server.app.site.query._reads._clients)
             query.allow()
             await until(lambda: len(query.begun) == 5)
             assert query.begun[4] == 100
@@ -156,7 +156,7 @@ async def test_the_same_query_of_many_is_asked_once(
             asyncio.create_task(client.get(server.url + QUERY, params={"uriPatterns": "*"}))
             for _ in range(10)
         ]
-        reads = server.app.query._reads
+        reads = server.app.site.query._reads
         await until(lambda: sum(sum(read.askers.values()) for read in reads._reads.values()) == 10)
         assert list(reads._clients) == [f"address {ONE}"]
         query.allow()
@@ -189,7 +189,7 @@ async def test_behind_a_trusted_proxy_the_client_is_the_one_it_forwards(
     ):
         assert answer.status == 200
         app = server.app
-        for reads in (app.pages._reads, app.query._reads, app.expiry._reads):
+        for reads in (app.feed.pages._reads, app.site.query._reads, app.expiry._reads):
             await until(lambda reads=reads: list(reads._clients) == [client])
 
 
@@ -205,10 +205,12 @@ async def test_with_a_token_the_client_is_its_subject_wherever_it_comes_from(
             async with aiohttp.ClientSession(headers=headers) as session:
                 async with session.get(f"{server.stream_url}?cursor=0") as stream:
                     assert stream.status == 200
-                    await until(lambda client=client: client in server.app.pages._reads._clients)
+                    await until(
+                        lambda client=client: client in server.app.feed.pages._reads._clients
+                    )
                 async with session.get(f"{server.url}{QUERY}?uriPatterns=*") as answer:
                     assert answer.status == 200
-                    assert client in server.app.query._reads._clients
+                    assert client in server.app.site.query._reads._clients
 
 
 async def test_pages_cut_out_of_the_ring_have_their_turn_too(
@@ -216,8 +218,8 @@ async def test_pages_cut_out_of_the_ring_have_their_turn_too(
 ) -> None:
     async with run_server(page_max_events=10) as server, AsyncExitStack() as stack:
         database.fill(100)
-        await until(lambda: server.app.sequencer.head == 100)
-        assert server.app.sequencer.ring.covers(0)
+        await until(lambda: server.app.feed.sequencer.head == 100)
+        assert server.app.feed.sequencer.ring.covers(0)
         one = await stack.enter_async_context(coming_from(ONE))
         many = await stack.enter_async_context(coming_from(MANY))
         for session in (one, many):

@@ -74,11 +74,13 @@ async def test_not_ready_without_the_database_and_ready_again_with_it(
     server: Server, database: TestDatabase
 ) -> None:
     with away(database):
-        await until(lambda: not server.app.sequencer.following)
+        await until(lambda: not server.app.feed.sequencer.following)
         assert "not following" in await not_ready(server)
         assert (await get(server, "/health/live")).status_code == 200
         assert sample(await families(server), "sse_labels_following") == 0
-    await until(lambda: server.app.sequencer.following and server.app.listener.listening.is_set())
+    await until(
+        lambda: server.app.feed.sequencer.following and server.app.feed.listener.listening.is_set()
+    )
     assert (await get(server, "/health/ready")).status_code == 200
     found = await families(server)
     assert sample(found, "sse_labels_following") == 1
@@ -91,13 +93,13 @@ async def test_not_ready_before_the_sequencer_has_a_head(database: TestDatabase)
     with writer.cursor() as cursor:
         cursor.execute("SELECT nextval('label_id_seq')")
     async with serving(App(Settings(**QUICK), database.dsn, PUBLISH_TOKEN)) as server:
-        await server.app.listener.listening.wait()
+        await server.app.feed.listener.listening.wait()
         assert "no head yet" in await not_ready(server)
         assert (await get(server, "/health/live")).status_code == 200
         assert (await get(server, "/metrics")).status_code == 200
         writer.rollback()
-        await server.app.sequencer.started.wait()
-        await until(lambda: server.app.sequencer.following)
+        await server.app.feed.sequencer.started.wait()
+        await until(lambda: server.app.feed.sequencer.following)
         assert (await get(server, "/health/ready")).json() == {"status": "ready", "head": 1}
 
 
@@ -111,7 +113,7 @@ async def test_not_ready_while_notifications_do_not_arrive(
 
     monkeypatch.setattr(server.app.database, "connect", never)
     database.terminate(database.backends("LISTEN"))
-    await until(lambda: not server.app.listener.listening.is_set())
+    await until(lambda: not server.app.feed.listener.listening.is_set())
     assert "notifications" in await not_ready(server)
     # Labels come all the same.
     database.insert(2)
@@ -122,7 +124,7 @@ async def test_not_ready_while_notifications_do_not_arrive(
 
 
 async def test_not_ready_while_it_stops(server: Server) -> None:
-    server.app.health.stopping = True
+    server.app.site.health.stopping = True
     assert "stopping" in await not_ready(server)
 
 
@@ -195,10 +197,10 @@ async def test_metrics_tell_what_happened(run_server: RunServer, database: TestD
             assert sample(found, "sse_labels_backfill_events_total") == 2
             assert sample(found, "sse_labels_backfill_pages_total") == 1
             assert sample(found, "sse_labels_ring_bytes") > 0
-        await until(lambda: not server.app.streams.open)
+        await until(lambda: not server.app.site.streams.open)
         async with reading(server.stream_url, cursor=4) as reader:
             await reader.until_seq(5)
-        await until(lambda: not server.app.streams.open)
+        await until(lambda: not server.app.site.streams.open)
         await get(server, "/stream?cursor=x")
         found = await families(server)
     assert sample(found, "sse_labels_streams") == 0
@@ -211,7 +213,7 @@ async def test_metrics_tell_what_happened(run_server: RunServer, database: TestD
 async def test_metrics_show_an_open_hole_and_its_age(
     server: Server, database: TestDatabase
 ) -> None:
-    sequencer = server.app.sequencer
+    sequencer = server.app.feed.sequencer
     writer = database.connect(autocommit=False)
     with writer.cursor() as cursor:
         cursor.execute("SELECT nextval('label_id_seq')")

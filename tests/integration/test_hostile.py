@@ -110,7 +110,7 @@ async def test_query_is_not_answered_before_anything_is_settled(
 ) -> None:
     database.insert(3)
     async with run_server() as server:
-        server.app.sequencer.started.clear()
+        server.app.feed.sequencer.started.clear()
         async with httpx.AsyncClient(verify=False) as client:
             answer = await client.get(
                 f"{server.url}/xrpc/com.atproto.label.queryLabels", params={"uriPatterns": "*"}
@@ -143,7 +143,7 @@ async def test_server_stops_in_time_with_readers_that_do_not_read(
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
                 client.connect(("127.0.0.1", port))
                 client.sendall(b"GET /stream?cursor=0 HTTP/1.1\r\nHost: test\r\n\r\n")
-            await until(lambda: len(server.app.streams.open) == 50)
+            await until(lambda: len(server.app.site.streams.open) == 50)
             insert_large(database, 200)
             await until_head(server, 200)
             told = time.monotonic()
@@ -202,7 +202,7 @@ async def test_pages_that_many_filters_hide_are_counted_with_their_filters(
             async with reading(server.stream_url, cursor=0, values=values) as reader:
                 await reader.until_seq(1200)
         # Each entry has a filter of 90 entries, over 13 kB: a handful, and not eighty.
-        assert 1 <= len(server.app.pages._cache) <= 5
+        assert 1 <= len(server.app.feed.pages._cache) <= 5
 
 
 async def test_queries_of_clients_that_hang_up_keep_to_their_slots(
@@ -211,7 +211,7 @@ async def test_queries_of_clients_that_hang_up_keep_to_their_slots(
     gate = Gate()
     under_way: list[int] = []
     async with run_server() as server:
-        query = server.app.store.query
+        query = server.app.feed.store.query
 
         async def held(*given: Any, **more: Any) -> Any:
             under_way.append(1)
@@ -219,7 +219,7 @@ async def test_queries_of_clients_that_hang_up_keep_to_their_slots(
             await gate.opened.wait()
             return await query(*given, **more)
 
-        monkeypatch.setattr(server.app.store, "query", held)
+        monkeypatch.setattr(server.app.feed.store, "query", held)
         host, port = "127.0.0.1", int(server.url.rsplit(":", 1)[1])
         for cursor in range(20):
             _, writer = await asyncio.open_connection(host, port)

@@ -79,7 +79,7 @@ async def test_head_of_a_stream_holds_no_place(run_server: RunServer) -> None:
     async with run_server(max_streams=1) as server, httpx.AsyncClient(verify=False) as client:
         for _ in range(3):
             assert (await client.head(server.stream_url)).status_code == 200
-        assert server.app.streams.open == {}
+        assert server.app.site.streams.open == {}
         async with reading(server.stream_url) as reader:
             await reader.until_opened()
             full = await client.head(server.stream_url)
@@ -297,7 +297,7 @@ async def test_the_end_of_a_stream_carries_the_position(
     database.insert(3)
     async with reading(f"{server.stream_url}?cursor=0") as reader:
         await reader.until_seq(3)
-        server.app.streams.stop()
+        server.app.site.streams.stop()
         await reader.until_closed()
     assert reader.last_id == "3"
 

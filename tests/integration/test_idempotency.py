@@ -79,5 +79,5 @@ async def test_bad_key_is_refused(
 async def test_old_keys_are_forgotten(server: Server, database: TestDatabase) -> None:
     await publish(server, [LABEL], "a-key")
     database.execute("UPDATE label_request SET at = at - interval '2 days'")
-    await server.app.retention.sweep()
+    await server.app.feed.retention.sweep()
     assert database.execute("SELECT count(*) FROM label_request") == [(0,)]

@@ -81,7 +81,7 @@ async def test_keeps_what_is_not_being_read(run_server: RunServer, database: Tes
         # Read no further: the kernel's buffers fill up, and then the outbox.
         insert_large(database, 200)
         await until_head(server, 205)
-        [outbox] = [visit.outbox for visit in server.app.streams.open.values()]
+        [outbox] = [visit.outbox for visit in server.app.site.streams.open.values()]
         assert outbox.queued > 20
         await reader.until_events(205)
         assert outbox.queued == 0
@@ -136,7 +136,7 @@ async def test_live_event_during_cutover_is_delivered_once(
     database.insert(10)
     async with run_server() as server:
         gate = Gate()
-        pages = server.app.pages
+        pages = server.app.feed.pages
         held = gate.after if order.startswith("after") else gate.before
         monkeypatch.setattr(pages, "read", held(pages.read))
         async with reading(server.stream_url, cursor=0) as reader:
@@ -168,7 +168,7 @@ async def test_labels_made_while_the_consumer_takes_its_history_are_delivered_on
         made = making(database, 20)
         await until_head(server, 120)
         await made
-        [outbox] = [visit.outbox for visit in server.app.streams.open.values()]
+        [outbox] = [visit.outbox for visit in server.app.site.streams.open.values()]
         assert not outbox.caught_up
         await reader.until_events(120)
         database.insert(1)

@@ -127,7 +127,7 @@ async def test_token_that_the_clock_passes_by_ends_its_stream(
     headers = {"Authorization": f"Bearer {made}"}
     path = "/xrpc/com.atproto.label.subscribeLabels" if socket else "/stream"
     async with run_server(jwt_secret=SECRET, heartbeat_seconds=0.2) as server:
-        server.app.auth.clock = clock
+        server.app.site.auth.clock = clock
         metrics = server.app.metrics
 
         async def publish_on() -> None:
@@ -147,7 +147,7 @@ async def test_token_that_the_clock_passes_by_ends_its_stream(
                 tasks.create_task(stream.read())
             if busy:
                 tasks.create_task(publish_on())
-            [visit] = server.app.streams.open.values()
+            [visit] = server.app.site.streams.open.values()
             clock.set(3600 + LEEWAY_SECONDS - 1)
             for _ in range(2):
                 timer = visit.expiry
@@ -175,7 +175,7 @@ async def test_no_token_reaches_a_log(
         assert await publish(server, "wrong-publish-token") == 401
         assert await publish(server, PUBLISH_TOKEN) == 201
         # Something of ours that fails, with the request at hand.
-        monkeypatch.setattr(server.app.stream_handler, "_start", None)
+        monkeypatch.setattr(server.app.site.stream_handler, "_start", None)
         assert (await get(server.stream_url, access_token=good)).status_code == 500
     assert "a request failed" in caplog.text
     for secret in (good, expired, SECRET, PUBLISH_TOKEN, "wrong-publish-token"):

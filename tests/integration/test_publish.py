@@ -196,7 +196,7 @@ async def test_without_the_database_nothing_is_stored_and_the_client_may_try_aga
                 # Neither the database's name nor its words are for clients.
                 assert database.name not in answer.text
         assert values(database) == {1: "spam"}
-        await until(lambda: server.app.sequencer.following)
+        await until(lambda: server.app.feed.sequencer.following)
         assert (await publish(server, [{**LEAST, "val": "back"}])).status_code == 201
         # The stream outlived it.
         await reader.until_events(2)
@@ -240,7 +240,7 @@ async def test_the_rights_of_the_readme_are_enough_to_publish(
             for _ in range(2):
                 answer = await publish(server, [LEAST], **{"Idempotency-Key": "once"})
                 assert (answer.status_code, answer.json()) == (201, {"seqs": [1]})
-            await server.app.retention.sweep()
+            await server.app.feed.retention.sweep()
         assert len(database.stored()) == 1
 
 

@@ -201,7 +201,7 @@ async def test_what_is_not_settled_yet_is_not_shown(server: Server, database: Te
             (A,),
         )
     database.insert(2)
-    server.app.sequencer.wake()
+    server.app.feed.sequencer.wake()
     # Whoever went on from seq 3 now would never see 1.
     assert await query(server, uriPatterns="*") == {"labels": []}
     writer.commit()

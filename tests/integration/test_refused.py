@@ -149,7 +149,7 @@ async def test_a_right_to_publish_that_is_taken_away_is_named_in_the_log(
             message = refused(await publish(server), 403, "Forbidden")
             assert name not in message
             assert f"{granted} TO {name}" in caplog.text
-            assert server.app.sequencer.following
+            assert server.app.feed.sequencer.following
             database.execute(f"GRANT {taken} TO {name}")
             assert (await publish(server)).status_code == 201
     assert len(database.stored()) == 1
@@ -171,9 +171,9 @@ async def test_whoever_asks_meanwhile_is_not_told_to_try_again(
             # The sequencer, which would end the server, does not look meanwhile.
             gate = Gate()
             monkeypatch.setattr(
-                server.app.store, "rows_after", gate.before(server.app.store.rows_after)
+                server.app.feed.store, "rows_after", gate.before(server.app.feed.store.rows_after)
             )
-            server.app.sequencer.wake()
+            server.app.feed.sequencer.wake()
             await gate.reached.wait()
             database.execute(f"REVOKE SELECT ON label FROM {name}")
             query = "/xrpc/com.atproto.label.queryLabels?uriPatterns=*"
@@ -279,7 +279,7 @@ async def test_labels_that_the_database_does_not_take_are_refused_in_its_words(
     assert words in message
     assert server.app.metrics.requests_refused == {"LabelsRefused": 1}
     assert server.app.metrics.count["labels_refused"] == 1
-    assert server.app.sequencer.following
+    assert server.app.feed.sequencer.following
     assert database.stored() == before
 
 
@@ -405,7 +405,7 @@ async def test_a_role_that_may_not_log_in_for_a_while_is_waited_for(
             # As while a password is changed, at one place before the other.
             database.execute(f"ALTER ROLE {name} NOLOGIN")
             database.terminate(database.backends())
-            await until(lambda: not server.app.sequencer.following)
+            await until(lambda: not server.app.feed.sequencer.following)
             await until(lambda: "is not permitted to log in" in caplog.text)
             database.insert(2)
             database.execute(f"ALTER ROLE {name} LOGIN")

@@ -22,7 +22,7 @@ from support.server import Gate, RunServer, Server
 
 async def sweep(server: Server, **horizon: Any) -> None:
     """One round of deleting, on the running server, with this horizon."""
-    retention = server.app.retention
+    retention = server.app.feed.retention
     retention._max_labels = horizon.get("max_labels")
     retention._max_age_seconds = horizon.get("max_age_seconds")
     # The server's own first round may still be at it: then this one is not the one that deletes.
@@ -140,7 +140,7 @@ async def test_labels_that_are_gone_leave_the_ring_too(
     await at_head(server, 300)
     async with reading(server.stream_url) as live:
         await sweep(server, max_labels=100)
-        assert server.app.sequencer.ring.start == 200
+        assert server.app.feed.sequencer.ring.start == 200
         async with reading(server.stream_url, cursor=0) as reader:
             await reader.until_seq(300)
         [after] = database.insert(1)
@@ -155,12 +155,12 @@ async def test_servers_that_do_not_delete_hear_of_the_floor(
     run_server: RunServer, database: TestDatabase
 ) -> None:
     async with run_server(retention_sweep_seconds=3600) as other, run_server() as deleting:
-        await other.app.listener.listening.wait()
+        await other.app.feed.listener.listening.wait()
         database.fill(300)
         await at_head(other, 300)
         await at_head(deleting, 300)
         await sweep(deleting, max_labels=100)
-        await until(lambda: other.app.sequencer.floor == 201)
+        await until(lambda: other.app.feed.sequencer.floor == 201)
         async with reading(other.stream_url, cursor=0) as reader:
             await reader.until_seq(300)
     assert [news["floor"] for _, news in reader.news] == [201]
@@ -172,13 +172,13 @@ async def test_floor_that_was_raised_by_hand_is_noticed_by_the_next_sweep_or_not
     run_server: RunServer, database: TestDatabase, listens: bool
 ) -> None:
     async with run_server(retention_sweep_seconds=3600 if listens else 0.05) as server:
-        await server.app.listener.listening.wait()
+        await server.app.feed.listener.listening.wait()
         database.fill(30)
         await at_head(server, 30)
         database.execute("UPDATE label_stream SET floor = 11")
         if listens:
             database.execute("NOTIFY label_channel, 'floor'")
-        await until(lambda: server.app.sequencer.floor == 11)
+        await until(lambda: server.app.feed.sequencer.floor == 11)
         async with reading(server.stream_url, cursor=0) as reader:
             await reader.until_seq(30)
     assert [news["floor"] for _, news in reader.news] == [11]
@@ -189,12 +189,12 @@ async def test_floor_that_was_raised_while_nobody_listened_is_noticed_then(
     run_server: RunServer, database: TestDatabase
 ) -> None:
     async with run_server(retention_sweep_seconds=3600) as server:
-        await server.app.listener.listening.wait()
+        await server.app.feed.listener.listening.wait()
         database.fill(30)
         await at_head(server, 30)
         database.execute("UPDATE label_stream SET floor = 11")
         database.terminate(database.backends("LISTEN|^SELECT 1"))
-        await until(lambda: server.app.sequencer.floor == 11)
+        await until(lambda: server.app.feed.sequencer.floor == 11)
 
 
 async def test_nothing_below_the_floor_is_served_while_its_rows_are_there(
@@ -209,7 +209,7 @@ async def test_nothing_below_the_floor_is_served_while_its_rows_are_there(
             await reader.until_news("info")
         # As a sweep leaves it that was killed.
         database.execute("UPDATE label_stream SET floor = 61")
-        await server.app.sequencer.look_at_state()
+        await server.app.feed.sequencer.look_at_state()
         async with reading(server.stream_url, cursor=0) as reader:
             await reader.until_seq(100)
         async with reading(server.stream_url, snapshot="active") as new:
@@ -294,7 +294,7 @@ async def test_number_is_the_first_seq_that_follows(
             database.fill(10)
             await at_head(server, 110)
         database.execute("UPDATE label_stream SET floor = 50")
-        await server.app.sequencer.look_at_state()
+        await server.app.feed.sequencer.look_at_state()
         async with reading(server.stream_url, cursor=5, **query) as below:
             await below.until_seq(110)
         # Of what comes after 49 nothing is gone.
@@ -312,10 +312,10 @@ async def test_looking_for_a_floor_costs_no_query_while_all_is_quiet(
     run_server: RunServer, database: TestDatabase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with run_server(poll_seconds=0.01, retention_sweep_seconds=3600) as server:
-        await server.app.listener.listening.wait()
+        await server.app.feed.listener.listening.wait()
         database.fill(10)
         await at_head(server, 10)
-        store, asked = server.app.store, []
+        store, asked = server.app.feed.store, []
         rows_after = store.rows_after
 
         async def counted(*arguments: Any) -> Any:
@@ -355,8 +355,8 @@ async def test_only_one_server_deletes_at_a_time(server: Server, database: TestD
     lock = "SELECT pg_advisory_lock(hashtext('sse-labels retention'))"
     # In a thread: the server's own first round may hold it, and needs this loop to let it go.
     await asyncio.to_thread(other.cursor().execute, lock)
-    server.app.retention._max_labels = 1
-    assert not await server.app.retention.sweep()
+    server.app.feed.retention._max_labels = 1
+    assert not await server.app.feed.retention.sweep()
     assert len(database.stored()) == 10
     other.cursor().execute("SELECT pg_advisory_unlock_all()")
     await sweep(server, max_labels=1)
@@ -399,7 +399,7 @@ async def test_live_reader_of_a_server_that_lags_is_told_what_another_deleted(
         await live.until_events(1)
         await hidden.until_seq(1)
         gate = Gate()
-        store = lagging.app.store
+        store = lagging.app.feed.store
         monkeypatch.setattr(store, "rows_after", gate.before(store.rows_after))
         await gate.reached.wait()
         database.fill(100)
@@ -421,14 +421,14 @@ async def test_nothing_is_deleted_without_a_horizon(server: Server, database: Te
     await at_head(server, 20)
     # As a server left it that was killed between raising the floor and deleting.
     database.execute("UPDATE label_stream SET floor = 15")
-    await server.app.retention.sweep()
+    await server.app.feed.retention.sweep()
     assert len(database.stored()) == 20
 
 
 async def test_age_of_the_last_complete_sweep_is_shown(
     server: Server, database: TestDatabase
 ) -> None:
-    retention = server.app.retention
+    retention = server.app.feed.retention
     shown = server.app.metrics.gauges["sweep_age_seconds"]
     # A whole number: sums with the machine's clock are rounded.
     now = retention._swept = 1000.0
@@ -456,7 +456,7 @@ async def test_age_of_the_last_complete_sweep_is_shown(
 async def test_sweep_that_fails_half_way_is_none(
     server: Server, database: TestDatabase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    retention = server.app.retention
+    retention = server.app.feed.retention
     now = retention._swept
     database.fill(10)
     await at_head(server, 10)

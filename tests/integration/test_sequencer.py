@@ -65,7 +65,7 @@ def reconnects(server: Server) -> int:
 
 def following_again(server: Server) -> bool:
     """Whether sequencer and listener have both been replaced; each may have needed two tries."""
-    following = server.app.sequencer.following and server.app.listener.listening.is_set()
+    following = server.app.feed.sequencer.following and server.app.feed.listener.listening.is_set()
     return following and reconnects(server) >= 2
 
 
@@ -125,13 +125,13 @@ class TestLostConnections:
                 listener = await until(lambda: database.backends(LISTENER))
                 with no_new_connections(database):
                     terminate(database, listener)
-                    await until(lambda: not server.app.listener.listening.is_set())
+                    await until(lambda: not server.app.feed.listener.listening.is_set())
                     assert not await ready(server)
                     # Committed while nobody listens: this notification reaches no one.
                     insert(3)
                 # After it listens again it looks at the table: no other wake comes.
                 await reader.until_events(4)
-            await until(server.app.listener.listening.is_set)
+            await until(server.app.feed.listener.listening.is_set)
             assert database.backends(LISTENER) != listener
             assert reconnects(server) == 1
             database.insert()
@@ -149,7 +149,7 @@ class TestLostConnections:
                 sequencer = await until(lambda: database.backends(SEQUENCER))
                 with no_new_connections(database):
                     terminate(database, sequencer)
-                    await until(lambda: not server.app.sequencer.following)
+                    await until(lambda: not server.app.feed.sequencer.following)
                     assert not await ready(server)
                     insert(3)
                 await reader.until_events(4)
@@ -170,8 +170,8 @@ class TestLostConnections:
                     assert len(all_of_them) >= 3
                     with no_new_connections(database):
                         terminate(database, all_of_them)
-                        await until(lambda: not server.app.sequencer.following)
-                        await until(lambda: not server.app.listener.listening.is_set())
+                        await until(lambda: not server.app.feed.sequencer.following)
+                        await until(lambda: not server.app.feed.listener.listening.is_set())
                         insert(3)
                     await reader.until_events(53)
                 await until(lambda: following_again(server))
@@ -192,7 +192,7 @@ class TestLostConnections:
                 database.terminate(database.backends())
                 await until(lambda: following_again(server))
                 assert server.app.metrics.gauges["holes_open"]()
-                assert server.app.sequencer.head == 0
+                assert server.app.feed.sequencer.head == 0
                 cursor.execute(
                     "INSERT INTO label (id, src, uri, cid, val, cts)"
                     " VALUES (1, 'did:plc:a', 'at://did:plc:b', '', 'spam', '2026-01-01T00:00:00Z')"
@@ -217,11 +217,11 @@ class TestLostConnections:
             writer = database.connect(autocommit=False)
             with writer.cursor() as cursor:
                 cursor.execute("LOCK TABLE label IN ACCESS EXCLUSIVE MODE")
-                await until(lambda: not server.app.sequencer.following)
+                await until(lambda: not server.app.feed.sequencer.following)
                 insert_with(lambda sql, row: (cursor.execute(sql, row), cursor.fetchall())[1])
             writer.commit()
             await reader.until_events(2)
-            assert server.app.sequencer.following
+            assert server.app.feed.sequencer.following
         assert reader.events == database.stored()
 
 
@@ -308,7 +308,7 @@ class TestHead:
         database.insert()
         async with reading(server.stream_url, cursor=0) as reader:
             await reader.until_seq(7)
-        assert server.app.sequencer.head == 7
+        assert server.app.feed.sequencer.head == 7
         assert reader.events == database.stored()
 
     async def test_a_hole_that_ends_what_was_seen_moves_the_head_over_it(
@@ -323,7 +323,7 @@ class TestHead:
             database.execute("UPDATE label_stream SET floor = 5")
             database.execute("DELETE FROM label")
             hole.rollback()
-        await until(lambda: server.app.sequencer.head == 4)
+        await until(lambda: server.app.feed.sequencer.head == 4)
         async with reading(server.stream_url, last_event_id="4") as reader:
             database.insert()
             await reader.until_events(1)
@@ -335,7 +335,7 @@ class TestHead:
         database.insert(2)
         database.execute("SELECT nextval('label_id_seq') FROM generate_series(1, 5)")
         async with run_server() as server:
-            assert server.app.sequencer.head == 7
+            assert server.app.feed.sequencer.head == 7
             async with reading(server.stream_url, cursor=0) as reader:
                 await reader.until_events(2)
                 database.insert()

@@ -146,7 +146,7 @@ async def test_labels_go_their_whole_way_whatever_settings_the_session_would_hav
                 # One is a negation, and one has expired by the machine's clock.
                 assert other.events == [*stored[:10], stored[12]]
             # From the table, not the ring.
-            page = await server.app.store.page(0, 13, 100)
+            page = await server.app.feed.store.page(0, 13, 100)
             assert [row.seq for row in page.rows] == list(range(1, 14))
             for pattern in ("at://*", *(event["labels"][0]["uri"] for event in stored)):
                 query = {"uriPatterns": pattern, "values": VALUES}

@@ -121,7 +121,7 @@ class TestCommitsOutOfOrder:
             late.commit()
             await until_parked(server)
             await until_looked(database)
-            assert server.app.sequencer.head == 0
+            assert server.app.feed.sequencer.head == 0
             early.commit()
             await reader.until_events(2)
         assert reader.events == database.stored()
@@ -136,7 +136,7 @@ class TestCommitsOutOfOrder:
         async with reading(server.stream_url, cursor=0) as reader:
             first.commit()
             await reader.until_events(1)
-            assert server.app.sequencer.head == 1
+            assert server.app.feed.sequencer.head == 1
             early.commit()
             await reader.until_events(3)
         assert reader.events == database.stored()
@@ -150,7 +150,7 @@ class TestCommitsOutOfOrder:
                 writer.commit()
                 await until_parked(server)
                 await until_looked(database)
-                assert server.app.sequencer.head == 0
+                assert server.app.feed.sequencer.head == 0
             writers[0].commit()
             await reader.until_events(6)
         assert reader.events == database.stored()
@@ -164,7 +164,7 @@ class TestCommitsOutOfOrder:
         async with reading(server.stream_url, cursor=0) as reader:
             await until_parked(server)
             await until_looked(database)
-            assert server.app.sequencer.head == 0
+            assert server.app.feed.sequencer.head == 0
             slow.commit()
             await reader.until_events(5)
         assert reader.events == database.stored()
@@ -179,7 +179,7 @@ class TestCommitsOutOfOrder:
         async with reading(server.stream_url, cursor=0) as reader:
             await until_parked(server)
             await until_looked(database)
-            assert server.app.sequencer.head == 0
+            assert server.app.feed.sequencer.head == 0
             early.insert(id=seq)
             early.commit()
             await reader.until_events(3)
@@ -201,7 +201,7 @@ class TestCommitsOutOfOrder:
             await reader.until_events(2)
             await until_parked(server)
             await until_looked(database)
-            assert server.app.sequencer.head == 2
+            assert server.app.feed.sequencer.head == 2
             second.commit()
             await reader.until_events(4)
         assert reader.events == database.stored()
@@ -220,7 +220,7 @@ class TestIdsThatNeverCome:
             await reader.until_events(1)
         assert reader.events == database.stored()
         assert seqs(reader) == [2]
-        assert server.app.sequencer.head == 2
+        assert server.app.feed.sequencer.head == 2
 
     async def test_an_id_that_was_rolled_back_before_costs_no_wait(
         self, server: Server, database: TestDatabase
@@ -265,7 +265,7 @@ class TestIdsThatNeverCome:
             # The lock outlives the savepoint: its owner may still use the number it took.
             await until_parked(server)
             await until_looked(database)
-            assert server.app.sequencer.head == 0
+            assert server.app.feed.sequencer.head == 0
             writer.insert(id=1)
             writer.commit()
             await reader.until_events(2)
@@ -284,7 +284,7 @@ class TestTwoPhaseCommits:
         async with reading(server.stream_url, cursor=0) as reader:
             await until_parked(server)
             await until_looked(database)
-            assert server.app.sequencer.head == 0
+            assert server.app.feed.sequencer.head == 0
             database.execute(f"{ending} PREPARED 'first'")
             await reader.until_seq(2)
         assert reader.events == database.stored()
@@ -303,7 +303,7 @@ class TestTwoPhaseCommits:
             writer.execute("BEGIN")
             writer.insert()
             await until_looked(database)
-            assert server.app.sequencer.head == 0
+            assert server.app.feed.sequencer.head == 0
             database.execute("COMMIT PREPARED 'first'")
             await reader.until_events(2)
             writer.commit()
@@ -329,9 +329,13 @@ class TestTwoPhaseCommits:
                     await until_parked(server)
                     # It comes back under another virtual transaction id.
                     await asyncio.to_thread(postgres.restart)
-                    await until(lambda: app.sequencer.following and app.listener.listening.is_set())
+                    await until(
+                        lambda: (
+                            app.feed.sequencer.following and app.feed.listener.listening.is_set()
+                        )
+                    )
                     await until_looked(database)
-                    assert app.sequencer.head == 0
+                    assert app.feed.sequencer.head == 0
                     database.execute("COMMIT PREPARED 'first'")
                     await reader.until_events(2)
             assert reader.events == database.stored()
@@ -386,7 +390,7 @@ class TestUpserts:
             assert database.execute(UPSERT, (COLD, False)) == [(4,)]
             await until_parked(server)
             await until_looked(database)
-            assert server.app.sequencer.head == 1
+            assert server.app.feed.sequencer.head == 1
             holder.rollback()
             assert await waiting == [(3,)]
             await reader.until_seq(4)
@@ -440,7 +444,7 @@ class TestHolesAndPages:
             database.insert(8)
             await until_parked(server)
             await until_looked(database)
-            assert server.app.sequencer.head == 0
+            assert server.app.feed.sequencer.head == 0
             lost.rollback()
             await reader.until_events(8)
             assert reader.events == database.stored()
@@ -459,7 +463,7 @@ class TestHolesAndPages:
             database.insert(20)
             await until_parked(server)
             await until_looked(database)
-            assert server.app.sequencer.head == 2
+            assert server.app.feed.sequencer.head == 2
             bulk.commit()
             await reader.until_events(42)
             assert reader.events == database.stored()
@@ -480,7 +484,7 @@ class TestHolesAndPages:
             first.commit()
             await reader.until_events(3)
             await until_looked(database)
-            assert server.app.sequencer.head == 3
+            assert server.app.feed.sequencer.head == 3
             hole.commit()
             await reader.until_events(8)
             assert reader.events == database.stored()
@@ -497,7 +501,7 @@ class TestHolesAndPages:
             async with reading(server.stream_url, cursor=0) as reader:
                 await reader.until_events(5)
                 await until_looked(database)
-                assert server.app.sequencer.head == 5
+                assert server.app.feed.sequencer.head == 5
                 hole.commit()
                 await reader.until_events(11)
             assert reader.events == database.stored()
@@ -519,10 +523,10 @@ class TestStart:
             answer = await client.get(f"{url}/health/ready")
             assert answer.status_code == 503
             assert "no head" in answer.json()["message"]
-            assert not app.sequencer.started.is_set()
+            assert not app.feed.sequencer.started.is_set()
             opening = asyncio.create_task(read_to(f"{url}/stream", seq=7))
             hole.execute(ending)
-            await app.sequencer.started.wait()
+            await app.feed.sequencer.started.wait()
             database.insert()
             reader = await opening
             assert (await client.get(f"{url}/health/ready")).status_code == 200
@@ -541,7 +545,7 @@ class TestStart:
             hole.commit()
             async with reading(f"http://127.0.0.1:{port}/stream", cursor=0) as reader:
                 await reader.until_events(1)
-                assert app.sequencer.started.is_set()
+                assert app.feed.sequencer.started.is_set()
                 later.commit()
                 await reader.until_events(2)
         assert reader.events == database.stored()
@@ -555,7 +559,7 @@ class TestStart:
         app = App(Settings(**QUICK), database.dsn, None)
         async with app.running() as port:
             await until(lambda: database.backends(HOLDERS))
-            assert not app.sequencer.started.is_set()
+            assert not app.feed.sequencer.started.is_set()
             database.execute("COMMIT PREPARED 'first'")
             async with reading(f"http://127.0.0.1:{port}/stream", cursor=0) as reader:
                 await reader.until_events(1)
@@ -675,7 +679,7 @@ class TestRoles:
                 database.insert()
                 await until_parked(server)
                 await until_looked(database)
-                assert server.app.sequencer.head == 3
+                assert server.app.feed.sequencer.head == 3
                 hole.commit()
                 await reader.until_events(5)
                 assert reader.events == database.stored()

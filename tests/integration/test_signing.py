@@ -113,7 +113,7 @@ async def test_wrong_signatures_that_others_stored_are_flagged_and_streamed_all_
         for label in (KEY.sign(good), good._replace(sig=b"\1" * 64), good):
             database.insert(1, **label._asdict())
         await until(lambda: server.app.metrics.count["signatures_invalid"] == 1)
-        await until(lambda: server.app.sequencer.head == 3)
+        await until(lambda: server.app.feed.sequencer.head == 3)
     [line] = [line for line in caplog.text.splitlines() if "signature is wrong" in line]
     assert f"seq=2 src={SRC}" in line
 

@@ -61,7 +61,7 @@ async def test_a_new_consumer_gets_what_is_in_force_and_then_goes_on_live(
     server: Server, database: TestDatabase
 ) -> None:
     write(database, random.Random(1), 40)
-    await until(lambda: server.app.sequencer.head == 40)
+    await until(lambda: server.app.feed.sequencer.head == 40)
     async with reading(server.stream_url, snapshot="active") as stream:
         assert (await until_complete(stream))["seq"] == 40
         assert int(stream.last_id) == 40
@@ -79,7 +79,7 @@ async def test_a_consumer_that_is_cut_anywhere_ends_with_the_state_of_the_table(
     chance = random.Random(seed)
     async with run_server(page_max_events=1) as server:
         write(database, chance, 30)
-        await until(lambda: server.app.sequencer.head == 30)
+        await until(lambda: server.app.feed.sequencer.head == 30)
         url = f"{server.stream_url}?snapshot=active"
         received: list[dict[str, Any]] = []
         last_id, head = None, 30
@@ -96,7 +96,7 @@ async def test_a_consumer_that_is_cut_anywhere_ends_with_the_state_of_the_table(
                 last_id = stream.last_id
             write(database, chance, 5)
             head += 5
-        await until(lambda head=head: server.app.sequencer.head == head)
+        await until(lambda head=head: server.app.feed.sequencer.head == head)
         async with reading(url, last_event_id=last_id) as stream:
             await stream.until_seq(head)
             received += stream.events
@@ -137,7 +137,7 @@ async def test_where_all_is_negated_the_snapshot_is_empty_however_long_history_i
         " SELECT src, uri, cid, val, true, cts FROM label ORDER BY id"
     )
     async with run_server(page_max_events=2) as server:
-        await until(lambda: server.app.sequencer.head == 200)
+        await until(lambda: server.app.feed.sequencer.head == 200)
         async with reading(server.stream_url, snapshot="active") as stream:
             assert (await until_complete(stream))["seq"] == 200
             assert stream.events == []
@@ -152,15 +152,15 @@ async def test_a_consumer_is_told_how_far_a_snapshot_is_while_it_is_empty(
         " SELECT src, uri, cid, val, true, cts FROM label ORDER BY id"
     )
     async with run_server(page_max_events=2, heartbeat_seconds=0.05) as server:
-        await until(lambda: server.app.sequencer.head == 200)
-        read, on = server.app.pages.read, asyncio.Event()
+        await until(lambda: server.app.feed.sequencer.head == 200)
+        read, on = server.app.feed.pages.read, asyncio.Event()
 
         async def hold(client: str, cursor: int, *rest: Any) -> Any:
             if cursor >= 100:
                 await on.wait()
             return await read(client, cursor, *rest)
 
-        monkeypatch.setattr(server.app.pages, "read", hold)
+        monkeypatch.setattr(server.app.feed.pages, "read", hold)
         # Else whoever is cut begins anew each time.
         async with reading(server.stream_url, snapshot="active") as stream:
             await stream.until(lambda: int(stream.last_id or 0) >= 100)
@@ -171,7 +171,7 @@ async def test_a_consumer_is_told_how_far_a_snapshot_is_while_it_is_empty(
 
 async def test_a_filter_narrows_the_snapshot(server: Server, database: TestDatabase) -> None:
     write(database, random.Random(5), 40)
-    await until(lambda: server.app.sequencer.head == 40)
+    await until(lambda: server.app.feed.sequencer.head == 40)
     async with reading(server.stream_url, snapshot="active", values="rude") as stream:
         await until_complete(stream)
     wanted = [e for e in folded(database.stored()).values() if e["labels"][0]["val"] == "rude"]
@@ -182,7 +182,7 @@ async def test_a_new_consumer_is_not_told_of_the_floor_and_one_that_comes_back_i
     server: Server, database: TestDatabase
 ) -> None:
     database.fill(10)
-    await until(lambda: server.app.sequencer.head == 10)
+    await until(lambda: server.app.feed.sequencer.head == 10)
     database.execute("UPDATE label_stream SET floor = 6")
     database.execute("DELETE FROM label WHERE id < 6")
     url = f"{server.stream_url}?snapshot=active"
@@ -196,7 +196,7 @@ async def test_a_new_consumer_is_not_told_of_the_floor_and_one_that_comes_back_i
 
 async def test_the_socket_carries_the_same_snapshot(server: Server, database: TestDatabase) -> None:
     write(database, random.Random(6), 40)
-    await until(lambda: server.app.sequencer.head == 40)
+    await until(lambda: server.app.feed.sequencer.head == 40)
     url = f"{server.url}/xrpc/com.atproto.label.subscribeLabels?snapshot=active"
     async with aiohttp.ClientSession() as session, session.ws_connect(url) as socket:
         seqs = []
@@ -248,7 +248,7 @@ async def test_consumers_that_come_together_begin_with_the_same_state(
     write(database, random.Random(9), 40)
     async with run_server(page_max_events=1) as server:
         count = server.app.metrics.count
-        await until(lambda: server.app.sequencer.head == 40)
+        await until(lambda: server.app.feed.sequencer.head == 40)
         pages = 0
         for head, times in ((40, 0), (50, 1), (60, 2)):
             async with reading(server.stream_url, snapshot="active") as stream:
@@ -262,7 +262,7 @@ async def test_consumers_that_come_together_begin_with_the_same_state(
             # The last page reaches to the end, and is kept by nobody.
             assert count["backfill_page_hits"] == times * (pages - 1)
             write(database, random.Random(head), 10)
-            await until(lambda head=head: server.app.sequencer.head == head + 10)
+            await until(lambda head=head: server.app.feed.sequencer.head == head + 10)
 
 
 @pytest.mark.parametrize("bound", ["SECONDS", "EVENTS"])
@@ -276,8 +276,8 @@ async def test_a_state_that_is_not_new_enough_is_not_begun_with(
             monkeypatch.setattr(
                 server.app.expiry, "clock", lambda head=head: clock() + (head - 10) * 0.9
             )
-        write(database, random.Random(head), head - server.app.sequencer.head)
-        await until(lambda head=head: server.app.sequencer.head == head)
+        write(database, random.Random(head), head - server.app.feed.sequencer.head)
+        await until(lambda head=head: server.app.feed.sequencer.head == head)
         async with reading(server.stream_url, snapshot="active") as stream:
             assert (await until_complete(stream))["seq"] == at
 
@@ -307,7 +307,7 @@ async def test_query_labels_leaves_out_what_is_over_and_reaches_each_match_once(
     monkeypatch.setattr("sse_labels.store.QUERY_WINDOW", windows[0])
     monkeypatch.setattr("sse_labels.store.URI_WINDOW", windows[1])
     write(database, random.Random(8), 60)
-    await until(lambda: server.app.sequencer.head == 60)
+    await until(lambda: server.app.feed.sequencer.head == 60)
     url = f"{server.url}/xrpc/com.atproto.label.queryLabels"
     found: list[Any] = []
     query = {"uriPatterns": pattern, "limit": "2", "snapshot": "active"}
@@ -329,8 +329,8 @@ async def test_a_page_of_a_snapshot_is_no_larger_than_any_other(
 ) -> None:
     database.fill(100)
     async with run_server(page_max_events=10) as server:
-        await until(lambda: server.app.sequencer.head == 100)
-        page = await server.app.store.snapshot_page(0, Snapshot(100, resumed=False), 10, None)
+        await until(lambda: server.app.feed.sequencer.head == 100)
+        page = await server.app.feed.store.snapshot_page(0, Snapshot(100, resumed=False), 10, None)
         assert (len(page.rows), page.full) == (10, True)
         async with reading(server.stream_url, snapshot="active") as stream:
             await until_complete(stream)

@@ -87,7 +87,10 @@ async def get(url: str, method: str = "GET", **given: Any) -> httpx.Response:
 async def caught_up(server: Server, streams: int) -> None:
     """Return when so many streams are live."""
     await until(
-        lambda: sum(visit.outbox.caught_up for visit in server.app.streams.open.values()) == streams
+        lambda: (
+            sum(visit.outbox.caught_up for visit in server.app.site.streams.open.values())
+            == streams
+        )
     )
 
 
@@ -121,7 +124,7 @@ async def test_first_bytes_come_at_once_even_from_an_empty_table(server: Server)
                 "message": "streaming what comes after 0",
                 "cursor": 0,
                 "head": 0,
-                "epoch": server.app.sequencer.epoch,
+                "epoch": server.app.feed.sequencer.epoch,
                 "heartbeatSeconds": server.app.settings.heartbeat_seconds,
             }
         assert opened.response.headers["Sse-Labels-Head"] == "0"
@@ -160,7 +163,7 @@ async def test_an_http_1_0_client_gets_the_bare_bytes(
         await caught_up(server, 1)
         database.insert(2)
         body += await reader.readuntil(b"id: 5\n") + await reader.readuntil(b"\n\n")
-        server.app.streams.stop()
+        server.app.site.streams.stop()
         body += await reader.read()
     writer.close()
     await writer.wait_closed()
@@ -254,7 +257,7 @@ async def test_a_cursor_that_this_process_is_behind_of_is_waited_for(
     database.insert(2)
     await until_head(server, 2)
     gate = Gate()
-    store = server.app.store
+    store = server.app.feed.store
     monkeypatch.setattr(store, "rows_after", gate.before(store.rows_after))
     database.insert(4)
     async with asyncio.timeout(PATIENCE_SECONDS):
@@ -368,14 +371,14 @@ async def test_a_stream_that_fails_says_so_and_from_where_to_go_on(
     database.fill(5)
     async with run_server() as server:
         with monkeypatch.context() as patch:
-            patch.setattr(server.app.pages, "read", fail)
+            patch.setattr(server.app.feed.pages, "read", fail)
             async with wire(server.stream_url, cursor=2) as opened:
                 end = await opened.until(
                     opening(2, rest=r"retry: \d+\nid: 2\nevent: error\ndata: ([^\n]+)\n\n")
                 )
         last = json.loads(end[2])
         assert (last["error"], last["cursor"]) == ("InternalServerError", 2)
-        await until(lambda: not server.app.streams.open)
+        await until(lambda: not server.app.site.streams.open)
         assert server.app.metrics.streams_ended[how] == 1
         [line] = [line for line in caplog.text.splitlines() if "stream closed: " in line]
         assert f" how={how} " in line
@@ -441,7 +444,7 @@ async def test_heartbeats_come_while_history_lets_itself_be_waited_for(
     database.insert(3)
     async with run_server(heartbeat_seconds=0.05) as server:
         gate = Gate()
-        monkeypatch.setattr(server.app.pages, "read", gate.before(server.app.pages.read))
+        monkeypatch.setattr(server.app.feed.pages, "read", gate.before(server.app.feed.pages.read))
         async with wire(server.stream_url, cursor=0) as opened:
             await opened.until(opening(0, rest=r"(:[^\n]*\n\n){2,}"))
             gate.opened.set()
@@ -552,10 +555,10 @@ async def frozen(server: Server, path: str = "/stream") -> AsyncIterator[socket.
     with socket.socket() as client:
         client.setblocking(False)
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        streams = len(server.app.streams.open)
+        streams = len(server.app.site.streams.open)
         await loop.sock_connect(client, ("127.0.0.1", int(server.url.rsplit(":", 1)[1])))
         await loop.sock_sendall(client, f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
-        await until(lambda: len(server.app.streams.open) == streams + 1)
+        await until(lambda: len(server.app.site.streams.open) == streams + 1)
         yield client
 
 
@@ -580,7 +583,9 @@ async def test_a_reader_that_takes_nothing_is_reset_and_the_others_get_everythin
     ):
         await caught_up(server, 3)
         stalled = next(
-            visit.outbox for visit in server.app.streams.open.values() if visit.outbox.position == 0
+            visit.outbox
+            for visit in server.app.site.streams.open.values()
+            if visit.outbox.position == 0
         )
         for seq in range(10, 201, 10):
             insert_large(database, 10)
@@ -593,7 +598,7 @@ async def test_a_reader_that_takes_nothing_is_reset_and_the_others_get_everythin
         received = await until_reset(client)
         assert received.startswith(b"HTTP/1.1 200 OK\r\n")
         assert len(received) < 100_000
-        assert len(server.app.streams.open) == 2
+        assert len(server.app.site.streams.open) == 2
         database.insert(1)
         await asyncio.gather(one.until_seq(201), other.until_seq(201))
         rendered = render([metrics.numbers()]).decode()
@@ -698,7 +703,7 @@ async def test_the_last_event_is_not_waited_for_longer_than_the_grace(
             with pytest.raises(BlockingIOError):
                 while True:
                     raw.send(b"\n")
-        [outbox] = [visit.outbox for visit in server.app.streams.open.values()]
+        [outbox] = [visit.outbox for visit in server.app.site.streams.open.values()]
         outbox.close(ConsumerTooSlow("as if by an overflow"))
         ended = server.app.metrics.streams_ended
         await until(lambda: ended["ConsumerTooSlow"] == 1, seconds=3)
@@ -722,7 +727,7 @@ async def test_an_overflow_in_the_moment_of_the_send_timeout_disturbs_nobody(
         raised: list[Exception] = []
 
         def overflow() -> None:
-            [outbox] = [visit.outbox for visit in server.app.streams.open.values()]
+            [outbox] = [visit.outbox for visit in server.app.site.streams.open.values()]
             try:
                 outbox.close(ConsumerTooSlow("as if by an overflow, in the sequencer's task"))
             except Exception as error:
@@ -730,7 +735,7 @@ async def test_an_overflow_in_the_moment_of_the_send_timeout_disturbs_nobody(
 
         # The next callback after the one that ends the write, before the stream's task runs.
         asyncio.get_running_loop().call_at(math.nextafter(when, math.inf), overflow)
-        await until(lambda: not server.app.streams.open)
+        await until(lambda: not server.app.site.streams.open)
         await until_reset(client)
     assert raised == []
 
@@ -746,7 +751,9 @@ async def test_a_reader_that_hangs_up_leaves_nothing_behind(
     async with run_server(**STALLING) as server:
         gate = Gate()
         if when == "page being read":
-            monkeypatch.setattr(server.app.store, "page", gate.before(server.app.store.page))
+            monkeypatch.setattr(
+                server.app.feed.store, "page", gate.before(server.app.feed.store.page)
+            )
         before = asyncio.all_tasks()
         async with AsyncExitStack() as stack:
             for values in ("spam", "spam", "porn"):
@@ -754,17 +761,17 @@ async def test_a_reader_that_hangs_up_leaves_nothing_behind(
                 await stack.enter_async_context(frozen(server, path))
             if when == "live":
                 await caught_up(server, 3)
-                assert server.app.sequencer._subscribers
+                assert server.app.feed.sequencer._subscribers
             elif when == "page being read":
                 await gate.reached.wait()
             else:
                 await until(lambda: server.app.metrics.events_delivered > 0)
             assert asyncio.all_tasks() - before
         gate.opened.set()
-        await until(lambda: not server.app.streams.open)
+        await until(lambda: not server.app.site.streams.open)
         await until(lambda: not asyncio.all_tasks() - before)
-        assert server.app.sequencer._subscribers == {}
-        assert server.app.pages._reads._reads == server.app.pages._table._reads == {}
+        assert server.app.feed.sequencer._subscribers == {}
+        assert server.app.feed.pages._reads._reads == server.app.feed.pages._table._reads == {}
         assert server.app.metrics.streams_ended == {"ClientGone": 3}
         assert "sse_labels_streams 0.0" in render([server.app.metrics.numbers()]).decode()
 
@@ -787,8 +794,8 @@ async def test_a_full_server_tells_browsers_to_come_back_later(run_server: RunSe
             # Ten times what others are told.
             assert refused.retry_ms is not None
             assert 20_000 <= refused.retry_ms <= 50_000
-            assert len(server.app.streams.open) == 1
-        await until(lambda: not server.app.streams.open)
+            assert len(server.app.site.streams.open) == 1
+        await until(lambda: not server.app.site.streams.open)
         async with reading(server.stream_url) as next_one:
             await next_one.until_opened()
         assert server.app.metrics.requests_refused == {"TooManyConnections": 1}
@@ -823,7 +830,9 @@ async def test_a_stopping_server_ends_every_stream_and_nothing_is_lost(
             for reader in live:
                 await reader.until_seq(205)
             gate = Gate()
-            monkeypatch.setattr(server.app.store, "page", gate.before(server.app.store.page))
+            monkeypatch.setattr(
+                server.app.feed.store, "page", gate.before(server.app.feed.store.page)
+            )
             waiting = await stack.enter_async_context(
                 reading(server.stream_url, cursor=1, values="spam")
             )
@@ -852,7 +861,7 @@ async def test_a_stopping_server_ends_every_stream_and_nothing_is_lost(
 
 
 async def test_a_stopping_server_refuses_new_streams(server: Server) -> None:
-    server.app.streams.stop()
+    server.app.site.streams.stop()
     answer = await get(server.stream_url)
     assert (answer.status_code, answer.json()["error"]) == (503, "NotReady")
     assert int(answer.headers["Retry-After"]) > 0
@@ -897,7 +906,7 @@ async def test_a_stream_that_opens_early_waits_for_the_head(
             return reader
 
         gate = Gate()
-        started = server.app.sequencer.started
+        started = server.app.feed.sequencer.started
         monkeypatch.setattr(started, "wait", gate.before(started.wait))
         reads = asyncio.create_task(read())
         await gate.reached.wait()

@@ -103,7 +103,7 @@ async def test_without_a_cursor_only_live_labels_arrive(
     server: Server, database: TestDatabase
 ) -> None:
     database.insert(3)
-    await until(lambda: server.app.sequencer.head == 3)
+    await until(lambda: server.app.feed.sequencer.head == 3)
     async with subscribed(server) as socket:
         [last] = database.insert(1)
         assert await socket.until_seq(last) == database.stored()[-1:]
@@ -114,7 +114,7 @@ async def test_a_cursor_resumes_after_it_and_a_filter_hides(
 ) -> None:
     database.insert(4, val="spam")
     database.insert(4, val="rude")
-    await until(lambda: server.app.sequencer.head == 8)
+    await until(lambda: server.app.feed.sequencer.head == 8)
     async with subscribed(server, "?cursor=2&values=rude") as socket:
         assert await socket.until_seq(8) == database.stored()[4:]
 
@@ -158,13 +158,13 @@ async def test_a_consumer_that_lags_is_told_and_closed(
         subscribed(server, small=True) as slow,
     ):
         await until(lambda: server.app.metrics.gauges["streams"]() == 1)
-        [visit] = server.app.streams.open.values()
+        [visit] = server.app.site.streams.open.values()
         await until(lambda: visit.outbox.caught_up)
         # One write, far larger than what the kernel takes; what comes next waits in the outbox.
         insert_large(database, 200)
         await until(lambda: server.app.metrics.events_delivered == 200)
         database.fill(60)
-        await until(lambda: server.app.sequencer.head == 260)
+        await until(lambda: server.app.feed.sequencer.head == 260)
         database.insert(1)
         await until(lambda: server.app.metrics.count["queue_overflows"] == 1)
         assert await slow.until_closed() == xrpc.CLOSE_POLICY
@@ -180,7 +180,7 @@ async def test_a_server_that_stops_breaks_off_so_that_clients_come_back(
         connected = subscribed(server)
         socket = await connected.__aenter__()
         await until(lambda: server.app.metrics.gauges["streams"]() == 1)
-        server.app.streams.stop()
+        server.app.site.streams.stop()
         assert await socket.until_closed() == 1006
         assert socket.news == []
         await connected.__aexit__(None, None, None)

@@ -65,7 +65,7 @@ class Crowd:
 
     async def vanish(self) -> dict[str, int]:
         """Come, get stuck, and leave; return how many stood where."""
-        store, count = self._app.store, self._count
+        store, count = self._app.feed.store, self._count
         pages, gate = store.page, Gate()
         try:
             # Nothing asked, half a head, all of it and gone before the first byte of an answer:
@@ -116,13 +116,13 @@ class Crowd:
         return found
 
     def _streams(self) -> int:
-        return len(self._app.streams.open)
+        return len(self._app.site.streams.open)
 
     def _caught_up(self) -> int:
-        return sum(visit.outbox.caught_up for visit in self._app.streams.open.values())
+        return sum(visit.outbox.caught_up for visit in self._app.site.streams.open.values())
 
     def _queued(self) -> int:
-        return sum(visit.outbox.queued > 0 for visit in self._app.streams.open.values())
+        return sum(visit.outbox.queued > 0 for visit in self._app.site.streams.open.values())
 
     async def _come(self, text: str, count: int | None = None) -> None:
         loop = asyncio.get_running_loop()
@@ -188,7 +188,7 @@ async def test_clients_that_vanish_leave_no_task_no_queue_no_descriptor(
             left = crowd.left(before)
             tell(request.config, f"{7 * CLIENTS} clients that vanished; at most {present}")
             tell(request.config, f"left over: {left}")
-        assert server.app.sequencer._subscribers == {}
+        assert server.app.feed.sequencer._subscribers == {}
 
 
 async def test_clients_whose_network_is_gone_are_gone_within_heartbeat_and_send_timeout(
@@ -220,4 +220,4 @@ async def test_clients_whose_network_is_gone_are_gone_within_heartbeat_and_send_
         await until(lambda: not any(crowd.left(before).values()))
         # Whoever answers was let alone.
         await reader.until_seq(seq)
-        assert len(server.app.streams.open) == 1
+        assert len(server.app.site.streams.open) == 1

@@ -96,7 +96,7 @@ class AtSeq:
 
 async def until_head(server: Server, seq: int) -> None:
     """Return when the sequencer has handed everything up to `seq` to its subscribers."""
-    sequencer = server.app.sequencer
+    sequencer = server.app.feed.sequencer
     if sequencer.head >= seq:
         return
     watcher = AtSeq(seq)

@@ -14,7 +14,9 @@ import pytest
 from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 
+from sse_labels.config import Settings
 from sse_labels.errors import InvalidLabel, InvalidRequest, PayloadTooLarge, RequestError
+from sse_labels.keys import Keys
 from sse_labels.labels import Label, label_json, parse_label
 from sse_labels.metrics import Metrics
 from sse_labels.publisher import CHECKED_AT_ONCE, Publisher
@@ -65,7 +67,9 @@ def publish(body: bytes) -> tuple[list[Label], RequestError | None]:
     answer = None
     # Nobody else has a turn here, so nothing waits for long.
     try:
-        publishing = Publisher(store, store, Metrics()).publish(handler()._labels(body))
+        publishing = Publisher(store, store, Metrics(), Keys(Settings())).publish(
+            handler()._labels(body)
+        )
         while True:
             publishing.send(None)
     except StopIteration:
@@ -198,7 +202,7 @@ async def test_requests_that_are_checked_at_once_leave_streams_their_turns(
 
     monkeypatch.setattr("sse_labels.publisher.parse_label", counting)
     store: Any = Stored()
-    publisher = Publisher(store, store, Metrics())
+    publisher = Publisher(store, store, Metrics(), Keys(Settings()))
     requests, labels = 5, 4 * CHECKED_AT_ONCE + 1
     async with asyncio.TaskGroup() as tasks:
         for _ in range(requests):
@@ -213,7 +217,7 @@ async def test_requests_that_are_checked_at_once_leave_streams_their_turns(
 
 async def test_request_of_one_label_does_not_wait_for_large_ones() -> None:
     store: Any = Stored()
-    publisher = Publisher(store, store, Metrics())
+    publisher = Publisher(store, store, Metrics(), Keys(Settings()))
     async with asyncio.TaskGroup() as tasks:
         large = tasks.create_task(publisher.publish([GOOD] * (100 * CHECKED_AT_ONCE)))
         await asyncio.sleep(0)
