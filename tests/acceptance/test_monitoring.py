@@ -33,11 +33,7 @@ RUNBOOKS = dict(zip(NAMES, re.findall(r' runbook: "(.+)"', TEXT), strict=True))
 
 DASHBOARD = json.loads((MONITORING / "grafana.json").read_text())
 PANELS = {panel["title"]: panel for panel in DASHBOARD["panels"]}
-TARGETS = [
-    pytest.param(target["expr"], id=f"{title} {target['refId']}")
-    for title, panel in PANELS.items()
-    for target in panel["targets"]
-]
+TARGETS = [target["expr"] for panel in PANELS.values() for target in panel["targets"]]
 #: What Grafana writes in the place of variables: all servers, and a time for rates.
 VARIABLES = {"$instance": ".+", "$__rate_interval": "20s"}
 
@@ -177,9 +173,8 @@ def test_rules_are_what_prometheus_takes() -> None:
     assert list(CASES) == NAMES
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_alert_fires_with_its_fault_says_so_and_not_without(tmp_path: Path, name: str) -> None:
-    case = CASES[name]
+def rule_tests(name: str, case: Case) -> Iterator[dict[str, Any]]:
+    """As promtool takes them: the fault fires the alert, and what is close to it does not."""
     known = {"instance": "a", "job": "sse_labels", "severity": case.severity}
     labels = {
         key: value or known[key]
@@ -190,9 +185,13 @@ def test_alert_fires_with_its_fault_says_so_and_not_without(tmp_path: Path, name
         "exp_labels": labels,
         "exp_annotations": {"summary": case.summary, "runbook": RUNBOOKS[name]},
     }
-
-    def group(values: dict[str, str], expected: dict[int, list[Any]]) -> dict[str, Any]:
-        return {
+    quiet: dict[int, list[Any]] = {minute: [] for minute in range(31)}
+    for values, expected in (
+        (case.fault, {case.minute - 1: [], case.minute: [fires]}),
+        (case.quiet, quiet),
+    ):
+        yield {
+            "name": name,
             "interval": "1m",
             "input_series": [{"series": each, "values": of} for each, of in values.items()],
             "alert_rule_test": [
@@ -201,19 +200,15 @@ def test_alert_fires_with_its_fault_says_so_and_not_without(tmp_path: Path, name
             ],
         }
 
-    test = tmp_path / "test.yml"
+
+def test_each_alert_fires_with_its_fault_says_so_and_not_without(tmp_path: Path) -> None:
+    tests = [each for name, case in CASES.items() for each in rule_tests(name, case)]
+    file = tmp_path / "test.yml"
     # JSON is YAML.
-    test.write_text(
-        json.dumps({
-            "rule_files": [str(ALERTS)],
-            "evaluation_interval": "1m",
-            "tests": [
-                group(case.fault, {case.minute - 1: [], case.minute: [fires]}),
-                group(case.quiet, {minute: [] for minute in range(31)}),
-            ],
-        })
-    )  # fmt: skip
-    promtool("test", "rules", test)
+    file.write_text(
+        json.dumps({"rule_files": [str(ALERTS)], "evaluation_interval": "1m", "tests": tests})
+    )
+    promtool("test", "rules", file)
 
 
 def shown_names(text: str) -> dict[str, str]:
@@ -240,44 +235,32 @@ async def names(server: Server) -> dict[str, str]:
 def check_names(expression: str, names: dict[str, str]) -> None:
     """Fail for a metric that the server has not, and for rates of what is no counter."""
     used = set(re.findall(r"\b(?:sse_labels_|process_)\w+|\bup\b", expression))
-    assert used
-    assert used <= names.keys(), used - names.keys()
+    assert used, expression
+    assert used <= names.keys(), (expression, used - names.keys())
     rated = set(re.findall(r"\b(?:rate|increase)\((\w+)", expression))
     counted = {name for name in used if names[name] != "gauge"}
-    assert rated == counted, "rate() of a gauge, or a counter without"
+    assert rated == counted, f"rate() of a gauge, or a counter without: {expression}"
 
 
-@pytest.mark.parametrize("expression", EXPRESSIONS.values(), ids=NAMES)
-async def test_every_metric_of_an_alert_is_one_of_the_server(
-    names: dict[str, str], expression: str
-) -> None:
-    check_names(expression, names)
+def test_every_metric_of_alerts_and_dashboard_is_one_of_the_server(names: dict[str, str]) -> None:
+    for expression in (*EXPRESSIONS.values(), *TARGETS):
+        check_names(expression, names)
 
 
-@pytest.mark.parametrize("expression", TARGETS)
-async def test_every_metric_of_the_dashboard_is_one_of_the_server(
-    names: dict[str, str], expression: str
-) -> None:
-    check_names(expression, names)
-
-
-@pytest.mark.parametrize(
-    "expression",
-    [
+def test_check_of_names_finds_wrong_ones(names: dict[str, str]) -> None:
+    for expression in (
         "rate(sse_labels_streams_total[5m])",  # a gauge has no such name, …
         "rate(sse_labels_streams[5m])",  # … and no rate
         "sse_labels_holes_total",
         "sse_labels_holes",
         "sse_labels_commit_to_fanout_seconds",
         "sse_labels_misspelt",
-    ],
-)
-async def test_check_of_names_finds_wrong_ones(names: dict[str, str], expression: str) -> None:
-    with pytest.raises(AssertionError):
-        check_names(expression, names)
+    ):
+        with pytest.raises(AssertionError):
+            check_names(expression, names)
 
 
-async def test_errors_that_alerts_name_exist() -> None:
+def test_errors_that_alerts_name_exist() -> None:
     from sse_labels import errors
 
     known = {getattr(each, "name", None) for each in vars(errors).values()}
