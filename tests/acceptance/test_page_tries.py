@@ -32,7 +32,7 @@ from support.reading import PATIENCE_SECONDS
 
 MONTH_SECONDS = 2_592_000
 #: How long tries are counted where the page's clock is the real one: in a SharedWorker.
-WINDOW_SECONDS = 6.5
+WINDOW_SECONDS = 4.5
 #: `visibilitychange` to hidden ends a connection of the page's own after so long.
 RESTS_AFTER_MS = 5000
 #: How often the dashboard asks whether the server is ready.
