@@ -35,6 +35,11 @@ settings.register_profile("whatever the time", deadline=None)
 settings.load_profile("whatever the time")
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """How many processes run tests: one more than cores, because some tests only wait."""
+    return len(os.sched_getaffinity(0)) + 1
+
+
 def pytest_configure() -> None:
     """Take what programs are started with: signals, descriptors, and a folder in memory."""
     # A shell that starts a run in the background has it ignore Ctrl-C, and programs inherit that.
