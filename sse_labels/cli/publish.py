@@ -22,7 +22,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -42,11 +41,12 @@ from sse_labels.cli.options import (
 )
 from sse_labels.cli.standard_streams import tell_result
 from sse_labels.cli.tls import tls_options
+from sse_labels.client.retries import after_seconds
 from sse_labels.config import integer, path, seconds, size
 from sse_labels.embedded import EmbeddedPostgres, default_data_dir
 from sse_labels.errors import ConfigError, SseLabelsError
 from sse_labels.publish_token import FILE_NAME, read_token
-from sse_labels.seq import SEQ_MAX, number_in, seconds_in
+from sse_labels.seq import SEQ_MAX, number_in
 
 TIMEOUT_SECONDS = 60.0
 #: The server forgets a key after a day (`retention`); sent again later, a batch would be new.
@@ -194,7 +194,7 @@ class Sender:
             certain,
             status in TEMPORARY,
             status,
-            after_seconds(response),
+            after_seconds(response.headers),
         )
 
     def _given_up(self, trouble: Trouble, tries: int, elapsed: float) -> str:
@@ -337,18 +337,6 @@ def message_of(response: httpx.Response) -> str:
         return str(ujson.loads(response.text)["message"])
     except (ValueError, TypeError, KeyError):
         return response.reason_phrase
-
-
-def after_seconds(response: httpx.Response) -> float:
-    """Return how long an answer asks to wait, 0 when it does not (RFC 9110, section 10.2.3)."""
-    text = response.headers.get("Retry-After", "")
-    seconds = seconds_in(text)
-    if seconds is not None:
-        return seconds
-    try:
-        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
-    except (ValueError, OverflowError):
-        return 0.0
 
 
 @contextlib.contextmanager

@@ -16,15 +16,12 @@ import select
 import signal
 import ssl
 import sys
-import time
 from pathlib import Path
 from types import FrameType
 
 import click
 import httpx
-import ujson
 
-from sse_labels.backoff import Backoff
 from sse_labels.cli.layout import Command
 from sse_labels.cli.options import (
     named_as_given,
@@ -37,116 +34,42 @@ from sse_labels.cli.options import (
 from sse_labels.cli.standard_streams import OutputLost
 from sse_labels.cli.state import State
 from sse_labels.cli.tls import tls_options
-from sse_labels.client.event_stream import (
-    HEADERS,
-    TOKEN_HINT,
-    Block,
-    EventStream,
-    MessageTooLong,
-    is_event_stream,
-)
+from sse_labels.client.event_reader import EventReader, Opened, client_of
+from sse_labels.client.event_stream import Block
+from sse_labels.client.retries import Patience, Refused
 from sse_labels.config import Expected, integer, path
-from sse_labels.errors import SseLabelsError
-from sse_labels.seq import SEQ_MAX, number_in, seconds_in
-
-#: The server writes at least a heartbeat each 15 s; after this silence the connection is dead.
-SILENCE_SECONDS = 45.0
-CONNECT_SECONDS = 10.0
-#: Answers after which asking again the same way may help.
-TEMPORARY = {408, 425, 429, 500, 502, 503, 504}
-#: No hint of a server is followed longer than this.
-LONGEST_HINT_SECONDS = 3600.0
-
-
-class Refused(SseLabelsError):
-    """The server will never answer this request with a stream that can be followed."""
+from sse_labels.seq import SEQ_MAX, number_in
 
 
 class Tail:
     """Follows one URL and writes what it receives to standard output."""
 
-    def __init__(
-        self,
-        url: str,
-        cursor: int | None,
-        state: State | None,
-        until_head: bool,
-        token: str | None,
-        tls: ssl.SSLContext,
-    ) -> None:
-        self._url = url
-        #: As messages name it: a token may stand in the query, a password before the host.
-        self._place = str(httpx.URL(url).copy_with(query=None, userinfo=b""))
-        self._authorization = {} if token is None else {"Authorization": f"Bearer {token}"}
-        self._tls = tls
-        self._cursor = cursor
+    def __init__(self, reader: EventReader, state: State | None, until_head: bool) -> None:
+        self._reader = reader
         self._state = state
         self._until_head = until_head
         self._head: int | None = None
-        #: How long the server asked to wait; it holds until it says otherwise (HTML standard).
-        self._hint_seconds = 0.0
-        self._backoff = Backoff(first=0.5, longest=30.0)
         self._taking = False
         self._told_to_stop = 0
 
     def run(self) -> None:
         """Follow for ever, or until the head that the server had at the beginning."""
-        timeout = httpx.Timeout(CONNECT_SECONDS, read=SILENCE_SECONDS)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._stop)
-        with httpx.Client(timeout=timeout, follow_redirects=True, verify=self._tls) as client:
-            while True:
-                try:
-                    if self._follow(client):
-                        return
-                    problem = "the stream ended"
-                except httpx.TransportError as error:
-                    problem = str(error) or type(error).__name__
-                # On top of the server's hint: it may be the same for all, and it does not grow.
-                wait = self._hint_seconds + self._backoff.next()
-                where = "from now" if self._cursor is None else f"after seq {self._cursor}"
-                say(f"{problem}; reconnecting {where} in {wait:.1f} s")
-                time.sleep(wait)
-
-    def _follow(self, client: httpx.Client) -> bool:
-        """Read one response; return whether the end that was asked for is reached."""
-        headers = HEADERS | self._authorization
-        if self._cursor is not None:
-            headers["Last-Event-ID"] = str(self._cursor)
-        with client.stream("GET", self._url, headers=headers) as response:
-            if response.status_code != 200:
-                self._refused(response)
-                return False
-            kind = response.headers.get("Content-Type", "nothing")
-            if not is_event_stream(kind):
-                raise Refused(f"{self._place} is no event stream: it answers with {kind[:60]!r}")
-            stream = EventStream(response.iter_bytes())
-            try:
-                return self._read(stream, response)
-            except MessageTooLong as error:
-                raise Refused(f"{self._place} sends {error}") from None
-            finally:
-                if stream.retry_seconds is not None:
-                    self._hint(stream.retry_seconds)
-
-    def _read(self, stream: EventStream, response: httpx.Response) -> bool:
-        for block in stream:
-            if block.event == "error" and block.data is not None:
-                say(f"the server ended the stream: {block.data}")
-                if (
-                    self._cursor is None
-                    and (seq := self._seq_of(block, is_label=False)) is not None
-                ):
+        for block in self._reader:
+            if isinstance(block, Opened):
+                if self._head is None and self._until_head:
+                    self._head = head_of(block)
+            elif block.event == "error" and block.data is not None:
+                if self._reader.cursor is None:
                     # A full server tells where to go on: what comes meanwhile follows.
-                    self._move_to(seq)
-                return False
-            # Not before: a full server, and a proxy without one, tell no head.
-            if self._head is None and self._until_head:
-                self._head = head_of(response)
-            self._take(block)
-            if self._head is not None and (self._cursor or 0) >= self._head:
-                return True
-        return False
+                    seq = self._seq_of(block, is_label=False)
+                    if seq is not None:
+                        self._move_to(seq)
+            else:
+                self._take(block)
+                if self._head is not None and (self._reader.cursor or 0) >= self._head:
+                    return
 
     def _take(self, event: Block) -> None:
         """Write a label out, and only then move on; a block without a label just moves on."""
@@ -164,16 +87,14 @@ class Tail:
             say(f"news: {event.data}")
         elif not somebody_reads():
             raise OutputLost(BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)))
-        if cursor is not None and cursor != self._cursor:
-            # The server does more than accept and close: from here on it is a new trouble.
-            self._backoff.reset()
+        if cursor is not None and cursor != self._reader.cursor:
             self._move_to(cursor)
         self._taking = False
         if self._told_to_stop:
             self._stop(self._told_to_stop, None)
 
     def _move_to(self, cursor: int) -> None:
-        self._cursor = cursor
+        self._reader.cursor = cursor
         if self._state is not None:
             self._state.save(cursor)
 
@@ -183,9 +104,11 @@ class Tail:
             return None
         seq = number_in(event.id)
         if seq is None:
-            raise Refused(f"{self._place} is no stream of labels: event id {event.id[:60]!r}")
-        if self._cursor is not None and seq < self._cursor + is_label:
-            raise Refused(f"the server went back: seq {seq} came after {self._cursor}")
+            place = self._reader.place
+            raise Refused(f"{place} is no stream of labels: event id {event.id[:60]!r}")
+        cursor = self._reader.cursor
+        if cursor is not None and seq < cursor + is_label:
+            raise Refused(f"the server went back: seq {seq} came after {cursor}")
         return seq
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
@@ -199,33 +122,12 @@ class Tail:
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
 
-    def _refused(self, response: httpx.Response) -> None:
-        response.read()
-        try:
-            problem = ujson.loads(response.text)
-            text = f"{problem['error']}: {problem['message']}"
-        except (ValueError, TypeError, KeyError):
-            text = response.reason_phrase
-        text = f"{self._place} answered {response.status_code}, {text}"
-        if response.status_code == httpx.codes.UNAUTHORIZED:
-            text += f" ({TOKEN_HINT})"
-        if response.status_code not in TEMPORARY:
-            raise Refused(text)
-        say(text)
-        after = seconds_in(response.headers.get("Retry-After", ""))
-        if after is not None:
-            self._hint(after)
 
-    def _hint(self, seconds: float) -> None:
-        self._hint_seconds = min(max(seconds, 0.0), LONGEST_HINT_SECONDS)
-
-
-def head_of(response: httpx.Response) -> int:
+def head_of(opened: Opened) -> int:
     """Return the server's head when the stream began."""
-    head = number_in(response.headers.get("Sse-Labels-Head", ""))
-    if head is None:
+    if opened.head is None:
         raise Refused("--until-head: this server does not tell its head (no Sse-Labels-Head)")
-    return head
+    return opened.head
 
 
 def somebody_reads() -> bool:
@@ -284,4 +186,7 @@ def tail(
     with named_as_given():
         kept = None if state is None else State(state)
         known = None if kept is None else kept.load()
-    Tail(url, cursor if known is None else known, kept, until_head, token, tls).run()
+    with client_of(token, tls) as client:
+        after = cursor if known is None else known
+        reader = EventReader(client, httpx.URL(url), after, Patience(None), say)
+        Tail(reader, kept, until_head).run()

@@ -14,10 +14,6 @@ from typing import NamedTuple
 from sse_labels.errors import SseLabelsError
 from sse_labels.seq import seconds_in
 
-#: What to do about an answer 401, in every client that reads.
-TOKEN_HINT = "give a token that may read: --token, or SSE_LABELS_TOKEN"  # noqa: S105
-#: What an `EventSource` asks with.
-HEADERS = {"Accept": "text/event-stream", "Cache-Control": "no-store"}
 #: The longest label is about 12 KB on the wire (8 KiB of URI, 2 KiB of DID, 128 bytes in escapes).
 MESSAGE_MAX_BYTES = 1024**2
 
@@ -43,6 +39,7 @@ class EventStream:
     """
 
     def __init__(self, pieces: Iterable[bytes] = ()) -> None:
+        """Whoever has no `pieces` to read pushes them."""
         self._pieces = pieces
         #: The last `retry:`; it counts from its line on, whatever becomes of the block.
         self.retry_seconds: float | None = None

@@ -21,7 +21,9 @@ from urllib.parse import urlsplit
 import httpx
 import ujson
 
-from sse_labels.client.event_stream import TOKEN_HINT, Block, EventStream, is_event_stream
+from sse_labels.client.answers import words_in
+from sse_labels.client.event_stream import Block, EventStream, is_event_stream
+from sse_labels.client.retries import TOKEN_HINT
 from sse_labels.doctor.database_checks import clock_finding
 from sse_labels.doctor.findings import (
     Checks,
@@ -356,7 +358,7 @@ class Reader:
                 async for block in self.blocks:
                     data = block.data or ""
                     if block.event == "error":
-                        self.error = _words(data, "an error")
+                        self.error = words_in(data, "an error")
                         return None
                     if part in data:
                         return data
@@ -386,13 +388,4 @@ def doors_finding(metrics_open: bool, publish_open: bool, local: bool) -> Findin
 
 def _said(response: httpx.Response) -> str:
     """Return the server's own words, or what the status is called."""
-    return _words(response.text, response.reason_phrase or "no reason given")
-
-
-def _words(text: str, otherwise: str) -> str:
-    """Return what an error says in JSON."""
-    try:
-        answer = ujson.loads(text)
-        return f"{answer['error']}: {answer['message']}"
-    except (ValueError, TypeError, KeyError):
-        return otherwise
+    return words_in(response.text, response.reason_phrase or "no reason given")

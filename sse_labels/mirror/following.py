@@ -17,12 +17,14 @@ from collections import Counter, deque
 from collections.abc import Awaitable, Callable
 
 from sse_labels.backoff import Backoff
+from sse_labels.client.answers import WORDS_MAX
+from sse_labels.client.retries import BEGAN_ANEW, HINT_MAX_SECONDS, Lost, NotRead
 from sse_labels.connection import Connection
 from sse_labels.errors import DatabaseRefused, DatabaseUnavailable
 from sse_labels.mirror.bounds import Quota
 from sse_labels.mirror.storing import Place, UpstreamStore
-from sse_labels.mirror.upstream import WORDS_MAX, Labels, News, Upstream, UpstreamLost
 from sse_labels.mirror.upstream import Connection as UpstreamConnection
+from sse_labels.mirror.upstream import Labels, News, Upstream
 
 log = logging.getLogger(__name__)
 
@@ -40,14 +42,10 @@ LINES_MAX = 20
 ASIDE_MAX = 1000
 #: How often in a minute labels that came let a lost upstream be tried again at once.
 QUICK_TRIES = 10
-#: No upstream's wish is followed longer than this.
-HINT_MAX_SECONDS = 3600.0
 #: How often somebody looks whether the process that follows an upstream is still there.
 LOCKED_SECONDS = 5.0
 #: Counts that the log reports.
 REPORTED = ("stored", "known", "set_aside", "own", "repeated", "reconnects", "lines_left_out")
-#: Errors of an upstream that say that its seqs are not those that the cursor belongs to.
-BEGAN_ANEW = ("FutureCursor", "EpochChanged")
 
 
 class CursorMoved(DatabaseUnavailable):
@@ -96,7 +94,8 @@ class Mirror:
             hint = 0.0
             try:
                 await self._follow()
-            except UpstreamLost as error:
+            except NotRead as error:
+                # Also what was refused is asked again: whoever runs the upstream may mend that.
                 sentence, lost = "no upstream", str(error)
                 hint = min(error.after_seconds, HINT_MAX_SECONDS)
             except CursorMoved as error:
@@ -151,7 +150,7 @@ class Mirror:
             self.tally["lines_left_out"] += 1
 
     async def _follow(self) -> None:
-        """Follow once; raise UpstreamLost or DatabaseUnavailable at the end of it."""
+        """Follow once; raise NotRead or DatabaseUnavailable at the end of it."""
         session = await self._connect()
         try:
             store = UpstreamStore(session, self._upstream.url, self._upstream.did)
@@ -160,7 +159,7 @@ class Mirror:
             self.cursor = place.cursor
             try:
                 await self._mirror(store, place)
-            except UpstreamLost as error:
+            except NotRead as error:
                 if error.name in BEGAN_ANEW:
                     await self._begin_anew(store, error.name)
                 else:
@@ -191,7 +190,7 @@ class Mirror:
     async def _mirror(self, store: UpstreamStore, place: Place) -> None:
         async with self._upstream.connected(place.cursor, place.epoch) as connection:
             if connection.epoch and connection.epoch == await store.own_epoch():
-                raise UpstreamLost("it streams this very database: each label would come again")
+                raise Lost("it streams this very database: each label would come again")
             if connection.epoch and place.epoch is None:
                 await store.note_epoch(connection.epoch)
             self._log(logging.INFO, "mirroring", cursor=place.cursor)
@@ -213,11 +212,11 @@ class Mirror:
                     await waiting.put(message)
                 elif isinstance(message, News):
                     self._tell(message)
-        except UpstreamLost as error:
+        except NotRead as error:
             await waiting.put(error)
         except Exception as error:
             log.exception("reading failed", extra={"upstream": self._upstream.url})
-            await waiting.put(UpstreamLost(f"reading failed: {error!r}"))
+            await waiting.put(Lost(f"reading failed: {error!r}"))
 
     def _tell(self, news: News) -> None:
         if news.name == "OutdatedCursor":
@@ -273,13 +272,13 @@ class Mirror:
             )
 
 
-class Waiting(asyncio.Queue[Labels | UpstreamLost]):
+class Waiting(asyncio.Queue[Labels | NotRead]):
     """Messages that wait to be stored, bounded in bytes; whoever puts one waits while it is full.
 
     The end of the connection waits behind them.
     """
 
-    _queue: deque[Labels | UpstreamLost]
+    _queue: deque[Labels | NotRead]
 
     async def batch(self, max_labels: int) -> list[Labels]:
         """Wait for messages, and return about `max_labels` labels; raise the end."""
@@ -287,7 +286,7 @@ class Waiting(asyncio.Queue[Labels | UpstreamLost]):
         labels = 0
         while not messages or (labels < max_labels and not self.empty()):
             message = await self.get() if not messages else self._queue[0]
-            if isinstance(message, UpstreamLost):
+            if isinstance(message, NotRead):
                 if messages:
                     break
                 raise message
@@ -301,11 +300,11 @@ class Waiting(asyncio.Queue[Labels | UpstreamLost]):
         self._queue = deque()
         self._bytes = 0
 
-    def _put(self, item: Labels | UpstreamLost) -> None:
+    def _put(self, item: Labels | NotRead) -> None:
         self._queue.append(item)
         self._bytes += _nbytes(item)
 
-    def _get(self) -> Labels | UpstreamLost:
+    def _get(self) -> Labels | NotRead:
         item = self._queue.popleft()
         self._bytes -= _nbytes(item)
         return item
@@ -315,5 +314,5 @@ class Waiting(asyncio.Queue[Labels | UpstreamLost]):
         return self._bytes
 
 
-def _nbytes(item: Labels | UpstreamLost) -> int:
+def _nbytes(item: Labels | NotRead) -> int:
     return item.nbytes if isinstance(item, Labels) else 0

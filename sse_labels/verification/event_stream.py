@@ -13,13 +13,9 @@ from typing import NamedTuple
 
 import httpx
 
-from sse_labels.client.event_stream import (
-    HEADERS,
-    TOKEN_HINT,
-    EventStream,
-    MessageTooLong,
-    is_event_stream,
-)
+from sse_labels.client.event_reader import HEADERS
+from sse_labels.client.event_stream import EventStream, MessageTooLong, is_event_stream
+from sse_labels.client.retries import TOKEN_HINT
 from sse_labels.seq import number_in, seconds_in
 from sse_labels.verification.continuity import object_in, words_of
 from sse_labels.verification.patience import (

@@ -18,7 +18,8 @@ import aiohttp
 import httpx
 from aiohttp import WSMsgType
 
-from sse_labels.client.event_stream import MESSAGE_MAX_BYTES, TOKEN_HINT
+from sse_labels.client.event_stream import MESSAGE_MAX_BYTES
+from sse_labels.client.retries import TOKEN_HINT
 from sse_labels.formats import expires_at
 from sse_labels.seq import number_in
 from sse_labels.verification.continuity import Continuity, words_of

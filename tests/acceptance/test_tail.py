@@ -280,8 +280,17 @@ def test_full_server_is_asked_again_from_where_it_said(tmp_path: Path) -> None:
     assert run.process.returncode == 0, run.errors
     assert run.out == ['{"seq":5}']
     assert asked == [None, "4"]
-    assert 'the server ended the stream: {"error":"TooManyConnections"' in run.errors
-    assert "reconnecting after seq 4 in " in run.errors
+    said = "the server ended the stream: TooManyConnections; reconnecting after seq 4 in "
+    assert said in run.errors
+
+
+@pytest.mark.parametrize("name", ["FutureCursor", "EpochChanged"])
+def test_stream_that_ends_because_its_seqs_are_others_is_not_asked_again(name: str) -> None:
+    body = b'id: 7\ndata: {"seq":7}\n\nevent: error\ndata: {"error":"%s"}\n\n' % name.encode()
+    with scripted(lambda number, headers: (200, STREAM, body)) as url:
+        run = ran("tail", url, "--cursor=6")
+    assert (run.process.returncode, run.out) == (1, ['{"seq":7}'])
+    assert run.err == [f"sse-labels: the server ended the stream: {name}"]
 
 
 def test_server_that_closes_at_once_is_asked_ever_more_rarely() -> None:

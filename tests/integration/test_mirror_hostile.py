@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 import pytest
 from aiohttp import web
 
+from sse_labels.client import label_socket
 from sse_labels.mirror import bounds, following
 from sse_labels.mirror import upstream as upstreams
 
@@ -100,7 +101,7 @@ async def test_what_says_nothing_ends_the_connection_when_there_is_too_much_of_i
     monkeypatch: pytest.MonkeyPatch,
     piece: bytes,
 ) -> None:
-    monkeypatch.setattr(upstreams, "CLOSE_SECONDS", 0.1)
+    monkeypatch.setattr(label_socket, "CLOSE_SECONDS", 0.1)
     upstream.say = raw(piece * 1000, endless=True)
     async with mirroring(database, upstream.url) as mirror:
         # It goes on while the connection is closed, which ends all the same.
@@ -265,7 +266,7 @@ async def test_a_handshake_that_never_ends_is_given_up(
     monkeypatch: pytest.MonkeyPatch,
     pieces: tuple[bytes, ...],
 ) -> None:
-    monkeypatch.setattr(upstreams, "CONNECT_SECONDS", 0.2)
+    monkeypatch.setattr(label_socket, "CONNECT_SECONDS", 0.2)
     async with server(*pieces) as url, mirroring(database, url) as mirror:
         await until(lambda: mirror.tally["reconnects"] == 2)
     assert "no WebSocket was open within 0.2 s" in lines(caplog, "no upstream")[0]
@@ -283,7 +284,7 @@ async def test_a_message_that_never_ends_is_given_up(
     monkeypatch: pytest.MonkeyPatch,
     pieces: tuple[bytes, ...],
 ) -> None:
-    monkeypatch.setattr(upstreams, "FRAME_SECONDS", 0.2)
+    monkeypatch.setattr(label_socket, "FRAME_SECONDS", 0.2)
 
     async def trickle(socket: web.WebSocketResponse, cursor: int) -> bool:
         assert socket._writer is not None

@@ -12,12 +12,14 @@ import pytest
 from click.testing import CliRunner
 
 from sse_labels.cli.mirror import Wanted, mirror, upstream
+from sse_labels.client.label_socket import LabelSocket
+from sse_labels.client.retries import Lost
 from sse_labels.config import Expected
 from sse_labels.errors import ConfigError
 from sse_labels.labels import Label
 from sse_labels.mirror.following import Waiting
 from sse_labels.mirror.storing import Aside
-from sse_labels.mirror.upstream import Connection, Labels, Upstream, UpstreamLost
+from sse_labels.mirror.upstream import Connection, Labels, Upstream
 from sse_labels.xrpc import SUBSCRIBE_PATH
 
 from support.labeler import labels_message, wire_label
@@ -63,9 +65,9 @@ async def test_the_end_is_raised_behind_what_came_before_it() -> None:
     waiting = Waiting(10_000)
     await waiting.put(some(1))
     await waiting.put(some(2))
-    await waiting.put(UpstreamLost("over"))
+    await waiting.put(Lost("over"))
     assert [message.seq for message in await waiting.batch(50)] == [1, 2]
-    with pytest.raises(UpstreamLost, match="over"):
+    with pytest.raises(Lost, match="over"):
         await waiting.batch(50)
     assert waiting.empty()
 
@@ -82,7 +84,8 @@ class Saying:
 
 async def read(*payloads: bytes) -> list[Any]:
     upstream = Upstream("ws://a.example", message_max_bytes=1 << 20)
-    connection = Connection(upstream, Saying(*payloads), None)  # type: ignore[arg-type]
+    socket = LabelSocket(Saying(*payloads), {})  # type: ignore[arg-type]
+    connection = Connection(upstream, socket)
     return [await connection.next() for _ in payloads]
 
 

@@ -1,0 +1,125 @@
+"""Reading the event stream at one address, over as many connections as it takes.
+
+Promises: a lost connection is made anew after the cursor; what is no stream, or cannot be had any
+more, is Refused, in one line.
+Does not belong here: what the blocks mean, and which of them move the cursor.
+"""
+
+from __future__ import annotations
+
+import ssl
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import httpx
+
+from sse_labels.client.answers import asking, ended, place_of, refusal
+from sse_labels.client.event_stream import Block, EventStream, MessageTooLong, is_event_stream
+from sse_labels.client.retries import CONNECT_SECONDS, Lost, Patience, Refused, Unavailable
+from sse_labels.seq import number_in
+
+#: The server writes at least a heartbeat each 15 s; after this silence the connection is dead.
+SILENCE_SECONDS = 45.0
+#: What an `EventSource` asks with.
+HEADERS = {"Accept": "text/event-stream", "Cache-Control": "no-store"}
+
+
+def client_of(token: str | None, tls: ssl.SSLContext) -> httpx.Client:
+    """Return what connections are made with."""
+    return httpx.Client(
+        timeout=httpx.Timeout(CONNECT_SECONDS, read=SILENCE_SECONDS),
+        follow_redirects=True,
+        verify=tls,
+        headers={} if token is None else {"Authorization": f"Bearer {token}"},
+    )
+
+
+class Opened(NamedTuple):
+    """A connection has begun to stream."""
+
+    #: The newest seq when it began, None when the server does not say.
+    head: int | None
+    epoch: str
+
+
+class EventReader:
+    """Yields what comes; whoever takes it moves `cursor`."""
+
+    def __init__(
+        self,
+        client: httpx.Client,
+        url: httpx.URL,
+        cursor: int | None,
+        patience: Patience,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        """`cursor` None: what comes from now on. `say` takes what happens to the connection."""
+        self._client = client
+        self._url = url
+        self.place = place_of(url)
+        #: What the next connection starts after.
+        self.cursor = cursor
+        self._patience = patience
+        self._say = say
+        #: Whether there ever was a stream.
+        self.reached = False
+
+    def __iter__(self) -> Generator[Opened | Block, None, None]:
+        """Yield each connection as it opens, and its blocks; raise Refused."""
+        while True:
+            try:
+                with self._open() as answer:
+                    yield from self._blocks(answer)
+                lost = Lost("the stream ended")
+            except Lost as error:
+                lost = error
+                is_wrong = not self.reached and not isinstance(lost, Unavailable)
+                if is_wrong and self._patience.retry_seconds is not None:
+                    # An address that is wrong does not mend by waiting.
+                    raise Refused(f"{self.place}: {lost}") from None
+            wait = self._patience.wait_seconds(lost)
+            where = "from now" if self.cursor is None else f"after seq {self.cursor}"
+            self._say(f"{lost}; reconnecting {where} in {wait:.1f} s")
+            time.sleep(wait)
+
+    @contextmanager
+    def _open(self) -> Iterator[httpx.Response]:
+        headers = dict(HEADERS)
+        if self.cursor is not None:
+            headers["Last-Event-ID"] = str(self.cursor)
+        with (
+            asking(self.place),
+            self._client.stream("GET", self._url, headers=headers) as answer,
+        ):
+            if answer.status_code != 200:
+                raise refusal(self.place, answer)
+            kind = answer.headers.get("Content-Type", "nothing")
+            if not is_event_stream(kind):
+                raise Refused(f"{self.place} is no event stream: it answers with {kind[:60]!r}")
+            yield answer
+
+    def _blocks(self, answer: httpx.Response) -> Iterator[Opened | Block]:
+        stream = EventStream(answer.iter_bytes())
+        opened = False
+        try:
+            for block in stream:
+                if block.event == "error" and block.data is not None:
+                    # Also how a full server answers whoever wants an event stream.
+                    yield block
+                    raise ended(block.data)
+                if not opened:
+                    opened = self.reached = True
+                    self._patience.opened()
+                    head = number_in(answer.headers.get("Sse-Labels-Head", ""))
+                    yield Opened(head, answer.headers.get("Sse-Labels-Epoch", ""))
+                before = self.cursor
+                yield block
+                if self.cursor != before:
+                    self._patience.progress()
+        except MessageTooLong as error:
+            raise Refused(f"{self.place} sends {error}") from None
+        finally:
+            if stream.retry_seconds is not None:
+                self._patience.hint_seconds = stream.retry_seconds
