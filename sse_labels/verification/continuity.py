@@ -2,8 +2,7 @@
 
 Promises: whatever is handed in becomes a finding or a count and never an error; memory does not
 grow with the stream. What continues the stream is returned, to be compared with a second reading.
-Stands behind the readers (`first_reading`, `label_socket`), which hand it what they receive.
-Does not belong here: sockets; the second reading (`crosscheck`).
+Does not belong here: sockets (`readings`); the second reading (`crosscheck`).
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 
 import ujson
 
+from sse_labels.client.answers import object_in, words
 from sse_labels.errors import InvalidLabel
 from sse_labels.formats import shown
 from sse_labels.labels import Label, parse_label
@@ -21,7 +21,6 @@ from sse_labels.signatures import SourceKeys, Verdict
 from sse_labels.verification.findings import Findings, Kind
 from sse_labels.xrpc import MalformedMessage, Message, decode, json_label
 
-#: The largest seq: PostgreSQL's bigint.
 #: Holes that are remembered, the first and the last half of so many; the others are counted.
 HOLES_MAX = 100
 #: Sources whose signatures are counted one by one; the others are counted together.
@@ -29,8 +28,6 @@ SOURCES_MAX = 1000
 OTHER_SOURCES = "other sources"
 #: News that is kept in words.
 NEWS_MAX = 20
-#: Characters of a server's own words that are shown.
-SAID_MAX = 200
 
 
 class Event(NamedTuple):
@@ -45,8 +42,6 @@ class Hole(NamedTuple):
 
     after: int
     until: int
-    #: The event behind it; None at the end of what was read.
-    following: Event | None
 
 
 class Holes:
@@ -196,7 +191,7 @@ class Continuity:
     def close(self) -> None:
         """Note the hole at the end of what was read, if there is one."""
         if self.position > self._edge:
-            self.holes.add(Hole(self._edge, self.position, None))
+            self.holes.add(Hole(self._edge, self.position))
             self._edge = self.position
 
     def _passed(self, event: Event) -> Event | None:
@@ -206,7 +201,7 @@ class Continuity:
             self._wrong(Kind.ORDER, f"seq {event.seq} came {again}after {self.position}")
             return None
         if event.seq > self._edge + 1:
-            self.holes.add(Hole(self._edge, event.seq - 1, event))
+            self.holes.add(Hole(self._edge, event.seq - 1))
         self.position = self._edge = self.last = event.seq
         if self.first is None:
             self.first = event.seq
@@ -214,7 +209,8 @@ class Continuity:
 
     def _news(self, news: dict[str, Any]) -> int | None:
         if len(self.news) < NEWS_MAX and news.get("name") != "CaughtUp":
-            self.news.append(words_of(news.get("name"), news.get("message")))
+            said = (news.get("name"), news.get("message"))
+            self.news.append(": ".join(words(part) for part in said if part is not None))
         floor = news.get("floor")
         if news.get("name") != "OutdatedCursor" or type(floor) is not int:
             return None
@@ -234,8 +230,9 @@ class Continuity:
         verdict = self._verdict(label)
         known = label.src in self.signatures or len(self.signatures) < SOURCES_MAX
         source = label.src if known else OTHER_SOURCES
-        counts = self.signatures.setdefault(source, dict.fromkeys(Verdict, 0))
-        counts[verdict] += 1
+        if source not in self.signatures:
+            self.signatures[source] = dict.fromkeys(Verdict, 0)
+        self.signatures[source][verdict] += 1
         if verdict is Verdict.INVALID:
             what = f"{shown(label.val)} of {shown(label.uri)}"
             text = f"{where}: the signature of {what} is not one of {shown(label.src)}"
@@ -251,19 +248,3 @@ class Continuity:
 
     def _wrong(self, kind: Kind, text: str) -> None:
         self._findings.add(kind, text)
-
-
-def object_in(data: str) -> dict[str, Any] | None:
-    """Return the JSON object in `data`, None when there is none."""
-    try:
-        found = ujson.loads(data)
-    except (ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None
-
-
-def words_of(name: object, message: object) -> str:
-    """Return what a server said, in one line that any terminal can show."""
-    given = [part for part in (name, message) if part is not None]
-    said = ": ".join(p[:SAID_MAX] if isinstance(p, str) else shown(p) for p in given)
-    return "".join(char if char.isprintable() else "?" for char in said)

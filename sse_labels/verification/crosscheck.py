@@ -1,35 +1,38 @@
 """The second reading: is what came all that there is, and is nothing in the holes.
 
-Promises: both readings are walked in step, a page of each at a time, so memory does not grow with
-the stream; a label that one has and the other has not, below what both have passed, is found,
-unless its row was moved or deleted in between.
-Stands behind the first reading (`continuity`); it asks through what it is given.
-Does not belong here: HTTP (`queries`, `second_reading`).
+Promises: the stream is compared with queryLabels page by page, so memory does not grow with it; a
+label that one has and the other has not, below what both have passed, is found, unless it was
+deleted or replaced meanwhile.
+Does not belong here: HTTP (`queries`, `readings`).
 
-queryLabels gives no seqs, but the cursor behind each page is that of its last label. So a page
-that differs is read again one label at a time.
+queryLabels gives no seqs, but the cursor behind a page says how far it reaches: both readings have
+the same labels up to there. Where they differ, both are read again before something is called lost.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
-from enum import Enum
+from difflib import SequenceMatcher
 from typing import Any, NamedTuple, Protocol
 
-from sse_labels.errors import SseLabelsError
+from sse_labels.errors import InvalidRequest, SseLabelsError
+from sse_labels.filters import parse_filter
 from sse_labels.formats import shown
 from sse_labels.verification.continuity import Event, Hole
 from sse_labels.verification.findings import SHOWN_MAX, Findings, Kind
 
 #: The most that queryLabels gives at once (its lexicon).
 PAGE_LABELS = 250
-#: Labels that are read one at a time, where a page of the stream leaves many out.
-WALK_MAX_LABELS = 1000
+#: Labels that queryLabels may have beyond those of the stream; then the rest is not compared.
+MORE_MAX_LABELS = 1000
+#: Answers to compare with one page of the stream; a filter that hides much makes many empty ones.
+ANSWERS_MAX = 10_000
 #: Pages that differ; after so many the rest is not compared any more.
 DIFFERING_MAX_PAGES = SHOWN_MAX
 #: Another process may be behind, and a row that was moved not yet settled: looked at again after
 #: so many seconds each. Servers look at their table at least each second, unless told otherwise.
-LOOKS_AFTER_SECONDS = (0.25, 0.75, 2.0)
+LOOKS_AFTER_SECONDS = (0.0, 0.25, 0.75, 2.0)
 
 
 class NotCompared(SseLabelsError):
@@ -37,32 +40,26 @@ class NotCompared(SseLabelsError):
 
 
 class Page(NamedTuple):
-    """One answer of queryLabels."""
+    """One answer of queryLabels; it may hold few labels, or none, and a cursor all the same."""
 
     labels: Sequence[Any]
-    #: The seq of the last of them while there are more.
+    #: The seq that it reaches up to; None where there is no more.
     cursor: int | None
 
 
-class Fate(Enum):
-    """What became of an event, by the stream itself."""
+class Query(Protocol):
+    """Asks queryLabels; raises NotCompared."""
 
-    THERE = "there"
-    #: A newer event of its key is there: Ozone moves a row that it changes to a new id.
-    REPLACED = "replaced"
-    #: It lies below the floor: retention deleted it.
-    EXPIRED = "expired"
-    GONE = "gone"
+    def __call__(self, cursor: int, limit: int, **filters: str) -> Page:
+        """Return one page after `cursor`; `filters` stand for those of the stream."""
 
 
-class Again(Protocol):
-    """The stream, opened once more."""
+class Again(NamedTuple):
+    """A part of the stream, read again."""
 
-    def after(self, cursor: int, until: int) -> list[Event]:
-        """Return the events in `(cursor, until]`; raise NotCompared."""
-
-    def fate(self, event: Event) -> Fate:
-        """Say what became of an event; raise NotCompared."""
+    events: list[Event]
+    #: Whether the server keeps which labels were deleted; in Ozone's table rows move instead.
+    has_epoch: bool
 
 
 class CrossCheck:
@@ -71,12 +68,12 @@ class CrossCheck:
     def __init__(
         self,
         cursor: int,
-        query: Callable[[int, int], Page],
-        again: Again,
+        query: Query,
+        again: Callable[[int, int], Again],
         findings: Findings,
         wait: Callable[[float], None],
     ) -> None:
-        """`query(cursor, limit)` returns at most `limit` labels after `cursor`, or raises."""
+        """`again(cursor, until)` opens the stream once more; it raises NotCompared, too."""
         self._cursor = cursor
         self._query = query
         self._again = again
@@ -86,14 +83,16 @@ class CrossCheck:
         self._differing = 0
         #: Labels that both readings have.
         self.same = 0
-        #: Events that were gone by the second reading, for a newer one or by retention.
-        self.replaced = 0
-        self.expired = 0
+        #: Labels of the stream that were deleted, or replaced by newer ones, since.
+        self.gone = 0
         #: Why nothing more is compared.
         self.ended: str | None = None
+        #: Holes that were read again, and why no more of them.
+        self.holes_read = 0
+        self.holes_ended: str | None = None
 
     def take(self, event: Event) -> None:
-        """Take the next event; compare when there is a page of them."""
+        """Take the next event."""
         if self.ended is None:
             self._held.append(event)
 
@@ -109,185 +108,162 @@ class CrossCheck:
         self._cursor = max(self._cursor, floor - 1)
 
     def compare(self, until: int) -> None:
-        """Compare what is held with all that the second reading has up to `until`."""
+        """Compare what is held with all that queryLabels has up to `until`."""
         if self.ended is not None:
             return
         try:
-            same = self._same_page()
-            if same < len(self._held) or until > self._end(same):
-                self._differ(same, until)
-            else:
-                self.same += same
-        except NotCompared as error:
+            self._compare(until)
+        except (NotCompared, RecursionError) as error:
             self.ended = str(error)
         self._held.clear()
         self._cursor = max(self._cursor, until)
 
-    def _end(self, same: int) -> int:
-        """Return the seq up to which the first `same` events reach."""
-        return self._held[same - 1].seq if same else self._cursor
-
-    def _same_page(self) -> int:
-        """Return how many of the events that are held a page of the second reading begins with."""
-        if not self._held:
-            return 0
-        page = self._query(self._cursor, len(self._held))
-        same = 0
-        for event, label in zip(self._held, page.labels, strict=False):
-            if event.label != label:
-                break
-            same += 1
-        # The same labels under other seqs: one of several that are alike is missing.
-        if page.labels and page.cursor not in (None, self._held[len(page.labels) - 1].seq):
-            return 0
-        return same
-
-    def _differ(self, same: int, until: int) -> None:
-        """Compare one label at a time; look more than once before something is missing."""
-        for seconds in (*LOOKS_AFTER_SECONDS, None):
-            found = self._walk(self._end(same), until)
-            too_many = len(found) == WALK_MAX_LABELS
-            end = found[-1].seq if too_many else until
-            outcome = self._outcome([e for e in self._held[same:] if e.seq <= end], found)
-            # What the query has and the stream has not will not come any more.
-            if not outcome.missing or seconds is None or self._findings.total > SHOWN_MAX:
-                break
-            self._wait(seconds)
-        self.same += same + outcome.same
-        self.replaced += outcome.replaced
-        self.expired += outcome.expired
-        for kind, text in outcome.wrong():
-            self._findings.add(kind, text)
-        self._differing += bool(outcome.missing or outcome.lost or outcome.altered)
+    def _compare(self, until: int) -> None:
+        found, end = self._labels(until, len(self._held))
+        held = [event for event in self._held if event.seq <= end]
+        if [event.label for event in held] != found:
+            self._differ(held, end)
+        else:
+            self.same += len(held)
+        if end < until:
+            raise NotCompared(f"after seq {end} the rest was not compared: it differs by too much")
         if self._differing >= DIFFERING_MAX_PAGES:
-            self.ended = f"{self._differing} pages differ, the rest was not compared"
-        elif too_many:
-            self.ended = f"after seq {end} the rest was not compared: it differs by too much"
+            raise NotCompared(f"{self._differing} pages differ, the rest was not compared")
 
-    def _walk(self, cursor: int, until: int) -> list[Event]:
-        """Return the second reading of `(cursor, until]` with its seqs, or the first part."""
-        found: list[Event] = []
-        while cursor < until and len(found) < WALK_MAX_LABELS:
-            page = self._query(cursor, 1)
-            if page.labels:
-                label = page.labels[0]
-                last = page.cursor is None
-                seq = self._seq_of_last(label, cursor, until) if last else page.cursor
-                if seq is None or seq > until:
-                    break
-                found.append(Event(seq, label))
+    def _labels(self, until: int, expected: int) -> tuple[list[Any], int]:
+        """Return what queryLabels has up to `until`, or up to the seq that it returns."""
+        found: list[Any] = []
+        cursor = self._cursor
+        for _ in range(ANSWERS_MAX):
+            if cursor >= until or len(found) > expected + MORE_MAX_LABELS:
+                return found, min(cursor, until)
+            left = expected - len(found)
+            page = self._query(cursor, min(left, PAGE_LABELS) if left > 0 else PAGE_LABELS)
+            if page.cursor is None or page.cursor > until:
+                later = self._next(until, len(page.labels))
+                return [*found, *labels_before(later, page.labels)], until
+            found += page.labels
+            cursor = page.cursor
+        raise NotCompared(f"queryLabels did not get to seq {until} in {ANSWERS_MAX} answers")
+
+    def _next(self, cursor: int, count: int, **filters: str) -> list[Any]:
+        """Return `count` labels after `cursor`, fewer only at the end."""
+        found: list[Any] = []
+        for _ in range(ANSWERS_MAX):
+            if len(found) >= count:
+                break
+            page = self._query(cursor, PAGE_LABELS, **filters)
+            found += page.labels
             if page.cursor is None:
                 break
             cursor = page.cursor
         return found
 
-    def _seq_of_last(self, label: Any, cursor: int, until: int) -> int | None:
-        """Return the seq of the last label that there is, None when it is beyond `until`.
+    def _differ(self, held: Sequence[Event], until: int) -> None:
+        """Read both again, more than once, before something is missing."""
+        for seconds in LOOKS_AFTER_SECONDS:
+            self._wait(seconds)
+            again = self._again(self._cursor, until)
+            found, _ = self._labels(until, len(held))
+            outcome = Outcome(held, again.events, found)
+            missing = [e for e in outcome.missing if again.has_epoch or not self._is_replaced(e)]
+            # What the query has and the stream has not will not come any more.
+            if not missing or self._findings.total > SHOWN_MAX:
+                break
+        self.same += outcome.same
+        self.gone += len(outcome.gone) + len(outcome.missing) - len(missing)
+        wrong: list[tuple[Kind, tuple[int | None, Any], str]] = [
+            *((Kind.LOST, event, "lost by the stream, queryLabels has it")
+              for event in outcome.lost),
+            *((Kind.LOST, event, "lost by queryLabels, the stream had it") for event in missing),
+            *((Kind.ALTERED, event, "queryLabels has it, the stream had another label")
+              for event in outcome.altered),
+        ]  # fmt: skip
+        for kind, event, text in wrong:
+            self._findings.add(kind, f"{named(event)}: {text}")
+        self._differing += bool(wrong)
 
-        Behind it is no cursor. So it is looked for: from which cursor on does it not come?
-        """
-        low, high = cursor, until + 1
-        while high - low > 1:
-            middle = (low + high) // 2
-            if list(self._query(middle, 1).labels) == [label]:
-                low = middle
-            else:
-                high = middle
-        return None if high > until else high
+    def _is_replaced(self, event: Event) -> bool:
+        """Say whether there is a newer label of its key: Ozone moves rows that it changes."""
+        key = key_of(event.label)
+        filters = None if key is None else filters_for(key[0], key[1], key[3])
+        if filters is None:
+            return False
+        newer = self._next(event.seq, PAGE_LABELS, **filters)
+        return any(key_of(label) == key for label in newer)
 
-    def _outcome(self, held: Sequence[Event], found: Sequence[Event]) -> Outcome:
-        first, second = dict(held), dict(found)
-        outcome = Outcome()
-        for seq, label in second.items():
-            if seq not in first:
-                outcome.lost.append(Event(seq, label))
-            elif first[seq] == label or signed_since(first[seq], label):
-                outcome.same += 1
-            else:
-                outcome.altered.append(Event(seq, label))
-        for event in held:
-            if event.seq in second:
-                continue
-            fate = self._again.fate(event)
-            if fate is Fate.REPLACED:
-                outcome.replaced += 1
-            elif fate is Fate.EXPIRED:
-                outcome.expired += 1
-            else:
-                outcome.missing.append(event)
-        return outcome
+    def read_holes(self, holes: Sequence[Hole]) -> None:
+        """Open the stream before each hole, and see that nothing is in it."""
+        for hole in holes:
+            try:
+                found = self._again(hole.after, hole.until).events
+            except NotCompared as error:
+                self.holes_ended = str(error)
+                return
+            self.holes_read += 1
+            for event in found:
+                text = f"{named(event)}: lost by the first reading, the second has it"
+                self._findings.add(Kind.LOST, text)
 
 
 class Outcome:
-    """How two readings of one page differ."""
+    """How the stream, read twice, and queryLabels differ in one page."""
 
-    def __init__(self) -> None:
-        self.same = self.replaced = self.expired = 0
-        #: In the second alone, in the first alone, and different in both.
-        self.lost: list[Event] = []
+    def __init__(self, held: Sequence[Event], again: Sequence[Event], found: Sequence[Any]) -> None:
+        self.same = 0
+        #: In queryLabels alone, in the stream alone, and different in both.
+        self.lost: list[tuple[int | None, Any]] = []
         self.missing: list[Event] = []
         self.altered: list[Event] = []
+        self._again = dict(again)
+        #: What the stream does not have any more.
+        self.gone = [event for event in held if event.seq not in self._again]
+        # What the first reading of it had not.
+        self._more = [e for e in again if e.seq not in {event.seq for event in held}]
+        kept = [event for event in held if event.seq in self._again]
+        texts = [_text(event.label) for event in kept], [_text(label) for label in found]
+        opcodes = SequenceMatcher(None, *texts, autojunk=False).get_opcodes()
+        for tag, begin, end, query_begin, query_end in opcodes:
+            if tag == "equal":
+                self.same += end - begin
+            else:
+                self._differ(kept[begin:end], list(found[query_begin:query_end]))
 
-    def wrong(self) -> list[tuple[Kind, str]]:
-        """Return the findings."""
-        return [
-            *((Kind.LOST, f"{named(event)}: lost by the stream, queryLabels has it")
-              for event in self.lost),
-            *((Kind.LOST, f"{named(event)}: lost by queryLabels, the stream had it")
-              for event in self.missing),
-            *((Kind.ALTERED, f"{named(event)}: queryLabels has it, the stream had another label")
-              for event in self.altered),
-        ]  # fmt: skip
+    def _differ(self, ours: Sequence[Event], theirs: list[Any]) -> None:
+        for event in ours:
+            now = self._again[event.seq]
+            for label in theirs:
+                is_same = signed_since(event.label, label)
+                if is_same or label == now:
+                    theirs.remove(label)
+                    self.same += is_same
+                    self.altered += [] if is_same else [Event(event.seq, label)]
+                    break
+            else:
+                self.missing.append(event)
+        for label in theirs:
+            # Another process may not have heard yet that it is deleted.
+            if _taken(self.gone, label) is not None:
+                self.same += 1
+            else:
+                self.lost.append(_taken(self._more, label) or (None, label))
 
 
-class HoleCheck:
-    """Reads the holes of the first reading again."""
+def _taken(events: list[Event], label: Any) -> Event | None:
+    """Take out the first event with this label."""
+    for event in events:
+        if event.label == label:
+            events.remove(event)
+            return event
+    return None
 
-    def __init__(self, again: Again, findings: Findings, wait: Callable[[float], None]) -> None:
-        self._again = again
-        self._findings = findings
-        self._wait = wait
-        #: Holes that were read again.
-        self.read = 0
-        self.ended: str | None = None
 
-    def run(self, holes: Sequence[Hole]) -> None:
-        """Open the stream before each hole, and see what comes up to the event behind it."""
-        for hole in holes:
-            try:
-                self._look(hole)
-            except NotCompared as error:
-                self.ended = str(error)
-                return
-            self.read += 1
-
-    def _look(self, hole: Hole) -> None:
-        following = hole.following
-        until = hole.until if following is None else following.seq
-        found = self._again.after(hole.after, until)
-        for event in found:
-            if event.seq <= hole.until:
-                text = f"{named(event)}: lost by the first reading, the second has it"
-                self._findings.add(Kind.LOST, text)
-        if following is None or any(event.seq <= hole.until for event in found):
-            return
-        behind = [event.label for event in found if event.seq == following.seq]
-        if not behind:
-            if self._is_gone(following):
-                text = f"{named(following)}: lost by the second reading, the first has it"
-                self._findings.add(Kind.LOST, text)
-        elif behind[0] != following.label and not signed_since(following.label, behind[0]):
-            text = f"{named(following)}: the second reading has another label"
-            self._findings.add(Kind.ALTERED, text)
-
-    def _is_gone(self, event: Event) -> bool:
-        """Say whether an event is missing without a reason; look more than once before."""
-        for seconds in (*LOOKS_AFTER_SECONDS, None):
-            if self._again.fate(event) in (Fate.REPLACED, Fate.EXPIRED):
-                return False
-            if seconds is not None:
-                self._wait(seconds)
-        return True
+def labels_before(later: Sequence[Any], labels: Sequence[Any]) -> Sequence[Any]:
+    """Return the labels of a page without those at its end that `later` begins with."""
+    for count in range(len(labels)):
+        if labels[count:] == later[: len(labels) - count]:
+            return labels[:count]
+    return labels
 
 
 def signed_since(before: Any, after: Any) -> bool:
@@ -303,16 +279,32 @@ def signed_since(before: Any, after: Any) -> bool:
     return before == without
 
 
-def key_of(label: Any) -> tuple[Any, ...] | None:
+def key_of(label: Any) -> tuple[str, str, str, str] | None:
     """Return what makes two labels the same one for Ozone; None for what is no label."""
     if not isinstance(label, dict):
         return None
     key = (label.get("src"), label.get("uri"), label.get("cid", ""), label.get("val"))
-    return key if all(isinstance(part, str) for part in key) else None
+    return key if all(isinstance(part, str) for part in key) else None  # type: ignore[return-value]
 
 
-def named(event: Event) -> str:
-    """Return how a finding names an event."""
-    key = key_of(event.label)
+def filters_for(src: str, uri: str, val: str) -> dict[str, str] | None:
+    """Return the filters that let one label pass, and few others; None when there are none."""
+    # A star is a pattern's end, wherever it stands in the URI.
+    pattern = uri.partition("*")[0] + "*" if "*" in uri else uri
+    try:
+        parse_filter([src], [pattern], [val])
+    except InvalidRequest:
+        return None
+    return {"sources": src, "uriPatterns": pattern, "values": val}
+
+
+def named(event: tuple[int | None, Any]) -> str:
+    """Return how a finding names an event; queryLabels does not tell the seq."""
+    seq, label = event
+    key = key_of(label)
     what = "" if key is None else f" ({shown(key[3])} of {shown(key[1])})"
-    return f"seq {event.seq}{what}"
+    return f"{'a label' if seq is None else f'seq {seq}'}{what}"
+
+
+def _text(label: Any) -> str:
+    return json.dumps(label, sort_keys=True)

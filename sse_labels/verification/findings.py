@@ -43,10 +43,13 @@ class Findings:
         self.counts: Counter[Kind] = Counter()
         #: The first of each kind, in the order in which they were found.
         self.shown: list[tuple[Kind, str]] = []
+        #: Whether reading on is of no use.
+        self.hopeless = False
 
     def add(self, kind: Kind, text: str) -> None:
         """Count a finding, and keep what it says while there are few."""
         self.counts[kind] += 1
+        self.hopeless = self.counts[Kind.ORDER] + self.counts[Kind.EVENT] >= HOPELESS
         if self.counts[kind] <= SHOWN_MAX:
             self.shown.append((kind, text))
 
@@ -54,8 +57,3 @@ class Findings:
     def total(self) -> int:
         """How many there are of all kinds."""
         return self.counts.total()
-
-    @property
-    def hopeless(self) -> bool:
-        """Whether reading on is of no use."""
-        return self.counts[Kind.ORDER] + self.counts[Kind.EVENT] >= HOPELESS

@@ -2,28 +2,23 @@
 
 Promises: an answer is a page of labels whose cursor is ahead of the one that was asked for, or
 `NotCompared` says why there is none.
-Stands beside `event_stream`; `crosscheck` asks.
-Does not belong here: comparing.
+Does not belong here: comparing (`crosscheck`).
 """
 
 from __future__ import annotations
 
 import time
-from typing import Any
 
 import httpx
 
+from sse_labels.client.answers import asking, object_in, place_of, refusal
+from sse_labels.client.retries import Lost, Patience, Refused
 from sse_labels.seq import number_in
-from sse_labels.verification.continuity import object_in
 from sse_labels.verification.crosscheck import NotCompared, Page
-from sse_labels.verification.event_stream import place_of, refusal
-from sse_labels.verification.patience import Lost, Patience, Refused
 
 NAME = "com.atproto.label.queryLabels"
 #: A page of the longest labels is 3 MB.
 PAGE_MAX_BYTES = 16 * 1024**2
-#: Answers that are put together to one page.
-PARTS_MAX = 10_000
 #: What a stream is asked for and a query is not.
 NO_PARAMETERS = ("cursor", "epoch", "limit")
 
@@ -37,47 +32,29 @@ class LabelQueries:
         self._place = place_of(self._url)
         self.retry_seconds = retry_seconds
 
-    def page(self, cursor: int, limit: int) -> Page:
-        """Return at most `limit` labels after `cursor`; raise NotCompared.
-
-        Fewer only at the end: a server may answer with a part of them, or none, and a cursor.
-        """
-        labels: list[Any] = []
-        for _ in range(PARTS_MAX):
-            part = self._part(cursor, limit - len(labels))
-            labels += part.labels
-            if part.cursor is None or len(labels) == limit:
-                return Page(labels, part.cursor)
-            cursor = part.cursor
-        raise NotCompared(f"{self._place} has not given {limit} labels in {PARTS_MAX} answers")
-
-    def _part(self, cursor: int, limit: int) -> Page:
-        """Return one answer, as often as it takes."""
+    def page(self, cursor: int, limit: int, **filters: str) -> Page:
+        """Return at most `limit` labels after `cursor`, as often as it takes; raise NotCompared."""
         patience = Patience(self.retry_seconds)
         try:
             while True:
                 try:
-                    return self._once(cursor, limit)
+                    return self._once(cursor, limit, filters)
                 except Lost as lost:
                     time.sleep(patience.wait_seconds(lost))
         except Refused as error:
             raise NotCompared(str(error)) from None
 
-    def _once(self, cursor: int, limit: int) -> Page:
-        url = self._url.copy_merge_params({"cursor": str(cursor), "limit": str(limit)})
-        try:
-            with self._client.stream("GET", url) as answer:
-                if answer.status_code != 200:
-                    raise refusal(self._place, answer)
-                body = bytearray()
-                for part in answer.iter_bytes():
-                    body += part
-                    if len(body) > PAGE_MAX_BYTES:
-                        raise Refused(f"{self._place} answers with more than a page")
-        except httpx.TransportError as error:
-            raise Lost(f"{self._place}: {str(error) or type(error).__name__}") from None
-        except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError) as error:
-            raise Refused(f"{self._place}: {str(error) or type(error).__name__}") from None
+    def _once(self, cursor: int, limit: int, filters: dict[str, str]) -> Page:
+        asked = {"cursor": str(cursor), "limit": str(limit), **filters}
+        url = self._url.copy_merge_params(asked)
+        with asking(self._place), self._client.stream("GET", url) as answer:
+            if answer.status_code != 200:
+                raise refusal(self._place, answer)
+            body = bytearray()
+            for part in answer.iter_bytes():
+                body += part
+                if len(body) > PAGE_MAX_BYTES:
+                    raise Refused(f"{self._place} answers with more than a page")
         said = object_in(body.decode("utf-8", "replace"))
         labels = None if said is None else said.get("labels")
         if said is None or not isinstance(labels, list) or len(labels) > limit:

@@ -14,7 +14,7 @@ from typing import Any
 from sse_labels.formats import shown
 from sse_labels.signatures import Verdict
 from sse_labels.verification.continuity import HOLES_MAX, OTHER_SOURCES, Continuity
-from sse_labels.verification.crosscheck import CrossCheck, HoleCheck
+from sse_labels.verification.crosscheck import CrossCheck
 from sse_labels.verification.findings import Findings
 
 #: As wide as the longest name of a line.
@@ -29,20 +29,19 @@ class Report:
 
     place: str
     cursor: int
-    head: int | None
-    continuity: Continuity
-    findings: Findings
-    #: Whether keys were given.
-    has_keys: bool
-    interrupted: bool
-    #: Whether it was to go on after the head, until it is interrupted.
-    follow: bool
-    #: None where there is no second reading, and then why.
-    crosscheck: CrossCheck | None
-    holes: HoleCheck | None
-    not_compared: str
     #: Whether a filter hides labels, which leaves holes.
     filtered: bool
+    #: Whether keys were given.
+    has_keys: bool
+    #: Whether it was to go on after the head, until it is interrupted.
+    follow: bool
+    continuity: Continuity
+    findings: Findings
+    #: Why there is no second reading.
+    not_compared: str
+    crosscheck: CrossCheck | None = None
+    head: int | None = None
+    interrupted: bool = False
 
     @property
     def sound(self) -> bool:
@@ -109,22 +108,21 @@ class Report:
         text = f"{holes.count}, {holes.seqs} seqs in them"
         if self.filtered:
             text += " (the filter hides seqs, too)"
-        if self.holes is None:
+        check = self.crosscheck
+        if check is None:
             return text
-        text += f"; {self.holes.read} read again"
+        text += f"; {check.holes_read} read again"
         if holes.count > HOLES_MAX:
             text += ", the first and the last"
-        return text + (f", then {self.holes.ended}" if self.holes.ended else "")
+        return text + (f", then {check.holes_ended}" if check.holes_ended else "")
 
     def _crosscheck(self) -> str:
         check = self.crosscheck
         if check is None:
             return f"none: {self.not_compared}"
         text = f"{check.same} labels are the same in queryLabels"
-        if check.replaced:
-            text += f", {check.replaced} replaced since by newer ones"
-        if check.expired:
-            text += f", {check.expired} deleted since by retention"
+        if check.gone:
+            text += f", {check.gone} were deleted or replaced since"
         if check.ended is None:
             return text
         return f"none: {check.ended}" if not check.same else f"{text}; then {check.ended}"
@@ -146,7 +144,7 @@ class Report:
 
     def as_json(self) -> dict[str, Any]:
         """Return all of it as one object."""
-        seen, check, holes = self.continuity, self.crosscheck, self.holes
+        seen, check = self.continuity, self.crosscheck
         return {
             "url": self.place,
             "sound": self.sound,
@@ -164,13 +162,12 @@ class Report:
             "holes": {
                 "count": seen.holes.count,
                 "seqs": seen.holes.seqs,
-                "read_again": 0 if holes is None else holes.read,
-                "ended": None if holes is None else holes.ended,
+                "read_again": 0 if check is None else check.holes_read,
+                "ended": None if check is None else check.holes_ended,
             },
             "cross_check": {
                 "same": 0 if check is None else check.same,
-                "replaced": 0 if check is None else check.replaced,
-                "expired": 0 if check is None else check.expired,
+                "gone": 0 if check is None else check.gone,
                 "ended": self.not_compared if check is None else check.ended,
             },
             "keys": self.has_keys,

@@ -10,22 +10,20 @@ from __future__ import annotations
 import ssl
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import NamedTuple
 
 import httpx
 
+from sse_labels.client.answers import place_of
+from sse_labels.client.event_reader import EventReader, client_of
+from sse_labels.client.retries import Patience
 from sse_labels.signatures import SourceKeys
 from sse_labels.verification.continuity import Continuity
-from sse_labels.verification.crosscheck import CrossCheck, HoleCheck
-from sse_labels.verification.event_stream import EventStreams, place_of
+from sse_labels.verification.crosscheck import CrossCheck
 from sse_labels.verification.findings import Findings
-from sse_labels.verification.first_reading import StreamReading
-from sse_labels.verification.label_socket import SocketReading
-from sse_labels.verification.patience import CONNECT_SECONDS, SILENCE_SECONDS
 from sse_labels.verification.queries import LabelQueries
+from sse_labels.verification.readings import SocketReading, StreamAgain, StreamReading
 from sse_labels.verification.report import Report
-from sse_labels.verification.second_reading import StreamAgain
 
 
 class Wanted(NamedTuple):
@@ -43,37 +41,25 @@ class Wanted(NamedTuple):
     #: Tells the person at the terminal something.
     say: Callable[[str], None]
 
-    @property
-    def headers(self) -> dict[str, str]:
-        """The headers of every request."""
-        return {} if self.token is None else {"Authorization": f"Bearer {self.token}"}
-
 
 class StreamRun:
     """Verifies an event stream."""
 
     def __init__(self, wanted: Wanted) -> None:
         self._wanted = wanted
-        self._findings = Findings()
-        self._continuity = Continuity(wanted.cursor, wanted.keys, self._findings)
-        self._resources = ExitStack()
-        timeout = httpx.Timeout(CONNECT_SECONDS, read=SILENCE_SECONDS)
-        client = httpx.Client(
-            timeout=timeout, follow_redirects=True, verify=wanted.tls,
-            headers=wanted.headers,
-        )  # fmt: skip
-        self._resources.enter_context(client)
-        streams = EventStreams(client, wanted.url)
-        self._again = StreamAgain(streams, wanted.retry_seconds)
-        self._not_compared = why_not(wanted)
+        self._client = client = client_of(wanted.token, wanted.tls)
+        self._patience = Patience(wanted.retry_seconds)
+        self._again = StreamAgain(client, wanted.url, wanted.retry_seconds)
         self._queries = LabelQueries(client, wanted.url, wanted.retry_seconds)
-        self._crosscheck = None if self._not_compared else CrossCheck(
-            wanted.cursor, self._queries.page,
-            self._again, self._findings, time.sleep,
-        )  # fmt: skip
+        self._report = report_on(wanted, why_not(wanted))
+        findings, continuity = self._report.findings, self._report.continuity
+        if not self._report.not_compared:
+            self._report.crosscheck = CrossCheck(
+                wanted.cursor, self._queries.page, self._again.after, findings, time.sleep
+            )
         self._reading = StreamReading(
-            streams, self._continuity, self._crosscheck, self._findings,
-            follow=wanted.follow, retry_seconds=wanted.retry_seconds, say=wanted.say,
+            EventReader(client, wanted.url, wanted.cursor, self._patience, wanted.say),
+            continuity, self._report.crosscheck, findings, follow=wanted.follow, say=wanted.say,
         )  # fmt: skip
 
     def stop(self) -> None:
@@ -86,32 +72,26 @@ class StreamRun:
 
     def run(self) -> Report:
         """Read, read again, and return the report; raise Refused when there is no stream."""
-        with self._resources:
+        report, crosscheck = self._report, self._report.crosscheck
+        with self._client:
             self._reading.run()
-            self._continuity.close()
-            holes = None
-            if self._crosscheck is not None:
-                self._crosscheck.compare(self._continuity.position)
-                holes = HoleCheck(self._again, self._findings, time.sleep)
-                if not (self._reading.interrupted and self._crosscheck.ended):
+            report.head, report.interrupted = self._reading.head, self._reading.interrupted
+            report.continuity.close()
+            if crosscheck is not None:
+                crosscheck.compare(report.continuity.position)
+                if not (report.interrupted and crosscheck.ended):
                     # Else whoever stopped it would wait again.
-                    holes.run(self._continuity.holes.kept())
-        return report_on(
-            self._wanted, self._continuity, self._findings, head=self._reading.head,
-            interrupted=self._reading.interrupted, crosscheck=self._crosscheck, holes=holes,
-            not_compared=self._not_compared,
-        )  # fmt: skip
+                    crosscheck.read_holes(report.continuity.holes.kept())
+        return report
 
 
 class SocketRun:
     """Verifies a subscription over a WebSocket."""
 
     def __init__(self, wanted: Wanted) -> None:
-        self._wanted = wanted
-        self._findings = Findings()
-        self._continuity = Continuity(wanted.cursor, wanted.keys, self._findings)
+        self._report = report_on(wanted, "a WebSocket has no second reading")
         self._reading = SocketReading(
-            wanted.url, self._continuity, self._findings, headers=wanted.headers,
+            wanted.url, self._report.continuity, self._report.findings, token=wanted.token,
             tls=wanted.tls, follow=wanted.follow, quiet_seconds=wanted.quiet_seconds,
             retry_seconds=wanted.retry_seconds, say=wanted.say,
         )  # fmt: skip
@@ -123,31 +103,22 @@ class SocketRun:
     async def run(self) -> Report:
         """Read, and return the report; raise Refused when there is no subscription."""
         await self._reading.run()
-        self._continuity.close()
-        return report_on(
-            self._wanted, self._continuity, self._findings, head=None,
-            interrupted=self._reading.interrupted, crosscheck=None, holes=None,
-            not_compared="a WebSocket has no second reading",
-        )  # fmt: skip
+        self._report.interrupted = self._reading.interrupted
+        self._report.continuity.close()
+        return self._report
 
 
-def report_on(
-    wanted: Wanted, continuity: Continuity, findings: Findings, *, head: int | None,
-    interrupted: bool, crosscheck: CrossCheck | None, holes: HoleCheck | None, not_compared: str,
-) -> Report:  # fmt: skip
-    """Return the report on what was wanted and what came of it."""
+def report_on(wanted: Wanted, not_compared: str) -> Report:
+    """Return the report that is to be filled."""
+    findings = Findings()
     return Report(
         place=place_of(wanted.url),
         cursor=wanted.cursor,
         filtered=is_filtered(wanted.url),
         has_keys=wanted.keys is not None,
         follow=wanted.follow,
-        interrupted=interrupted,
-        head=head,
-        continuity=continuity,
+        continuity=Continuity(wanted.cursor, wanted.keys, findings),
         findings=findings,
-        crosscheck=crosscheck,
-        holes=holes,
         not_compared=not_compared,
     )
 
