@@ -18,7 +18,6 @@ from collections.abc import Iterable, Sequence
 from itertools import accumulate, pairwise
 from sys import getsizeof
 from typing import NamedTuple
-from weakref import ref
 
 from sse_labels.errors import BrokenPromise
 from sse_labels.filters import Filter
@@ -51,7 +50,7 @@ class Chunk:
     """
 
     __slots__ = (
-        "__weakref__", "_keys", "_nbytes", "_offsets", "_origin", "end", "seqs", "start", "wire",
+        "_keys", "_nbytes", "_offsets", "end", "seqs", "start", "wire",
     )  # fmt: skip
 
     def __init__(
@@ -67,8 +66,6 @@ class Chunk:
         self.seqs = seqs
         self._keys = keys
         self._nbytes = 0
-        #: What this was made of by `after` and `select`.
-        self._origin: ref[Chunk] | None = None
         #: Where each frame begins, and where the last one ends; the first need not be at 0.
         self._offsets = array("q", list(accumulate(map(len, frames), initial=0)))
         # HTTP's chunked coding is made here, once, not per connection.
@@ -88,11 +85,6 @@ class Chunk:
     def data(self) -> bytes:
         """The frames without HTTP's chunked coding around them."""
         return bytes(self._view())
-
-    @property
-    def origin(self) -> Chunk | None:
-        """The chunk of which this is a part, while somebody else keeps it."""
-        return None if self._origin is None else self._origin()
 
     @property
     def nbytes(self) -> int:
@@ -118,7 +110,6 @@ class Chunk:
             return self
         part = Chunk.__new__(Chunk)
         part._nbytes = 0
-        part._origin = self._as_origin()
         part.start = start = min(max(cursor, self.start), self.end)
         part.end = self.end
         if last < len(self):
@@ -147,20 +138,13 @@ class Chunk:
         if len(kept) == len(self):
             return self
         view, offsets, base = self._view(), self._offsets, self._offsets[0]
-        part = Chunk(
+        return Chunk(
             self.start,
             self.end,
             array("q", [self.seqs[i] for i in kept]),
             [bytes(view[offsets[i] - base : offsets[i + 1] - base]) for i in kept],
             [self._keys[i] for i in kept],
         )
-        part._origin = self._as_origin()
-        return part
-
-    def _as_origin(self) -> ref[Chunk]:
-        """Return what a part of this is a part of, the first of all if it still exists."""
-        origin = self.origin
-        return ref(self if origin is None else origin)
 
     def _view(self) -> memoryview:
         return unchunked(self.wire)

@@ -38,9 +38,6 @@ class Wire(Protocol):
     def position(self, seq: int) -> bytes:
         """Return what moves the client's cursor without an event; empty: there is no such thing."""
 
-    def caught_up(self, seq: int) -> bytes:
-        """Return that history ends at `seq`; empty: there is no such thing."""
-
     def heartbeat(self) -> bytes:
         """Return what keeps a silent connection open."""
 
@@ -202,9 +199,10 @@ class Delivery:
     def _tell_end_of_history(self) -> None:
         """Say where history ends when it is not at an event: readers wait for the head they saw."""
         if self._outbox.position > self.told:
-            self.told = self._outbox.position
-            if block := self._wire.caught_up(self.told):
-                self.send(block)
+            seq = self.told = self._outbox.position
+            if self._wire.position(seq):
+                message = f"this is all up to seq {seq}; what follows is live"
+                self.send(self._wire.info("CaughtUp", message, position=seq, seq=seq))
 
     def _beat(self) -> None:
         """Write a heartbeat: the position when a filter hid events since the last write.

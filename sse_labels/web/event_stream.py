@@ -42,11 +42,6 @@ class Plain:
         """Return an id-only block."""
         return self.block(encode_id(seq))
 
-    def caught_up(self, seq: int) -> bytes:
-        """Return an `info` event."""
-        message = f"this is all up to seq {seq}; what follows is live"
-        return self.info("CaughtUp", message, position=seq, seq=seq)
-
     def heartbeat(self) -> bytes:
         """Return a comment."""
         return self.block(HEARTBEAT)

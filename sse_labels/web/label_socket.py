@@ -14,15 +14,10 @@ what the client has to know comes as an error message and a close with 1008.
 from __future__ import annotations
 
 import asyncio
-from array import array
-from bisect import bisect_left
-from collections import OrderedDict
-from collections.abc import Callable, Coroutine, Iterable
-from itertools import accumulate
+from collections.abc import Callable, Coroutine
 from sys import getsizeof
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import urlsplit
-from weakref import ref
 
 from aiohttp import WSMsgType, hdrs, web
 from aiohttp.abc import AbstractStreamWriter
@@ -45,72 +40,46 @@ MAX_MESSAGE_BYTES = 4096
 _OVER = MAX_MESSAGE_BYTES + 1
 #: How long a client has to answer a close with its own.
 CLOSE_SECONDS = 5.0
-#: What the messages of a chunk take beside the messages: tuple, references, and their place.
-ENCODED_BYTES = 512
-
-
-class Encoded(NamedTuple):
-    """The events of a chunk as messages; where each begins, and where the last one ends."""
-
-    data: bytes
-    begins: array[int]
-    #: Its call forgets the messages when the chunk is gone.
-    chunk: ref[Chunk]
-
-    @property
-    def nbytes(self) -> int:
-        """The memory that this holds, in bytes, with its place among the others."""
-        return ENCODED_BYTES + getsizeof(self.data) + getsizeof(self.begins)
+#: What one entry takes beside its bytes: its place, references, and a number.
+ENTRY_BYTES = 200
 
 
 class Messages:
     """The wire: one message for each event, pings while all is quiet.
 
     Messages are encoded out of the frames when the first consumer asks: whoever reads
-    Server-Sent Events alone pays nothing, and both carry the same. They are kept for the other
-    consumers while their chunk exists, the newest ones up to `max_bytes`, or one chunk's when
-    that alone is more.
+    Server-Sent Events alone pays nothing, and both carry the same. Those of a chunk are kept for
+    its other consumers, and those of each event for other filters and other places in the chunk:
+    the newest ones up to `max_bytes`, or one chunk's when that alone is more.
     """
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
-        #: By the chunk's `id`.
-        self._kept: OrderedDict[int, Encoded] = OrderedDict()
+        #: By the frame of an event, and by the wire of a chunk.
+        self._kept: dict[bytes, bytes] = {}
         self.nbytes = 0
 
     def events(self, chunk: Chunk) -> bytes:
         """Return one message for each event."""
-        encoded = self._kept.get(id(chunk))
-        return self._encode(chunk).data if encoded is None else encoded.data
+        kept = self._kept.get(chunk.wire)
+        if kept is not None or not chunk.seqs:
+            return kept or b""
+        return self._keep(chunk.wire, b"".join(map(self._message, chunk.frames())))
 
-    def _encode(self, chunk: Chunk) -> Encoded:
-        """Encode the chunk's messages, or cut them out of those of which it is a part."""
-        origin = chunk.origin
-        if origin is None:
-            messages = [encode_labels(*decode_frame(frame)) for frame in chunk.frames()]
-        else:
-            # Once for all filters and all places in it.
-            messages = _cut_out(chunk, origin, self._kept.get(id(origin)) or self._encode(origin))
-        begins = array("q", list(accumulate(map(len, messages), initial=0)))
-        key = id(chunk)
-        encoded = Encoded(b"".join(messages), begins, ref(chunk, lambda _: self._forget(key)))
-        self._kept[key] = encoded
-        self.nbytes += encoded.nbytes
+    def _message(self, frame: bytes) -> bytes:
+        kept = self._kept.get(frame)
+        return self._keep(frame, encode_labels(*decode_frame(frame))) if kept is None else kept
+
+    def _keep(self, coded: bytes, messages: bytes) -> bytes:
+        self._kept[coded] = messages
+        self.nbytes += _nbytes(coded, messages)
         while self.nbytes > self._max_bytes and len(self._kept) > 1:
-            self._forget(next(iter(self._kept)))
-        return encoded
-
-    def _forget(self, key: int) -> None:
-        encoded = self._kept.pop(key, None)
-        if encoded is not None:
-            self.nbytes -= encoded.nbytes
+            oldest = next(iter(self._kept))
+            self.nbytes -= _nbytes(oldest, self._kept.pop(oldest))
+        return messages
 
     def position(self, seq: int) -> bytes:
         """Return nothing: the lexicon's cursor moves by events alone."""
-        return b""
-
-    def caught_up(self, seq: int) -> bytes:
-        """Return nothing, for the same reason."""
         return b""
 
     def heartbeat(self) -> bytes:
@@ -128,16 +97,8 @@ class Messages:
         return notice.message
 
 
-def _cut_out(part: Chunk, origin: Chunk, whole: Encoded) -> list[bytes]:
-    if not part.seqs:
-        return []
-    data, begins = whole.data, whole.begins
-    first, count = bisect_left(origin.seqs, part.seqs[0]), len(part)
-    if origin.seqs[first + count - 1] == part.seqs[-1]:
-        places: Iterable[int] = range(first, first + count)
-    else:
-        places = [bisect_left(origin.seqs, seq, first) for seq in part.seqs]
-    return [data[begins[place] : begins[place + 1]] for place in places]
+def _nbytes(coded: bytes, messages: bytes) -> int:
+    return ENTRY_BYTES + getsizeof(coded) + getsizeof(messages)
 
 
 class LabelSocket(web.WebSocketResponse, LongAnswer):
