@@ -8,20 +8,18 @@ Does not belong here: anything `serve` does.
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
-import hashlib
 import logging
 import random
 import shlex
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 
 import aiohttp
 import click
 
 from sse_labels.cli.layout import Command
-from sse_labels.cli.options import DEMO_FOLDER, named_as_given, option, settings_options
+from sse_labels.cli.options import named_as_given, option, settings_options
 from sse_labels.cli.serve import Place, database_of, interruptible, run
 from sse_labels.cli.standard_streams import OutputLost
 from sse_labels.config import load, seconds
@@ -32,6 +30,8 @@ from sse_labels.web.listening import base_url
 
 log = logging.getLogger(__name__)
 
+#: Where it keeps its data, inside of the data directory.
+DEMO_FOLDER = "demo"
 QUIET = {"log_level": "warning"}
 #: How often each value is seen, roughly as on the public network: mostly adult content and spam.
 VALUES = {"porn": 30, "spam": 22, "sexual": 14, "nudity": 10, "graphic-media": 6, "rude": 6,
@@ -98,25 +98,12 @@ async def publish_for_ever(url: str, place: Place, interval_seconds: float) -> N
 
 def made_up_label(recent: list[dict[str, object]]) -> dict[str, object]:
     """Return a label as a labeler would make it now; one in twelve takes an earlier one back."""
-    now = datetime.now(UTC)
-    cts = now.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    cts = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     if recent and random.random() < 1 / 12:
         return {**random.choice(recent), "neg": True, "cts": cts}
     account = "did:plc:" + "".join(random.choices(BASE32, k=24))
     [val] = random.choices(list(VALUES), weights=list(VALUES.values()))
-    label: dict[str, object] = {
-        "src": random.choice(LABELERS),
-        "uri": account,
-        "val": val,
-        "cts": cts,
-    }
+    uri = account
     if random.random() < 0.8:  # the others are about the whole account
-        label["uri"] = f"at://{account}/app.bsky.feed.post/{''.join(random.choices(BASE32, k=13))}"
-        # A CID version 1: dag-cbor (0x71) and SHA-256 (0x12, 32 bytes), in base32.
-        digest = b"\x01\x71\x12\x20" + hashlib.sha256(random.randbytes(16)).digest()
-        label["cid"] = "b" + base64.b32encode(digest).decode().lower().rstrip("=")
-    if val == "rude":
-        label["exp"] = (
-            (now + timedelta(days=7)).isoformat(timespec="seconds").replace("+00:00", "Z")
-        )
-    return label
+        uri = f"at://{account}/app.bsky.feed.post/{''.join(random.choices(BASE32, k=13))}"
+    return {"src": random.choice(LABELERS), "uri": uri, "val": val, "cts": cts}

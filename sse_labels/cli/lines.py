@@ -18,8 +18,8 @@ from sse_labels.errors import SseLabelsError
 _PREFIX, _SEPARATOR, _SUFFIX = b'{"labels":[', b",", b"]}"
 
 
-class NotJson(SseLabelsError):
-    """A line that cannot be sent; the message says which."""
+class NotPublished(SseLabelsError):
+    """Something was not stored; the message says which lines."""
 
 
 class Batch(NamedTuple):
@@ -45,8 +45,8 @@ class Batch(NamedTuple):
 def read_batches(file: BinaryIO, *, max_labels: int, max_bytes: int, first: int) -> Iterator[Batch]:
     """Yield batches of at most `max_labels` whose bodies have at most `max_bytes`.
 
-    Begins with line `first`; empty lines are skipped. Raises NotJson for the first line that is
-    not JSON or too long to be sent; labels that were read before it, but not yielded, are not.
+    Begins with line `first`; empty lines are skipped. Raises NotPublished for the first line
+    that is not JSON or too long; labels that were read before it, but not yielded, are not.
     """
     # A line that is longer cannot be sent anyway, and a file may have no line ends at all.
     room = max_bytes - len(_PREFIX) - len(_SUFFIX)
@@ -59,7 +59,7 @@ def read_batches(file: BinaryIO, *, max_labels: int, max_bytes: int, first: int)
         line = line.strip()
         if line and number >= first:
             if len(line) > room:
-                raise NotJson(f"line {number}: got more than {room} bytes, expected one label")
+                raise _not_sent(number, f"got more than {room} bytes, expected one label")
             _check(number, line)
             if len(labels) == max_labels or filled + len(line) > room:
                 yield Batch(numbers, labels, position)
@@ -80,7 +80,7 @@ def _read_line(file: BinaryIO, number: int, size: int) -> bytes:
     try:
         return file.readline(size)
     except OSError as error:
-        raise NotJson(f"line {number}: cannot be read: {error.strerror}") from None
+        raise _not_sent(number, f"cannot be read: {error.strerror}") from None
 
 
 def _check(number: int, line: bytes) -> None:
@@ -88,8 +88,12 @@ def _check(number: int, line: bytes) -> None:
     try:
         json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise NotJson(f"line {number}: not UTF-8: {error.reason}, byte {error.start + 1}") from None
+        raise _not_sent(number, f"not UTF-8: {error.reason}, byte {error.start + 1}") from None
     except json.JSONDecodeError as error:
-        raise NotJson(f"line {number}: not JSON: {error.msg}, column {error.colno}") from None
+        raise _not_sent(number, f"not JSON: {error.msg}, column {error.colno}") from None
     except (ValueError, RecursionError) as error:
-        raise NotJson(f"line {number}: not JSON: {error}") from None
+        raise _not_sent(number, f"not JSON: {error}") from None
+
+
+def _not_sent(number: int, why: str) -> NotPublished:
+    return NotPublished(f"line {number}: {why}; nothing of its batch is stored")

@@ -10,10 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ssl
-from collections.abc import Awaitable, Callable
-from functools import partial
-from typing import Any, NamedTuple
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+from typing import NamedTuple
+from urllib.parse import parse_qsl, urlencode, urlunsplit
 
 import click
 
@@ -25,11 +23,11 @@ from sse_labels.cli.options import (
     option,
     settings_options,
     switch,
+    url_parts,
 )
 from sse_labels.cli.serve import Ready, database_at, database_of, interruptible, until_told
 from sse_labels.cli.tls import tls_options
 from sse_labels.config import Expected, Settings, did, integer, load, seconds, size
-from sse_labels.connection import Connection
 from sse_labels.database import Database
 from sse_labels.errors import ConfigError, SchemaError
 from sse_labels.logs import configure_logging
@@ -63,16 +61,10 @@ def upstream(text: str) -> Wanted:
     if text.startswith("did:"):
         given, _, address = text.partition("=")
         source = did(given)
-    try:
-        parts = urlsplit(address)
-        known = parts.scheme in ("ws", "wss", "http", "https") and bool(parts.hostname)
-        good = known and parts.port != 0 and not parts.fragment
-        # As the resolver will: a name that it cannot write is an error of its own there.
-        (parts.hostname or "").encode("idna")
-    except ValueError:
-        good = False
-    if not good or not address.isprintable() or " " in address:
-        raise Expected("a labeler's address such as wss://labeler.example, or DID=wss://…")
+    expected = "a labeler's address such as wss://labeler.example, or DID=wss://…"
+    parts = url_parts(address, ("ws", "wss", "http", "https"), expected)
+    if parts.fragment:
+        raise Expected(expected)
     if parts.username is not None or parts.password is not None:
         raise Expected("an address without a user and a password: it is logged, and stored")
     query = parse_qsl(parts.query, keep_blank_values=True)
@@ -184,39 +176,31 @@ def mirror(
             )
             for each in wanted
         ]
+
+        async def follow(stop: asyncio.Event, up: Ready) -> None:
+            database = database_at(settings, place.dsn)
+            try:
+                await prepare(database, settings, [each.did for each in wanted if each.did])
+                async with asyncio.TaskGroup() as tasks:
+                    running = []
+                    for each in found:
+                        one = Mirror(
+                            each,
+                            database.connect,
+                            first_cursor=cursor,
+                            retry_longest_seconds=retry_longest_seconds,
+                        )
+                        running += [tasks.create_task(one.run())]
+                        running += [tasks.create_task(one.report(report_seconds))]
+                    await up(0)
+                    await stop.wait()
+                    for task in running:
+                        task.cancel()
+            finally:
+                database.close()
+
         with database_of(settings, key_of("dsn")) as place:
-            make = partial(Mirror, first_cursor=cursor, retry_longest_seconds=retry_longest_seconds)
-            until_told(following(settings, place.dsn, found, make, report_seconds))
-
-
-def following(
-    settings: Settings,
-    dsn: str,
-    found: list[Upstream],
-    make: Callable[[Upstream, Callable[[], Awaitable[Connection]]], Mirror],
-    report_seconds: float,
-) -> Callable[[asyncio.Event, Ready], Any]:
-    """Return what follows all upstreams until it is told to stop."""
-
-    async def follow(stop: asyncio.Event, up: Ready) -> None:
-        database = database_at(settings, dsn)
-        try:
-            await prepare(database, settings, [each.did for each in found if each.did])
-            mirrors = [make(each, database.connect) for each in found]
-            async with asyncio.TaskGroup() as tasks:
-                running = [
-                    tasks.create_task(work)
-                    for each in mirrors
-                    for work in (each.run(), each.report(report_seconds))
-                ]
-                await up(0)
-                await stop.wait()
-                for task in running:
-                    task.cancel()
-        finally:
-            database.close()
-
-    return follow
+            until_told(follow)
 
 
 async def prepare(database: Database, settings: Settings, sources: list[str]) -> None:

@@ -9,10 +9,10 @@ Does not belong here: what a command does; how help looks (`layout`).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import fields
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import click
 from click.core import ParameterSource
@@ -31,8 +31,6 @@ from sse_labels.config import (
 from sse_labels.embedded import default_data_dir
 from sse_labels.errors import ConfigError
 
-#: Where the demo keeps its data, inside of the data directory.
-DEMO_FOLDER = "demo"
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
@@ -132,17 +130,23 @@ def named_as_given() -> Iterator[None]:
         raise type(error)(key_of(name), error.value, error.expected) from error
 
 
-def server_url(text: str) -> str:
-    """Read the address of a server or of a stream; an ending slash is dropped."""
+def url_parts(text: str, schemes: Collection[str], expected: str) -> SplitResult:
+    """Return the parts of an address; raise Expected when it has another scheme or no host."""
     try:
         parts = urlsplit(text)
-        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        good = parts.scheme in schemes and parts.hostname and parts.port != 0
         # As the resolver will: a name that it cannot write is an error of its own there.
         (parts.hostname or "").encode("idna")
     except ValueError:
         good = False
     if not good or not text.isprintable() or " " in text:
-        raise Expected("an address such as http://127.0.0.1:8080")
+        raise Expected(expected)
+    return parts
+
+
+def server_url(text: str) -> str:
+    """Read the address of a server or of a stream; an ending slash is dropped."""
+    url_parts(text, ("http", "https"), "an address such as http://127.0.0.1:8080")
     return text.rstrip("/")
 
 

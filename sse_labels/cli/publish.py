@@ -11,8 +11,6 @@ server says).
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import os
 import re
 import secrets
@@ -20,31 +18,24 @@ import ssl
 import stat
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import click
 import httpx
-import ujson
 
 from sse_labels.backoff import Backoff
 from sse_labels.cli.layout import Command
-from sse_labels.cli.lines import Batch, NotJson, read_batches
-from sse_labels.cli.options import (
-    DEMO_FOLDER,
-    option,
-    server_url,
-    shown_data_dir,
-    token_text,
-)
+from sse_labels.cli.lines import Batch, NotPublished, read_batches
+from sse_labels.cli.options import option, server_url, shown_data_dir, token_text
 from sse_labels.cli.standard_streams import tell_result
 from sse_labels.cli.tls import tls_options
+from sse_labels.client.answers import ERROR_MAX, object_in, words
 from sse_labels.client.retries import after_seconds
 from sse_labels.config import integer, path, seconds, size
-from sse_labels.embedded import EmbeddedPostgres, default_data_dir
-from sse_labels.errors import ConfigError, SseLabelsError
+from sse_labels.embedded import default_data_dir
+from sse_labels.errors import ConfigError
 from sse_labels.publish_token import FILE_NAME, read_token
 from sse_labels.seq import SEQ_MAX, number_in
 
@@ -54,6 +45,8 @@ RETRY_MAX_SECONDS = 43_200
 RATE_LIMITED = 429
 #: Answers after which the same request may be answered better.
 TEMPORARY = {408, RATE_LIMITED, 502, 503, 504}
+#: Told of a batch that may be stored already.
+WITH_KEY = ", with the same Idempotency-Key: a server that knows this header stores nothing twice"
 #: What to do about some answers.
 HINTS = {
     401: " (give a token that may publish: --publish-token, or SSE_LABELS_PUBLISH_TOKEN)",
@@ -63,38 +56,6 @@ HINTS = {
 _INDEX = re.compile(r"^labels\[([0-9]+)\](?:\.|: )?")
 #: Failures before the request was on its way.
 _NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.UnsupportedProtocol)
-
-
-class NotPublished(SseLabelsError):
-    """Something was not stored; the message says which line, and what was stored before."""
-
-
-class Progress:
-    """What has been stored so far."""
-
-    def __init__(self, first_line: int) -> None:
-        self._first_line = first_line
-        self.labels = 0
-        self.last_line = 0
-        self.last_seq = 0
-        #: The batch that may be stored, although nobody has said so.
-        self.under_way: Batch | None = None
-
-    def __str__(self) -> str:
-        if not self.labels:
-            return "nothing was stored before"
-        return f"{counted(self.labels)} stored before, up to line {self.last_line}"
-
-    @property
-    def next_line(self) -> int:
-        """Return the line to go on from."""
-        return self.last_line + 1 if self.labels else self._first_line
-
-    def stored(self, batch: Batch, seqs: list[int]) -> None:
-        """Count a batch."""
-        self.labels += len(seqs)
-        self.last_line, self.last_seq = batch.numbers[-1], seqs[-1]
-        self.under_way = None
 
 
 class Trouble(NamedTuple):
@@ -118,18 +79,35 @@ class Sender:
     """
 
     def __init__(
-        self, client: httpx.Client, url: str, progress: Progress, retry_seconds: float
+        self, client: httpx.Client, url: str, first_line: int, retry_seconds: float
     ) -> None:
         self._client = client
         self._url = url
-        self._progress = progress
         self._retry_seconds = retry_seconds
+        #: The line to go on from.
+        self._next_line = first_line
         # Of this run alone: whoever publishes the same lines again wants them stored again.
         self._run = secrets.token_hex(16)
         self._batches = 0
-        #: Whether a server was ever there: an address that is wrong does not mend by waiting.
+        #: Whether a server was ever there: an address that is wrong is not fixed by waiting.
         self._reached = False
-        self._told_of_rate = False
+        #: What the user was told of.
+        self._told: set[object] = set()
+        #: What has been stored so far.
+        self.labels = 0
+        self.last_seq: object = None
+        #: The batch that may be stored, although nobody has said so.
+        self.under_way: Batch | None = None
+
+    def progress(self) -> str:
+        """Return in words what was stored so far."""
+        if not self.labels:
+            return "nothing was stored before"
+        return f"{counted(self.labels)} stored before, up to line {self._next_line - 1}"
+
+    def how_to_go_on(self) -> str:
+        """Return what a failure ends with: what was stored, and where to begin again."""
+        return f"{self.progress()} (go on with --from-line {self._next_line})"
 
     def send(self, batch: Batch) -> None:
         """Store one batch; raise NotPublished, which says what is known of it."""
@@ -137,35 +115,40 @@ class Sender:
         # With quotes: a string of RFC 8941 (draft-ietf-httpapi-idempotency-key-header, 2.1).
         key = f'"{self._run}-{self._batches}"'
         backoff = Backoff(first=0.2, longest=10.0)
-        began, tries = 0.0, 0
-        doubtful = told = False
+        began = 0.0
+        doubtful = False
         while True:
-            tries += 1
-            self._progress.under_way = batch
-            outcome = self._try(batch, key)
-            if not isinstance(outcome, Trouble):
-                self._progress.stored(batch, outcome)
+            self.under_way = batch
+            trouble = self._try(batch, key)
+            if trouble is None:
+                self.under_way = None
                 return
             # A refusal says nothing about an earlier try, whose answer was lost.
-            doubtful = doubtful or not outcome.certain
+            doubtful = doubtful or not trouble.certain
             if not doubtful:
-                self._progress.under_way = None
+                self.under_way = None
             began = began or time.monotonic()
             elapsed = time.monotonic() - began
             # On top of what the server asks for: that may be the same for all, and does not grow.
-            spare = self._retry_seconds - elapsed - outcome.after_seconds
-            if not outcome.temporary or spare <= 0:
-                given_up = self._given_up(outcome, tries, elapsed) if outcome.temporary else ""
+            spare = self._retry_seconds - elapsed - trouble.after_seconds
+            if not trouble.temporary or spare <= 0:
+                reason = trouble.reason
+                if trouble.temporary and self._retry_seconds:
+                    reason += f"; given up after {elapsed:.1f} s"
+                    if trouble.after_seconds:
+                        reason += f": it asks to wait {trouble.after_seconds:g} s more"
                 rest = uncertain(batch) if doubtful else f"nothing of {batch.where} is stored"
-                raise NotPublished(f"{outcome.reason}{given_up}; {rest}")
-            if outcome.status == RATE_LIMITED:
-                self._tell_of_rate(outcome)
-            elif not told:
-                told = True
-                self._tell(outcome, batch, doubtful)
-            time.sleep(outcome.after_seconds + min(backoff.next(), spare))
+                raise NotPublished(f"{reason}; {rest}")
+            # A long file under a rate meets it with every batch: that is told once per run.
+            about = trouble.status if trouble.status == RATE_LIMITED else key
+            if about not in self._told:
+                self._told.add(about)
+                again = f"sending {batch.where} again for up to {self._retry_seconds:g} s"
+                # Nothing in an answer tells a server that knows the header from one that does not.
+                say(f"{trouble.reason}; {again}{WITH_KEY if doubtful else ''}")
+            time.sleep(trouble.after_seconds + min(backoff.next(), spare))
 
-    def _try(self, batch: Batch, key: str) -> list[int] | Trouble:
+    def _try(self, batch: Batch, key: str) -> Trouble | None:
         headers = {"Content-Type": "application/json", "Idempotency-Key": key}
         try:
             response = self._client.post(self._url, content=batch.body(), headers=headers)
@@ -176,53 +159,25 @@ class Sender:
             return Trouble(reason, certain=not_sent, temporary=self._reached)
         self._reached = True
         status = response.status_code
+        said = object_in(response.text) or {}
         if status == 201:
-            seqs = seqs_of(response)
-            if len(seqs) == len(batch.numbers):
-                return seqs
-            return Trouble(f"{self._url} answered 201 without a seq for each label", certain=False)
+            seqs = said.get("seqs")
+            if not isinstance(seqs, list) or len(seqs) != len(batch.numbers):
+                reason = f"{self._url} answered 201 without a seq for each label"
+                return Trouble(reason, certain=False)
+            self.labels += len(seqs)
+            self._next_line, self.last_seq = batch.numbers[-1] + 1, seqs[-1]
+            return None
         certain = 400 <= status < 500 or response.is_redirect
-        message = message_of(response)
+        message = words(said.get("message"), ERROR_MAX) or response.reason_phrase
         match = _INDEX.match(message)
         index = None if match is None else number_in(match[1], high=len(batch.numbers) - 1)
         if match is not None and index is not None:
             number = batch.numbers[index]
             return Trouble(f"line {number}: {message[match.end() :]}", certain)
-        hint = HINTS.get(status, "")
-        return Trouble(
-            f"{self._url} answered {status}: {message}{hint}",
-            certain,
-            status in TEMPORARY,
-            status,
-            after_seconds(response.headers),
-        )
-
-    def _given_up(self, trouble: Trouble, tries: int, elapsed: float) -> str:
-        if not self._retry_seconds:
-            return ""
-        text = f"; given up after {tries} {'try' if tries == 1 else 'tries'} in {elapsed:.1f} s"
-        if trouble.after_seconds:
-            text += (
-                f": it asks to wait {trouble.after_seconds:g} s more, "
-                f"--retry-seconds is {self._retry_seconds:g}"
-            )
-        return text
-
-    def _tell(self, trouble: Trouble, batch: Batch, doubtful: bool) -> None:
-        text = f"sending {batch.where} again for up to {self._retry_seconds:g} s"
-        if doubtful:
-            # Nothing in an answer tells a server that knows the header from one that does not.
-            text += (
-                ", with the same Idempotency-Key: a server that knows this header stores nothing "
-                "twice"
-            )
-        say(f"{trouble.reason}; {text}")
-
-    def _tell_of_rate(self, trouble: Trouble) -> None:
-        # Once per run: a long file under a rate meets it with every batch, and that is no outage.
-        if not self._told_of_rate:
-            self._told_of_rate = True
-            say(f"{trouble.reason}; waiting, now and whenever it answers so again")
+        reason = f"{self._url} answered {status}: {message}{HINTS.get(status, '')}"
+        after = after_seconds(response.headers)
+        return Trouble(reason, certain, status in TEMPORARY, status, after)
 
 
 @click.command(cls=Command, short_help="Publish labels from a file or standard input.")
@@ -278,37 +233,31 @@ def publish(
     token = publish_token or kept_token(data_dir)
     if file.isatty():
         click.echo("reading labels from the terminal; Ctrl-D ends them", err=True)
-    progress = Progress(from_line)
     batches = read_batches(file, max_labels=batch, max_bytes=batch_bytes, first=from_line)
+    headers = {"Authorization": f"Bearer {token}"}
     with (
-        explained(progress),
-        httpx.Client(
-            timeout=TIMEOUT_SECONDS, headers={"Authorization": f"Bearer {token}"}, verify=tls
-        ) as client,
+        httpx.Client(timeout=TIMEOUT_SECONDS, headers=headers, verify=tls) as client,
         progress_bar(file) as bar,
     ):
-        sender = Sender(client, f"{url}/labels", progress, retry_seconds)
-        for lines in batches:
-            sender.send(lines)
-            bar.update((lines.position if bar.length else progress.labels) - bar.pos)
-        if bar.length:
-            bar.update(bar.length - bar.pos)  # empty lines at the end
-    last = f", the last as seq {progress.last_seq}" if progress.labels else ""
-    tell_result(f"{counted(progress.labels)} stored{last}")
+        sender = Sender(client, f"{url}/labels", from_line, retry_seconds)
+        try:
+            for lines in batches:
+                sender.send(lines)
+                bar.update(lines.position - bar.pos)
+        except NotPublished as error:
+            raise NotPublished(f"{error}; {sender.how_to_go_on()}") from error
+        except KeyboardInterrupt:
+            where = "" if sender.under_way is None else f"; {uncertain(sender.under_way)}"
+            say(f"interrupted; {sender.progress()}{where}")
+            raise
+    last = f", the last as seq {sender.last_seq}" if sender.labels else ""
+    tell_result(f"{counted(sender.labels)} stored{last}")
 
 
 def kept_token(data_dir: Path | None) -> str:
-    """Return the embedded server's token; raise ConfigError when it cannot be read.
-
-    Without a data directory: the demo's, when it runs and no other server does.
-    """
+    """Return the embedded server's token; raise ConfigError when it cannot be read."""
     try:
-        place = data_dir or default_data_dir()
-        demo = place / DEMO_FOLDER
-        if data_dir is None and runs_in(demo) and not runs_in(place):
-            say(f"taking the token of the demo, which runs: {demo}")
-            place = demo
-        return read_token(place / FILE_NAME)
+        return read_token((data_dir or default_data_dir()) / FILE_NAME)
     except ConfigError as error:
         raise ConfigError(
             "--publish-token",
@@ -318,54 +267,12 @@ def kept_token(data_dir: Path | None) -> str:
         ) from error
 
 
-def runs_in(data_dir: Path) -> bool:
-    """Return whether an embedded server's PostgreSQL runs in a data directory."""
-    return data_dir.is_dir() and EmbeddedPostgres(data_dir).runs()
-
-
-def seqs_of(response: httpx.Response) -> list[int]:
-    """Return the seqs that an answer tells, none when it cannot be read."""
-    try:
-        return [int(seq) for seq in ujson.loads(response.text)["seqs"]]
-    except (ValueError, TypeError, KeyError):
-        return []
-
-
-def message_of(response: httpx.Response) -> str:
-    """Return what an answer says about itself."""
-    try:
-        return str(ujson.loads(response.text)["message"])
-    except (ValueError, TypeError, KeyError):
-        return response.reason_phrase
-
-
-@contextlib.contextmanager
-def explained(progress: Progress) -> Iterator[None]:
-    """Say with every failure of the block what was stored before it, and how to go on."""
-    try:
-        yield
-    except (NotPublished, NotJson) as error:
-        if isinstance(error, NotJson):
-            error = NotPublished(f"{error}; nothing of its batch is stored")
-        raise NotPublished(
-            f"{error}; {progress} (go on with --from-line {progress.next_line})"
-        ) from error
-    except KeyboardInterrupt:
-        where = "" if progress.under_way is None else f"; {uncertain(progress.under_way)}"
-        click.echo(f"\nsse-labels: interrupted; {progress}{where}", err=True)
-        raise
-
-
 def progress_bar(file: BinaryIO) -> AbstractContextManager[Any]:
-    """Return a progress bar on standard error: by bytes of a file, else a count of labels."""
+    """Return a progress bar on standard error, by bytes of a file; of a pipe nothing is shown."""
     found = os.fstat(file.fileno())
     length = found.st_size - file.tell() if stat.S_ISREG(found.st_mode) else 0
-    hidden = not sys.stderr.isatty()
-    if length > 0:
-        return click.progressbar(length=length, file=sys.stderr, hidden=hidden)
-    return click.progressbar(
-        itertools.repeat(None), file=sys.stderr, hidden=hidden, show_pos=True, label="labels"
-    )
+    hidden = not (length and sys.stderr.isatty())
+    return click.progressbar(length=length, file=sys.stderr, hidden=hidden)
 
 
 def say(text: str) -> None:

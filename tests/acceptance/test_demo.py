@@ -14,7 +14,6 @@ from pathlib import Path
 import httpx
 import pytest
 
-from sse_labels.cli import publish as publish_command
 from sse_labels.embedded import EmbeddedPostgres
 
 from support.database import TestDatabase, reachable_directory
@@ -62,9 +61,7 @@ def directory() -> Iterator[Path]:
         yield made / "data"
 
 
-def test_demo_prints_commands_that_work_and_ends_without_a_trace(
-    directory: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_demo_prints_commands_that_work_and_ends_without_a_trace(directory: Path) -> None:
     data_dir = directory / "demo"
     arguments = ("demo", "--port=0", "--data-dir", str(directory), "--interval-seconds=0.02")
     with running(*arguments) as demo:
@@ -79,8 +76,6 @@ def test_demo_prints_commands_that_work_and_ends_without_a_trace(
         assert (published[0], published[-1]) == ("sse-labels", "FILE")
         stored_one = ran(*published[1:-1], str(file))
         assert re.fullmatch(r"1 label stored, the last as seq \d+\n", stored_one.output)
-        monkeypatch.setattr(publish_command, "default_data_dir", lambda: directory)
-        assert publish_command.kept_token(None) == Path(token_file).read_text().strip()
         # Not among what `serve --data-dir` would show.
         assert postgres_runs_in(data_dir)
         demo.press_ctrl_c()

@@ -382,16 +382,15 @@ def test_giving_up_says_what_is_stored_and_what_is_uncertain(
     labels = [label(number) for number in range(6)]
     with front(url, passed, lost, *[refused(503)] * 50) as proxy:
         run = publish(proxy.address, lines(*labels), "--batch=2", "--retry-seconds=0.3")
-        tries = len(proxy.keys) - 1
+        assert len(proxy.keys) >= 3
     assert run.process.returncode == 1
     assert run.out == []
     [waiting, said] = run.err
     assert "; sending lines 3 to 4 again for up to 0.3 s, with the same " in waiting
-    assert tries >= 2
     assert re.fullmatch(
         re.escape(
-            f"sse-labels: {proxy.address}/labels answered 503: a reason; given up after {tries} "
-            f"tries in SECONDS s; {UNCERTAIN.format(3, 4)}; 2 labels stored before, up to line 2 "
+            f"sse-labels: {proxy.address}/labels answered 503: a reason; given up after "
+            f"SECONDS s; {UNCERTAIN.format(3, 4)}; 2 labels stored before, up to line 2 "
             "(go on with --from-line 3)"
         ).replace("SECONDS", r"\d+\.\d"),
         said,
@@ -448,8 +447,8 @@ def test_rate_is_said_once_however_often_it_is_met(database: TestDatabase, url: 
     assert run.output == "3 labels stored, the last as seq 3\n"
     rate, outage = run.err
     assert rate == (
-        f"sse-labels: {proxy.address}/labels answered 429: a reason; waiting, now and whenever it "
-        "answers so again"
+        f"sse-labels: {proxy.address}/labels answered 429: a reason; sending line 1 again for up "
+        "to 60 s"
     )
     assert "; sending line 2 again for up to 60 s, with the same Idempotency-Key" in outage
     assert database.stored() == events(*labels)
@@ -463,9 +462,9 @@ def test_wait_beyond_retry_seconds_is_not_begun(after: str) -> None:
     status, said = failure(run)
     assert status == 1
     assert re.fullmatch(
-        rf"sse-labels: {proxy.address}/labels answered 429: a reason; given up after 1 try in "
-        r"0\.0 s: it asks to wait \S+ s more, --retry-seconds is 60; nothing of lines 1 to 2 is "
-        r"stored; nothing was stored before \(go on with --from-line 1\)",
+        rf"sse-labels: {proxy.address}/labels answered 429: a reason; given up after "
+        r"0\.0 s: it asks to wait \S+ s more; nothing of lines 1 to 2 is stored; nothing was "
+        r"stored before \(go on with --from-line 1\)",
         said,
     )
 
@@ -540,7 +539,7 @@ def test_ctrl_c_ends_a_wait_at_once(tmp_path: Path, act: Act, where: str) -> Non
     with front("", act) as proxy:
         arguments = ("--url", proxy.address, "--publish-token", TOKEN)
         with running("publish", str(file), *arguments) as run:
-            run.wait_for("a reason; (sending|waiting)")
+            run.wait_for("a reason; sending")
             run.press_ctrl_c()
             # It has less patience than the server asks for.
             assert run.wait() == 130
@@ -552,19 +551,13 @@ def test_ctrl_c_ends_a_wait_at_once(tmp_path: Path, act: Act, where: str) -> Non
 # The progress bar
 
 
-@pytest.mark.parametrize("source", ["file", "pipe"])
-def test_progress_is_shown_on_a_terminal(url: str, tmp_path: Path, source: str) -> None:
+def test_progress_of_a_file_is_shown_on_a_terminal(url: str, tmp_path: Path) -> None:
     file = tmp_path / "labels.jsonl"
-    text = lines(*map(label, range(40)))
-    file.write_text(text)
+    file.write_text(lines(*map(label, range(40))))
     terminal, its_end = pty.openpty()
     arguments = ["--url", url, "--publish-token", TOKEN, "--batch=10"]
-    env = {"TERM": "xterm"}
     with os.fdopen(its_end, "wb") as stderr:
-        if source == "file":
-            run = ran("publish", str(file), *arguments, stderr=stderr, env=env)
-        else:
-            run = ran("publish", *arguments, text=text, stderr=stderr, env=env)
+        run = ran("publish", str(file), *arguments, stderr=stderr, env={"TERM": "xterm"})
     shown = b""
     try:
         while piece := os.read(terminal, 65536):
@@ -573,5 +566,5 @@ def test_progress_is_shown_on_a_terminal(url: str, tmp_path: Path, source: str) 
         pass  # how Linux says that the other end is closed
     os.close(terminal)
     assert run.output == "40 labels stored, the last as seq 40\n"
-    assert (b"100%" if source == "file" else b"40") in shown
+    assert b"100%" in shown
     assert shown.count(b"\r") > 3
