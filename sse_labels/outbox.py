@@ -18,18 +18,35 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import Protocol
 
 from sse_labels.backfill import Backfill
 from sse_labels.chunk import Chunk, after_position
 from sse_labels.chunk_queue import ChunkQueue
 from sse_labels.errors import ConsumerTooSlow, StreamClosed
-from sse_labels.expiry_reader import ExpiryReader
 from sse_labels.filters import Filter
 from sse_labels.metrics import Metrics
+from sse_labels.notice import Notice
 from sse_labels.pages import Pages
 from sse_labels.sequencer import Sequencer
 from sse_labels.steps import CaughtUp, Events, Expired, Silence, SnapshotComplete, Step
 from sse_labels.store import Snapshot
+
+
+class Expiries(Protocol):
+    """What tells one stream of labels that expire; its length is how many notices wait."""
+
+    def begin(self, on_news: Callable[[], None]) -> None:
+        """Tell from now on; call `on_news` whenever `take` may return more."""
+
+    def take(self, most: int) -> list[Notice]:
+        """Return at most `most` of the notices that wait, in order."""
+
+    def leave(self) -> None:
+        """Tell nothing more."""
+
+    def __len__(self) -> int:
+        """Return how many notices wait."""
 
 
 class Outbox:
@@ -58,7 +75,7 @@ class Outbox:
         max_events: int,
         heartbeat_seconds: float,
         snapshot: Snapshot | None = None,
-        expiries: ExpiryReader | None = None,
+        expiries: Expiries | None = None,
     ) -> None:
         """`client` is who reads: reads of history are shared by turns among clients.
 

@@ -12,36 +12,27 @@ Sources: https://atproto.com/specs/label#signatures (DAG-CBOR of the label with 
 
 from __future__ import annotations
 
-from binascii import unhexlify
-from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
-from pathlib import Path
 from typing import Protocol
 
 import libipld
 from coincurve import PrivateKey as K256PrivateKey
 from coincurve import PublicKey as K256PublicKey
 from coincurve.ecdsa import cdata_to_der, deserialize_compact
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-from sse_labels.errors import ConfigError
-from sse_labels.formats import is_did
 from sse_labels.labels import Label, label_json
-from sse_labels.watched_file import FILE_MAX_BYTES, Unusable, WatchedFile, each_line
 
 SIGNATURE_BYTES = 64
-KEY_SETTING = "--signing-key-file"
-SOURCE_KEYS_SETTING = "--source-keys-file"
 #: Multicodec prefixes of public keys, as varints (https://github.com/multiformats/multicodec).
 K256_PREFIX = b"\xe7\x01"
 P256_PREFIX = b"\x80\x24"
 #: The order of P-256 (SEC 2, section 2.4.2); coincurve refuses a high S by itself.
 P256_ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
-_EXPECTED_KEY = "a file with a k256 private key: 64 hex digits, or PEM (secp256k1)"
 
 
 class Verdict(Enum):
@@ -67,26 +58,6 @@ class SigningKey:
     def __init__(self, secret: bytes) -> None:
         """Raise ValueError when 32 bytes `secret` are no key."""
         self._key = K256PrivateKey(secret)
-
-    @classmethod
-    def load(cls, file: Path) -> SigningKey:
-        """Read a key; raise ConfigError, which never shows what stands in the file."""
-        try:
-            with file.open("rb") as opened:
-                content = opened.read(FILE_MAX_BYTES)
-        except OSError as error:
-            raise ConfigError(
-                KEY_SETTING, str(file), f"a file to read ({error.strerror})"
-            ) from None
-        try:
-            if content.lstrip().startswith(b"-----BEGIN"):
-                return cls(_secret_of_pem(content))
-            secret = unhexlify(content.strip())
-            if len(secret) == 32:
-                return cls(secret)
-        except (ValueError, TypeError, UnsupportedAlgorithm):
-            pass
-        raise ConfigError(KEY_SETTING, str(file), _EXPECTED_KEY)
 
     @property
     def did_key(self) -> str:
@@ -153,12 +124,12 @@ class P256Key:
 
 
 def parse_public_key(text: str) -> PublicKey:
-    """Return the key written as `did:key:z…`, or as `z…` alone; raise Unusable."""
+    """Return the key written as `did:key:z…`, or as `z…` alone; raise ValueError."""
     expected = "a key such as did:key:zQ3sh… (k256) or did:key:zDn… (p256)"
     multibase = text.removeprefix("did:key:")
+    if not multibase.startswith("z"):
+        raise ValueError(expected)
     try:
-        if not multibase.startswith("z"):
-            raise Unusable(expected)
         _, encoded = libipld.decode_multibase(multibase)
         if encoded.startswith(K256_PREFIX) and len(encoded) == 35:
             return K256Key(encoded[2:])
@@ -166,18 +137,15 @@ def parse_public_key(text: str) -> PublicKey:
             return P256Key(encoded[2:])
     except ValueError:
         pass
-    raise Unusable(expected)
+    raise ValueError(expected)
 
 
 class SourceKeys:
-    """The public keys of sources, from a file that is read again when it was changed."""
+    """The public keys of sources, which may change."""
 
-    def __init__(self, file: Path) -> None:
-        """Read lines `DID did:key:z…`; a source may have several. Raise ConfigError.
-
-        `#` begins a comment.
-        """
-        self._file = WatchedFile(SOURCE_KEYS_SETTING, file, parse_source_keys)
+    def __init__(self, now: Callable[[], Mapping[str, Sequence[PublicKey]]]) -> None:
+        """`now` returns the keys of each source, which may have several."""
+        self._now = now
 
     def deny(self, did: str, key: SigningKey) -> bool:
         """Say whether keys of this source are known, and `key` belongs to none of them."""
@@ -188,7 +156,7 @@ class SourceKeys:
         """Return what can be said of the signature of `label`."""
         if not label.sig:
             return Verdict.UNSIGNED
-        keys = self._file.value().get(label.src)
+        keys = self._now().get(label.src)
         if not keys:
             return Verdict.UNKNOWN
         sig = bytes(label.sig)
@@ -197,23 +165,3 @@ class SourceKeys:
         message = signed_bytes(label)
         good = any(key.verifies(sig, message) for key in keys)
         return Verdict.VALID if good else Verdict.INVALID
-
-
-def parse_source_keys(content: bytes) -> dict[str, list[PublicKey]]:
-    """Return the keys of each source; raise Unusable with the number of the first bad line."""
-    found: defaultdict[str, list[PublicKey]] = defaultdict(list)
-
-    def take(words: list[str]) -> None:
-        if len(words) != 2 or not is_did(words[0]):
-            raise Unusable("a DID and a key, did:plc:… did:key:z…")
-        found[words[0]].append(parse_public_key(words[1]))
-
-    each_line(content, take)
-    return dict(found)
-
-
-def _secret_of_pem(content: bytes) -> bytes:
-    key = load_pem_private_key(content, None)
-    if not isinstance(key, ec.EllipticCurvePrivateKey) or key.curve.name != "secp256k1":
-        raise ValueError("not on secp256k1")
-    return key.private_numbers().private_value.to_bytes(32, "big")

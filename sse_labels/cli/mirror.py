@@ -30,13 +30,13 @@ from sse_labels.cli.tls import tls_options
 from sse_labels.config import Expected, Settings, did, integer, load, seconds, size
 from sse_labels.database import Database
 from sse_labels.errors import ConfigError, SchemaError
+from sse_labels.keys import source_keys_in
 from sse_labels.logs import configure_logging
 from sse_labels.mirror.following import Mirror
 from sse_labels.mirror.storing import may_mirror, own_sources
 from sse_labels.mirror.upstream import Upstream
 from sse_labels.schema import Schema
 from sse_labels.seq import SEQ_MAX
-from sse_labels.signatures import SourceKeys
 from sse_labels.xrpc import SUBSCRIBE_PATH
 
 PORTS = {"ws": 80, "wss": 443}
@@ -154,7 +154,9 @@ def mirror(
     with named_as_given(), contextlib.suppress(KeyboardInterrupt), interruptible():
         settings = load(options)
         configure_logging(settings.log_level, settings.log_format)
-        keys = None if settings.source_keys_file is None else SourceKeys(settings.source_keys_file)
+        keys = (
+            None if settings.source_keys_file is None else source_keys_in(settings.source_keys_file)
+        )
         for each in wanted:
             if each.did is None and keys is None and not any_source:
                 raise ConfigError(

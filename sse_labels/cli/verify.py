@@ -28,8 +28,8 @@ from sse_labels.cli.options import (
 )
 from sse_labels.cli.tls import tls_options
 from sse_labels.config import Expected, integer, path, seconds
+from sse_labels.keys import source_keys_in
 from sse_labels.seq import SEQ_MAX
-from sse_labels.signatures import SourceKeys
 from sse_labels.verification import Report, SocketRun, StreamRun, Wanted
 from sse_labels.verification.crosscheck import NotCompared
 from sse_labels.xrpc import SUBSCRIBE_PATH
@@ -107,7 +107,7 @@ def verify(
     The exit status is 1 when something is wrong.
     """
     with named_as_given():
-        keys = None if source_keys_file is None else SourceKeys(source_keys_file)
+        keys = None if source_keys_file is None else source_keys_in(source_keys_file)
     wanted = Wanted(
         url=url.copy_remove_param("cursor"),
         cursor=int(url.params.get("cursor", "0")) if cursor is None else cursor,

@@ -14,11 +14,12 @@ from aiohttp import web
 
 from sse_labels.connection import Connection
 from sse_labels.database import Database
+from sse_labels.keys import source_keys_in
 from sse_labels.labels import label_json, parse_label
 from sse_labels.migrations import migrate
 from sse_labels.mirror import following
 from sse_labels.mirror.storing import UpstreamStore
-from sse_labels.signatures import SigningKey, SourceKeys
+from sse_labels.signatures import SigningKey
 
 from support.database import TestDatabase, insert_with, role, until
 from support.labeler import (
@@ -537,7 +538,7 @@ async def test_a_field_that_a_signature_may_cover_is_ignored_only_when_it_does_n
     # Without the field it is no signature of this label.
     upstream.add(wire_label(2, sig=sig, reason="covered"))
     async with mirroring(
-        database, upstream.url, source_keys=SourceKeys(tmp_path / "keys")
+        database, upstream.url, source_keys=source_keys_in(tmp_path / "keys")
     ) as mirror:
         await until(lambda: mirror.cursor == 3)
     [(uri, kept)] = database.execute("SELECT uri, sig FROM label")
@@ -554,7 +555,7 @@ async def test_wrong_signatures_are_set_aside_and_right_ones_kept(
     upstream.add(wire_label(1, sig=signed.sig))
     upstream.add(wire_label(2, sig=signed.sig))
     upstream.add(wire_label(3, sig=SIG, src=OTHER))
-    keys = SourceKeys(tmp_path / "keys")
+    keys = source_keys_in(tmp_path / "keys")
     async with mirroring(database, upstream.url, source_keys=keys, any_source=True) as mirror:
         await until(lambda: mirror.cursor == 3)
     [row, other] = database.execute("SELECT src, sig FROM label ORDER BY id")
@@ -584,7 +585,7 @@ async def test_by_keys_only_labels_with_a_right_signature_are_taken(
     signed = wire_label(1, sig=key.sign(parse_label(wire_label(1))).sig)
     upstream.add(signed, wire_label(2), wire_label(3, src=OTHER), wire_label(4, sig=SIG, src=OTHER))
     upstream.add(wire_label(5, sig=SIG))
-    keys = SourceKeys(tmp_path / "keys")
+    keys = source_keys_in(tmp_path / "keys")
     async with mirroring(database, upstream.url, source_keys=keys) as mirror:
         await until(lambda: mirror.cursor == 2)
         assert mirror.tally["stored"] == 1

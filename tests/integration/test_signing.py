@@ -9,8 +9,9 @@ import aiohttp
 import pytest
 
 from sse_labels.errors import ConfigError
+from sse_labels.keys import source_keys_in
 from sse_labels.labels import Label, label_json
-from sse_labels.signatures import SigningKey, SourceKeys, Verdict
+from sse_labels.signatures import SigningKey, Verdict
 
 from support.database import TestDatabase, until
 from support.server import PUBLISH_TOKEN, RunServer, Server
@@ -55,7 +56,7 @@ async def test_labels_that_come_unsigned_are_signed(
     given = [unsigned(SRC), unsigned(SRC, 1, neg=True, exp="2030-01-01T00:00:00Z")]
     async with run_server(**signing) as server:
         assert (await post(server, *given))[0] == 201
-    keys = SourceKeys(signing["source_keys_file"])
+    keys = source_keys_in(signing["source_keys_file"])
     assert [label._replace(sig=None) for label in stored(database)] == given
     assert [keys.check(label) for label in stored(database)] == [Verdict.VALID] * 2
 

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from libipld import decode_dag_cbor, encode_multibase
 
 from sse_labels.errors import ConfigError
+from sse_labels.keys import signing_key_in, source_keys_in
 from sse_labels.labels import Label
 from sse_labels.signatures import (
     P256_ORDER,
@@ -42,7 +43,7 @@ K256_ORDER = 0xFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFEBAAEDCE6AF48A03BBFD25E8CD0364141
 def keys_of(folder: Path, *did_keys: str) -> SourceKeys:
     file = folder / "keys"
     file.write_text("# of a test\n" + "".join(f"{SRC} {key}\n" for key in did_keys))
-    return SourceKeys(file)
+    return source_keys_in(file)
 
 
 labels = st.builds(
@@ -95,7 +96,7 @@ def test_a_signature_is_invalid_once_any_field_has_changed(tmp_path: Path, field
         # Of another source its own key says it.
         (tmp_path / "keys").write_text(f"did:web:other {KEY.did_key}\n")
         changed = "did:web:other"
-        keys = SourceKeys(tmp_path / "keys")
+        keys = source_keys_in(tmp_path / "keys")
     assert keys.check(signed._replace(**{field: changed})) is Verdict.INVALID
 
 
@@ -167,17 +168,17 @@ def test_a_bad_line_of_keys_is_named_by_its_number(tmp_path: Path, line: str) ->
     file = tmp_path / "keys"
     file.write_text(f"{SRC} {KEY.did_key}\n{line}\n")
     with pytest.raises(ConfigError, match=r"--source-keys-file: .*in line 2: a "):
-        SourceKeys(file)
+        source_keys_in(file)
 
 
 def test_a_signing_key_is_hex_or_pem(tmp_path: Path) -> None:
     file = tmp_path / "key"
     file.write_text("1f" * 32 + "\n")
-    assert SigningKey.load(file).did_key == KEY.did_key
+    assert signing_key_in(file).did_key == KEY.did_key
     private = ec.derive_private_key(int("1f" * 32, 16), ec.SECP256K1())
     for form in (PrivateFormat.PKCS8, PrivateFormat.TraditionalOpenSSL):
         file.write_bytes(private.private_bytes(Encoding.PEM, form, NoEncryption()))
-        assert SigningKey.load(file).did_key == KEY.did_key
+        assert signing_key_in(file).did_key == KEY.did_key
 
 
 def test_a_signing_key_that_is_none_is_refused_and_never_shown(tmp_path: Path) -> None:
@@ -187,10 +188,10 @@ def test_a_signing_key_that_is_none_is_refused_and_never_shown(tmp_path: Path) -
     for content in (b"", b"ab" * 31, b"zz" * 32, b"00" * 32, b"-----BEGIN nothing", pem):
         file.write_bytes(content)
         with pytest.raises(ConfigError, match=r"--signing-key-file: .*64 hex digits") as raised:
-            SigningKey.load(file)
+            signing_key_in(file)
         assert raised.value.__cause__ is None
     with pytest.raises(ConfigError, match="No such file"):
-        SigningKey.load(tmp_path / "none")
+        signing_key_in(tmp_path / "none")
 
 
 def test_the_public_key_is_written_as_a_did_key() -> None:

@@ -15,8 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sse_labels.client.answers import ended
+from sse_labels.keys import source_keys_in
 from sse_labels.labels import Label, label_json
-from sse_labels.signatures import SigningKey, SourceKeys, Verdict
+from sse_labels.signatures import SigningKey, Verdict
 from sse_labels.verification import crosscheck
 from sse_labels.verification.continuity import HOLES_MAX, OTHER_SOURCES, Continuity, Event, Hole
 from sse_labels.verification.crosscheck import (
@@ -463,7 +464,7 @@ def test_signatures_are_counted_by_source_and_the_wrong_one_is_named(tmp_path: P
     file = tmp_path / "keys"
     file.write_text(f"{SRC} {KEY.did_key}\n")
     findings = Findings()
-    continuity = Continuity(0, SourceKeys(file), findings)
+    continuity = Continuity(0, source_keys_in(file), findings)
     plain = Label(SRC, "did:web:a", "", "spam", None, "2026-01-01T00:00:00Z", None, None)
     signed = KEY.sign(plain)
     other = signed._replace(src="did:web:other")
