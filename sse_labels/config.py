@@ -3,8 +3,7 @@
 Promises: this is the only file that reads the environment; a wrong value is a
 `ConfigError` that names the key as the user wrote it, the value, and what was
 expected; every setting has a default, a unit in its name and a line of help.
-Stands beside the corridor. The command line is made from the fields below, and the README's table
-is checked against them.
+The command line is made from the fields below, and the README's table is checked against them.
 Does not belong here: acting on a setting.
 """
 

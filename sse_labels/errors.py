@@ -2,7 +2,6 @@
 
 Promises: callers act by class, humans read the message, and nothing else is
 needed to answer a request or to end a stream.
-Stands beside the corridor: every room may import it, it imports nothing.
 Does not belong here: turning an error into bytes (`web.answers`, `sse`).
 
     SseLabelsError

@@ -2,7 +2,6 @@
 
 Promises: `matches` is exact and cheap enough to run per event, and filters that mean the same
 are equal and hash alike, so that a narrowed chunk is made once per distinct filter.
-Stands beside the corridor: the web handlers parse one, the outbox and the store apply it.
 Does not belong here: reading a query string (`web`), the filter's SQL form (`store`).
 
 Source: lexicon `com.atproto.label.queryLabels`, parameters `uriPatterns` and `sources`; `values`

@@ -5,7 +5,6 @@ the sentence as text (`stream opened: peer=::1 cursor=7`), or are keys beside `m
 strangers sent, a field has `FIELD_MAX_CHARS` characters at most, all printable, and nothing of it
 begins a line: in JSON nothing takes more than one, in text further lines are indented. One address
 causes so many lines in a minute, and the rest is counted.
-Stands beside the corridor: every room logs, and knows nothing of this.
 Does not belong here: what is logged, and when.
 """
 

@@ -2,7 +2,6 @@
 
 Promises: counting costs an integer addition, because the fan-out counts for
 every delivery; the text form is made when somebody asks for it.
-Stands beside the corridor: every room counts here, this file knows none of them.
 Does not belong here: decisions. Nothing reads a metric to act on it.
 
 Of several workers each one's numbers are shown, under the label `worker`. A sum would fall when a

@@ -4,7 +4,6 @@ Promises: every function returns whole blocks (each ends with an empty line),
 pure ASCII, in which no value can start a line of its own; so blocks may be
 joined in any number, and no label can forge a frame. HTTP's chunked coding
 of such blocks is made here and nowhere else.
-Stands in the corridor where an event becomes bytes; `chunk` joins the frames.
 Does not belong here: sockets, what is sent when.
 
 Source: HTML standard, section 9.2 "Server-sent events",

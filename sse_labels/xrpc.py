@@ -3,7 +3,6 @@
 Promises: what the lexicon says and nothing else; every `encode_…` returns whole WebSocket
 frames as a server sends them (unmasked), so that they may be joined in any number; `decode`
 returns a message as it stands in one frame, or raises MalformedMessage.
-Stands in the corridor beside `sse`, where an event becomes bytes.
 Does not belong here: sockets, handshakes, what is sent when.
 
 Sources: https://atproto.com/specs/event-stream (header and body, each DAG-CBOR); lexicon

@@ -2,7 +2,6 @@
 
 Promises: every error leaves as `{"error": Name, "message": …}` with the right
 status; nothing of the inside (a traceback, a DSN, a token) leaves with it.
-Stands at the edge of the corridor, around every handler.
 Does not belong here: what a handler does.
 """
 

@@ -3,7 +3,6 @@
 Promises: a token is taken only when its signature, its times, its issuer, its
 audience and the shape of its claims are right; the key alone says the algorithm;
 no token, nor any part of one, is in a message, in a log line or in a repr.
-Stands at the edge of the corridor, before the status line is sent.
 Does not belong here: ending a stream when its token expires (`web.stream`), who
 may publish (`publish_tokens`), making tokens.
 

@@ -1,7 +1,6 @@
 """Bearer tokens (RFC 6750): where one stands in a request, and what a refusal says.
 
 Promises: a publish token is compared in constant time; no token is logged.
-Stands at the door, for readers, publishers and operators.
 Does not belong here: what a right opens; what a reader's token says (`auth`).
 """
 

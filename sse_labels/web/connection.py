@@ -3,7 +3,6 @@
 Promises: a request that does not become whole, and an answer that nobody takes, end
 in bounded time and hold bounded memory; what is not HTTP is answered in JSON; an open
 stream is never ended here, unless its client sends on and on, and costs no timer.
-Stands in front of the corridor's end, between the guard and the handlers.
 Does not belong here: how many connections there are, what a request means.
 
 aiohttp 3.14 bounds the time for a head by `keepalive_timeout` alone, which must outlast

@@ -3,7 +3,6 @@
 Promises: each event reaches the socket once and in order, written by nobody but the
 one task of this request, or for it while it waits; a client that does not read is cut
 in bounded time. The same for every wire: encoding is the only difference.
-Stands at the end of the corridor: outbox -> delivery -> socket.
 Does not belong here: which events there are, how they are encoded, who may read them.
 """
 

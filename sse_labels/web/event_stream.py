@@ -2,7 +2,6 @@
 
 Promises: what the HTML standard calls an event stream, in HTTP/1.1's chunked coding or, for
 HTTP/1.0, without; its first bytes leave with the head.
-Stands at the end of the corridor, where a delivery becomes aiohttp's response.
 Does not belong here: when something is written (`delivery`), how an event looks (`sse`).
 """
 

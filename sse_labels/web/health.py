@@ -2,7 +2,6 @@
 
 Promises: live answers as long as the event loop turns; ready is 200 only while
 the sequencer follows the table and notifications arrive.
-Stands beside the corridor.
 Does not belong here: counting.
 """
 

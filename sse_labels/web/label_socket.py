@@ -2,7 +2,6 @@
 
 Promises: the lexicon's messages, in the same order and from the same outbox as the event
 stream; a client that shall come back is not told that all is over.
-Stands at the end of the corridor, where a delivery becomes aiohttp's response.
 Does not belong here: when something is written (`delivery`), how a message looks (`xrpc`).
 
 How a stream ends decides whether a client comes back. `@atproto/xrpc-server` (0.10) reconnects

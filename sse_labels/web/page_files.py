@@ -2,7 +2,6 @@
 
 Promises: the folder's tree is the URLs' tree; a page that loads nothing from elsewhere, and a
 policy that holds it to that.
-Stands beside the corridor; the page is a consumer like any other.
 Does not belong here: what the page does (`page/`).
 """
 

@@ -4,7 +4,6 @@ Promises: either a value that can be used as it is, or an `InvalidRequest` that
 names the parameter, what stood there and what was expected. Nothing is guessed:
 a parameter that is almost a known one is refused, because ignoring it would stream
 other labels than the ones asked for.
-Stands at the edge of the corridor, before the status line is sent.
 Does not belong here: whether the cursor exists (that needs the database).
 """
 

@@ -3,7 +3,6 @@
 Promises: an answer of 4xx has stored nothing, one of 201 everything; a token is compared in
 constant time and never logged; however many publish at once, streams have their turn in between,
 and memory is bounded.
-Stands at the door of the corridor, in front of the publisher.
 Does not belong here: what makes a label valid (`labels`), SQL.
 """
 

@@ -2,7 +2,6 @@
 
 Promises: ordered by seq, so that following `cursor` reaches every match once. A request looks at so
 many rows and no more: an answer may hold fewer labels than were asked for, or none, and a cursor.
-Stands beside the corridor: it reads the same table, up to the same head.
 Does not belong here: streams.
 """
 

@@ -4,7 +4,6 @@ Promises: the client gets an HTTP answer and a proper end of the connection, not
 reset; an `EventSource` gets one that lets it come back, and a WebSocket's handshake
 gets none, for the same reason; a refused client costs a socket for a second and
 nothing else.
-Stands beside the guard, in front of the corridor's end.
 Does not belong here: who is refused.
 """
 
