@@ -208,10 +208,12 @@ class StreamCut(StreamClosed):
 class HistoryRefused(StreamClosed):
     """The database does not let this server read what the consumer is to get."""
 
-    def __init__(self) -> None:
-        super().__init__(
-            "the database does not let this server read on; its operator can see why in its log"
-        )
+    def __init__(
+        self,
+        message: str = "the database does not let this server read on; its operator can see why "
+        "in its log",
+    ) -> None:
+        super().__init__(message)
 
 
 class ServerStopping(StreamClosed):

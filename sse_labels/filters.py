@@ -20,7 +20,7 @@ from sse_labels.formats import (
     is_did,
     is_uri,
     is_val,
-    shown,
+    problem_in,
     unsafe_in,
 )
 
@@ -127,6 +127,4 @@ def _parse_patterns(patterns: Sequence[str]) -> tuple[frozenset[str], tuple[str,
 
 
 def _refusal(parameter: str, value: str, expected: str) -> InvalidRequest:
-    unsafe = unsafe_in(value)
-    got = f"got {shown(value)}" + (f", which {unsafe}" if unsafe else "")
-    return InvalidRequest(f"{parameter}: {got}, expected {expected}")
+    return InvalidRequest(f"{parameter}: {problem_in(value)}, expected {expected}")

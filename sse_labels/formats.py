@@ -163,6 +163,12 @@ def unsafe_in(text: str) -> str | None:
     return f"has {kind} (U+{code:04X}) at position {found.start()}, which is not allowed"
 
 
+def problem_in(value: object) -> str:
+    """Return what was got, as an error message names it, and the complaint of `unsafe_in`."""
+    unsafe = unsafe_in(value) if isinstance(value, str) else None
+    return f"got {shown(value)}" + (f", which {unsafe}" if unsafe else "")
+
+
 SHOWN_MAX_CHARACTERS = 60
 
 

@@ -27,8 +27,8 @@ from sse_labels.formats import (
     is_did,
     is_uri,
     is_val,
+    problem_in,
     shown,
-    unsafe_in,
 )
 
 LABEL_TYPE = "com.atproto.label.defs#label"
@@ -209,7 +209,7 @@ def _signature(obj: dict[Any, Any]) -> bytes:
                     return decoded
     expected = f'{{"$bytes": base64 of 1 to {SIG_MAX_BYTES} bytes}}'
     if isinstance(sig, dict) and set(sig) == {"$bytes"}:
-        raise InvalidLabel("sig", f"$bytes: {_problem(sig['$bytes'])}, expected {expected}")
+        raise InvalidLabel("sig", f"$bytes: {problem_in(sig['$bytes'])}, expected {expected}")
     raise _refusal(obj, "sig", expected)
 
 
@@ -217,13 +217,7 @@ def _refusal(obj: dict[Any, Any], field: str, expected: str) -> InvalidLabel:
     if field not in obj:
         return InvalidLabel(field, f"is missing, expected {expected}")
     leave_out = "" if field in _REQUIRED else ", or the field left out"
-    return InvalidLabel(field, f"{_problem(obj[field])}, expected {expected}{leave_out}")
-
-
-def _problem(value: object) -> str:
-    got = f"got {shown(value)}"
-    unsafe = unsafe_in(value) if isinstance(value, str) else None
-    return f"{got}, which {unsafe}" if unsafe else got
+    return InvalidLabel(field, f"{problem_in(obj[field])}, expected {expected}{leave_out}")
 
 
 def _unknown_field(obj: dict[Any, Any]) -> InvalidLabel:

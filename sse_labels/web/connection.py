@@ -114,9 +114,7 @@ class Connection(Protocol):
             if self._allowance.take(len(data)):
                 return True
             # A million empty frames a second kept everybody else waiting for 70 ms, pings 700.
-            self._tell("a connection is cut, it sends on and on")
-            self.cut()
-            return False
+            return self._cut_off("a connection is cut, it sends on and on")
         if self._body is not None and not self._body.is_eof():
             # aiohttp reads it at the handler's pace, or drops it after an answer came early.
             return True
@@ -127,9 +125,7 @@ class Connection(Protocol):
             if self._unread <= MAX_HEAD_BYTES:
                 return True
             # Sent ahead of the answer: nobody who streams labels does that.
-            self._tell("a connection is cut, it sends on and on")
-            self.cut()
-            return False
+            return self._cut_off("a connection is cut, it sends on and on")
         if self._tail is not None:
             # Empty lines before a request count, and do not end its head (RFC 9112, 2.2).
             seen = (self._tail + data) if self._tail else data.lstrip(b"\r\n")
@@ -174,11 +170,12 @@ class Connection(Protocol):
 
     def answer_is_late(self) -> None:
         """End a connection whose client does not read."""
-        self._tell("a connection is cut, its client does not read")
-        self.cut()
+        self._cut_off("a connection is cut, its client does not read")
 
-    def _tell(self, what: str) -> None:
+    def _cut_off(self, what: str) -> bool:
         log.info(what, extra=caused_by(self._address(), peer=self.peername))
+        self.cut()
+        return False
 
     def _address(self) -> str:
         # A Unix socket's name is a text, and often empty.
@@ -326,33 +323,18 @@ class Deadlines:
             self._late(connection)
 
 
-async def read_body(request: web.Request, seconds: float) -> bytes:
-    """Return the body; raise RequestTimeout when it is not whole in time.
-
-    aiohttp waits for a body as long as its sender likes; over `client_max_size` it
-    raises HTTPRequestEntityTooLarge.
-    """
-    try:
-        async with asyncio.timeout(seconds):
-            return await request.read()
-    except TimeoutError:
-        raise RequestTimeout(f"expected the whole body within {seconds:g} s") from None
-
-
 class Allowance:
     """What a consumer may send over a WebSocket: pongs, a ping now and then, a close."""
 
-    __slots__ = ("_bytes", "_now", "_since")
+    __slots__ = ("_now", "_whole_at")
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self._now = now
-        self._bytes = float(CHATTER_MAX_BYTES)
-        self._since = now()
+        #: When it may send `CHATTER_MAX_BYTES` at once again.
+        self._whole_at = now()
 
     def take(self, nbytes: int) -> bool:
         """Say whether it may send so many bytes now."""
         now = self._now()
-        grown = self._bytes + (now - self._since) * CHATTER_BYTES_PER_SECOND
-        self._bytes = min(CHATTER_MAX_BYTES, grown) - nbytes
-        self._since = now
-        return self._bytes >= 0
+        self._whole_at = max(self._whole_at, now) + nbytes / CHATTER_BYTES_PER_SECOND
+        return self._whole_at - now <= CHATTER_MAX_BYTES / CHATTER_BYTES_PER_SECOND

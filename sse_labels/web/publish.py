@@ -14,12 +14,11 @@ from collections import defaultdict
 
 from aiohttp import hdrs, web
 
-from sse_labels.errors import InvalidRequest, PayloadTooLarge, UnsupportedMediaType
+from sse_labels.errors import InvalidRequest, PayloadTooLarge, RequestTimeout, UnsupportedMediaType
 from sse_labels.publish_tokens import PUBLISH, PublishTokens
 from sse_labels.publisher import Publisher
 from sse_labels.web.answers import json_response
 from sse_labels.web.bearer import holder_of
-from sse_labels.web.connection import read_body
 from sse_labels.web.rate import PublishRate
 from sse_labels.web.strict_json import parse_json
 
@@ -64,34 +63,25 @@ class PublishHandler:
 
     async def handle(self, request: web.Request) -> web.Response:
         """Answer `201 {"seqs": […]}`, in the order of the labels given."""
-        publisher = self._authorize(request)
+        publisher = holder_of(request, self._tokens, PUBLISH, OFF)
         check_coding(request)
         key = idempotency_key(request, publisher)
         if is_small(request):
-            body = await self._read(request)
+            body = await read_body(request, self._body_seconds)
             async with self._small:
                 seqs = await self._publish(body, publisher, key)
         else:
             # What waits here stays with its sender, but for what the kernel and aiohttp take.
             async with self._of_publisher[publisher], self._large:
-                seqs = await self._publish(await self._read(request), publisher, key)
+                body = await read_body(request, self._body_seconds)
+                seqs = await self._publish(body, publisher, key)
         return json_response({"seqs": seqs}, status=201)
-
-    async def _read(self, request: web.Request) -> bytes:
-        try:
-            return await read_body(request, self._body_seconds)
-        except web.RequestPayloadError as error:
-            raise InvalidRequest(f"the body cannot be decoded: {error}") from None
 
     async def _publish(self, body: bytes, publisher: str, key: bytes | None) -> list[int]:
         async with self._publisher.turn():
             labels = self._labels(body)
         self._rate.take(publisher, len(labels))
         return await self._publisher.publish(labels, key)
-
-    def _authorize(self, request: web.Request) -> str:
-        """Return the name of who publishes."""
-        return holder_of(request, self._tokens, PUBLISH, OFF)
 
     def _labels(self, body: bytes) -> list[object]:
         try:
@@ -111,6 +101,21 @@ class PublishHandler:
         if len(labels) > self._max_labels:
             raise PayloadTooLarge(f"labels: got {len(labels)}, expected at most {self._max_labels}")
         return labels
+
+
+async def read_body(request: web.Request, seconds: float) -> bytes:
+    """Return the body; raise RequestTimeout when it is not whole in time.
+
+    aiohttp waits for a body as long as its sender likes; over `client_max_size` it
+    raises HTTPRequestEntityTooLarge.
+    """
+    try:
+        async with asyncio.timeout(seconds):
+            return await request.read()
+    except TimeoutError:
+        raise RequestTimeout(f"expected the whole body within {seconds:g} s") from None
+    except web.RequestPayloadError as error:
+        raise InvalidRequest(f"the body cannot be decoded: {error}") from None
 
 
 def check_coding(request: web.Request) -> None:

@@ -79,7 +79,7 @@ class Refusal:
         elif not self._answered:
             self._asked += data
             # The position may stand in the last line, which comes in a segment of its own.
-            if has_head(self._asked) or len(self._asked) >= READ_BYTES:
+            if _HEAD_END in self._asked or len(self._asked) >= READ_BYTES:
                 self._answer()
 
     def _answer(self) -> None:
@@ -115,16 +115,11 @@ def encode_refusal(
     # A browser takes any other status than 200 for final, and never comes back.
     if b"text/event-stream" in asked.lower():
         # Of half a head nobody knows the position: a wrong one would lose labels.
-        position = position_asked(asked, head) if has_head(asked) else None
+        position = position_asked(asked, head) if _HEAD_END in asked else None
         answer = encode_busy(error, busy_retry_ms, position)
     else:
         answer = encode_answer(error)
     return answer.partition(_HEAD_END)[0] + _HEAD_END if asked.startswith(b"HEAD ") else answer
-
-
-def has_head(asked: bytes) -> bool:
-    """Say whether the head of the request is whole."""
-    return _HEAD_END in asked
 
 
 def encode_answer(error: RequestError) -> bytes:

@@ -24,9 +24,9 @@ from sse_labels.metrics import Metrics
 from sse_labels.web import connection, guard, refusal
 from sse_labels.web.addresses import PerAddress
 from sse_labels.web.answers import errors_as_json
-from sse_labels.web.connection import read_body
 from sse_labels.web.guard import Guard, most_connections
 from sse_labels.web.neighbours import Neighbours
+from sse_labels.web.publish import read_body
 
 PATIENCE_SECONDS = 20.0
 GET = b"GET /hello HTTP/1.1\r\nHost: test\r\n\r\n"
