@@ -98,8 +98,8 @@ def verify(
     http://127.0.0.1:8080/stream.
 
     Seqs must increase, also across reconnects; labels must be well formed. Holes
-    are legal: the first 50 and the last 50 are read again. All of it is compared
-    with queryLabels of the same server. It ends at the head of the moment it began.
+    are legal: the first 100 are read again. All of it is compared with queryLabels
+    of the same server. It ends at the head of the moment it began.
 
     \b
       sse-labels verify https://labels.example --source-keys-file keys

@@ -6,7 +6,8 @@ Stands outside the corridor: a reader like any other.
 Does not belong here: options, signals, exit statuses (`cli.verify`).
 """
 
-from sse_labels.verification.report import Report
-from sse_labels.verification.run import SocketRun, StreamRun, Wanted
+from sse_labels.verification.report import Report, Wanted
+from sse_labels.verification.socket import SocketRun
+from sse_labels.verification.stream import StreamRun
 
 __all__ = ["Report", "SocketRun", "StreamRun", "Wanted"]

@@ -2,12 +2,11 @@
 
 Promises: whatever is handed in becomes a finding or a count and never an error; memory does not
 grow with the stream. What continues the stream is returned, to be compared with a second reading.
-Does not belong here: sockets (`readings`); the second reading (`crosscheck`).
+Does not belong here: sockets (`client`); the second reading (`crosscheck`).
 """
 
 from __future__ import annotations
 
-from collections import deque
 from typing import Any, NamedTuple
 
 import ujson
@@ -21,7 +20,7 @@ from sse_labels.signatures import SourceKeys, Verdict
 from sse_labels.verification.findings import Findings, Kind
 from sse_labels.xrpc import MalformedMessage, Message, decode, json_label
 
-#: Holes that are remembered, the first and the last half of so many; the others are counted.
+#: The first holes, which are remembered; the others are counted.
 HOLES_MAX = 100
 #: Sources whose signatures are counted one by one; the others are counted together.
 SOURCES_MAX = 1000
@@ -44,30 +43,6 @@ class Hole(NamedTuple):
     until: int
 
 
-class Holes:
-    """All holes are counted, the first and the last are kept."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        #: How many seqs are in them together.
-        self.seqs = 0
-        self._first: list[Hole] = []
-        self._last: deque[Hole] = deque(maxlen=HOLES_MAX - HOLES_MAX // 2)
-
-    def add(self, hole: Hole) -> None:
-        """Count a hole."""
-        self.count += 1
-        self.seqs += hole.until - hole.after
-        if len(self._first) < HOLES_MAX // 2:
-            self._first.append(hole)
-        else:
-            self._last.append(hole)
-
-    def kept(self) -> list[Hole]:
-        """Return those that are remembered, in order."""
-        return [*self._first, *self._last]
-
-
 class Continuity:
     """Takes what one stream brings, over all its connections."""
 
@@ -84,7 +59,10 @@ class Continuity:
         self.reconnects = 0
         self.first: int | None = None
         self.last: int | None = None
-        self.holes = Holes()
+        self.holes: list[Hole] = []
+        self.hole_count = 0
+        #: How many seqs are in all holes together.
+        self.hole_seqs = 0
         self.news: list[str] = []
         #: How many signatures of each source are valid, invalid, …
         self.signatures: dict[str, dict[Verdict, int]] = {}
@@ -191,7 +169,7 @@ class Continuity:
     def close(self) -> None:
         """Note the hole at the end of what was read, if there is one."""
         if self.position > self._edge:
-            self.holes.add(Hole(self._edge, self.position))
+            self._hole(self.position)
             self._edge = self.position
 
     def _passed(self, event: Event) -> Event | None:
@@ -201,11 +179,17 @@ class Continuity:
             self._wrong(Kind.ORDER, f"seq {event.seq} came {again}after {self.position}")
             return None
         if event.seq > self._edge + 1:
-            self.holes.add(Hole(self._edge, event.seq - 1))
+            self._hole(event.seq - 1)
         self.position = self._edge = self.last = event.seq
         if self.first is None:
             self.first = event.seq
         return event
+
+    def _hole(self, until: int) -> None:
+        self.hole_count += 1
+        self.hole_seqs += until - self._edge
+        if len(self.holes) < HOLES_MAX:
+            self.holes.append(Hole(self._edge, until))
 
     def _news(self, news: dict[str, Any]) -> int | None:
         if len(self.news) < NEWS_MAX and news.get("name") != "CaughtUp":

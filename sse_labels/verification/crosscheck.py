@@ -14,10 +14,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from difflib import SequenceMatcher
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
-from sse_labels.errors import InvalidRequest, SseLabelsError
-from sse_labels.filters import parse_filter
+from sse_labels.errors import SseLabelsError
 from sse_labels.formats import shown
 from sse_labels.verification.continuity import Event, Hole
 from sse_labels.verification.findings import SHOWN_MAX, Findings, Kind
@@ -47,19 +46,13 @@ class Page(NamedTuple):
     cursor: int | None
 
 
-class Query(Protocol):
-    """Asks queryLabels; raises NotCompared."""
-
-    def __call__(self, cursor: int, limit: int, **filters: str) -> Page:
-        """Return one page after `cursor`; `filters` stand for those of the stream."""
-
-
 class Again(NamedTuple):
     """A part of the stream, read again."""
 
     events: list[Event]
-    #: Whether the server keeps which labels were deleted; in Ozone's table rows move instead.
-    has_epoch: bool
+    #: False where rows may move to new ids, as in Ozone's table: the old one may still be in the
+    #: server's memory.
+    keeps_rows: bool
 
 
 class CrossCheck:
@@ -68,12 +61,14 @@ class CrossCheck:
     def __init__(
         self,
         cursor: int,
-        query: Query,
+        query: Callable[[int, int], Page],
         again: Callable[[int, int], Again],
         findings: Findings,
         wait: Callable[[float], None],
     ) -> None:
-        """`again(cursor, until)` opens the stream once more; it raises NotCompared, too."""
+        """`query(cursor, limit)` asks queryLabels, `again(cursor, until)` opens the stream once
+        more; both raise NotCompared.
+        """
         self._cursor = cursor
         self._query = query
         self._again = again
@@ -146,13 +141,13 @@ class CrossCheck:
             cursor = page.cursor
         raise NotCompared(f"queryLabels did not get to seq {until} in {ANSWERS_MAX} answers")
 
-    def _next(self, cursor: int, count: int, **filters: str) -> list[Any]:
+    def _next(self, cursor: int, count: int) -> list[Any]:
         """Return `count` labels after `cursor`, fewer only at the end."""
         found: list[Any] = []
         for _ in range(ANSWERS_MAX):
             if len(found) >= count:
                 break
-            page = self._query(cursor, PAGE_LABELS, **filters)
+            page = self._query(cursor, PAGE_LABELS)
             found += page.labels
             if page.cursor is None:
                 break
@@ -166,7 +161,7 @@ class CrossCheck:
             again = self._again(self._cursor, until)
             found, _ = self._labels(until, len(held))
             outcome = Outcome(held, again.events, found)
-            missing = [e for e in outcome.missing if again.has_epoch or not self._is_replaced(e)]
+            missing = outcome.missing if again.keeps_rows else []
             # What the query has and the stream has not will not come any more.
             if not missing or self._findings.total > SHOWN_MAX:
                 break
@@ -182,15 +177,6 @@ class CrossCheck:
         for kind, event, text in wrong:
             self._findings.add(kind, f"{named(event)}: {text}")
         self._differing += bool(wrong)
-
-    def _is_replaced(self, event: Event) -> bool:
-        """Say whether there is a newer label of its key: Ozone moves rows that it changes."""
-        key = key_of(event.label)
-        filters = None if key is None else filters_for(key[0], key[1], key[3])
-        if filters is None:
-            return False
-        newer = self._next(event.seq, PAGE_LABELS, **filters)
-        return any(key_of(label) == key for label in newer)
 
     def read_holes(self, holes: Sequence[Hole]) -> None:
         """Open the stream before each hole, and see that nothing is in it."""
@@ -279,30 +265,12 @@ def signed_since(before: Any, after: Any) -> bool:
     return before == without
 
 
-def key_of(label: Any) -> tuple[str, str, str, str] | None:
-    """Return what makes two labels the same one for Ozone; None for what is no label."""
-    if not isinstance(label, dict):
-        return None
-    key = (label.get("src"), label.get("uri"), label.get("cid", ""), label.get("val"))
-    return key if all(isinstance(part, str) for part in key) else None  # type: ignore[return-value]
-
-
-def filters_for(src: str, uri: str, val: str) -> dict[str, str] | None:
-    """Return the filters that let one label pass, and few others; None when there are none."""
-    # A star is a pattern's end, wherever it stands in the URI.
-    pattern = uri.partition("*")[0] + "*" if "*" in uri else uri
-    try:
-        parse_filter([src], [pattern], [val])
-    except InvalidRequest:
-        return None
-    return {"sources": src, "uriPatterns": pattern, "values": val}
-
-
 def named(event: tuple[int | None, Any]) -> str:
     """Return how a finding names an event; queryLabels does not tell the seq."""
     seq, label = event
-    key = key_of(label)
-    what = "" if key is None else f" ({shown(key[3])} of {shown(key[1])})"
+    what = ""
+    if isinstance(label, dict) and "uri" in label:
+        what = f" ({shown(label.get('val'))} of {shown(label['uri'])})"
     return f"{'a label' if seq is None else f'seq {seq}'}{what}"
 
 

@@ -32,21 +32,20 @@ class LabelQueries:
         self._place = place_of(self._url)
         self.retry_seconds = retry_seconds
 
-    def page(self, cursor: int, limit: int, **filters: str) -> Page:
+    def page(self, cursor: int, limit: int) -> Page:
         """Return at most `limit` labels after `cursor`, as often as it takes; raise NotCompared."""
         patience = Patience(self.retry_seconds)
         try:
             while True:
                 try:
-                    return self._once(cursor, limit, filters)
+                    return self._once(cursor, limit)
                 except Lost as lost:
                     time.sleep(patience.wait_seconds(lost))
         except Refused as error:
             raise NotCompared(str(error)) from None
 
-    def _once(self, cursor: int, limit: int, filters: dict[str, str]) -> Page:
-        asked = {"cursor": str(cursor), "limit": str(limit), **filters}
-        url = self._url.copy_merge_params(asked)
+    def _once(self, cursor: int, limit: int) -> Page:
+        url = self._url.copy_merge_params({"cursor": str(cursor), "limit": str(limit)})
         with asking(self._place), self._client.stream("GET", url) as answer:
             if answer.status_code != 200:
                 raise refusal(self._place, answer)

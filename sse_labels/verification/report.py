@@ -1,4 +1,4 @@
-"""What was read and what was found, for a person and for a machine.
+"""What is wanted, and what was read and found, for a person and for a machine.
 
 Promises: a few aligned lines, or one object; no line is longer for a longer stream, and whatever
 a server sent is printable.
@@ -7,41 +7,64 @@ Does not belong here: judging; where it is printed (`cli.verify`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+import ssl
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
+import httpx
+
+from sse_labels.client.answers import place_of
 from sse_labels.formats import shown
-from sse_labels.signatures import Verdict
+from sse_labels.signatures import SourceKeys, Verdict
 from sse_labels.verification.continuity import HOLES_MAX, OTHER_SOURCES, Continuity
 from sse_labels.verification.crosscheck import CrossCheck
 from sse_labels.verification.findings import Findings
 
+#: Parameters that hide labels, which leaves holes.
+FILTERS = ("sources", "uriPatterns", "values")
+#: Time between two lines that say how far it is.
+PROGRESS_SECONDS = 10.0
 #: As wide as the longest name of a line.
 NAME_COLUMNS = 13
 #: Sources that are shown in lines; in JSON are more.
 SOURCES_SHOWN = 20
 
 
-@dataclass
-class Report:
-    """The outcome of one run."""
+class Wanted(NamedTuple):
+    """What is to be verified, and how."""
 
-    place: str
+    url: httpx.URL
     cursor: int
-    #: Whether a filter hides labels, which leaves holes.
-    filtered: bool
-    #: Whether keys were given.
-    has_keys: bool
-    #: Whether it was to go on after the head, until it is interrupted.
+    token: str | None
+    keys: SourceKeys | None
     follow: bool
-    continuity: Continuity
-    findings: Findings
-    #: Why there is no second reading.
-    not_compared: str
-    crosscheck: CrossCheck | None = None
-    head: int | None = None
-    interrupted: bool = False
+    cross_check: bool
+    quiet_seconds: float
+    retry_seconds: float
+    tls: ssl.SSLContext
+    #: Tells the person at the terminal something.
+    say: Callable[[str], None]
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The headers of a WebSocket's handshake."""
+        return {} if self.token is None else {"Authorization": f"Bearer {self.token}"}
+
+
+class Report:
+    """The outcome of one run, which fills it."""
+
+    def __init__(self, wanted: Wanted) -> None:
+        self.wanted = wanted
+        self.place = place_of(wanted.url)
+        self.findings = Findings()
+        self.continuity = Continuity(wanted.cursor, wanted.keys, self.findings)
+        #: Why there is no second reading.
+        self.not_compared = why_not(wanted)
+        self.crosscheck: CrossCheck | None = None
+        self.head: int | None = None
+        self.interrupted = False
 
     @property
     def sound(self) -> bool:
@@ -52,7 +75,7 @@ class Report:
     def cut_short(self) -> bool:
         """Whether it was interrupted before it had read what it was to read."""
         below = self.head is not None and self.continuity.position < self.head
-        return self.interrupted and (below or not self.follow)
+        return self.interrupted and (below or not self.wanted.follow)
 
     def lines(self) -> Iterator[str]:
         """Yield the lines, without the verdict."""
@@ -102,18 +125,17 @@ class Report:
         return f"{many}{head}{stopped}"
 
     def _holes(self) -> str:
-        holes = self.continuity.holes
-        if not holes.count:
+        seen, check = self.continuity, self.crosscheck
+        if not seen.hole_count:
             return "0"
-        text = f"{holes.count}, {holes.seqs} seqs in them"
-        if self.filtered:
+        text = f"{seen.hole_count}, {seen.hole_seqs} seqs in them"
+        if any(name in self.wanted.url.params for name in FILTERS):
             text += " (the filter hides seqs, too)"
-        check = self.crosscheck
         if check is None:
             return text
-        text += f"; {check.holes_read} read again"
-        if holes.count > HOLES_MAX:
-            text += ", the first and the last"
+        text += (
+            f"; {'the first ' if seen.hole_count > HOLES_MAX else ''}{check.holes_read} read again"
+        )
         return text + (f", then {check.holes_ended}" if check.holes_ended else "")
 
     def _crosscheck(self) -> str:
@@ -128,7 +150,7 @@ class Report:
         return f"none: {check.ended}" if not check.same else f"{text}; then {check.ended}"
 
     def _signatures(self) -> str:
-        if not self.has_keys:
+        if self.wanted.keys is None:
             return "not checked, no --source-keys-file: those that are there count as unknown"
         totals = dict.fromkeys(Verdict, 0)
         for counts in self.continuity.signatures.values():
@@ -149,7 +171,7 @@ class Report:
             "url": self.place,
             "sound": self.sound,
             "interrupted": self.interrupted,
-            "cursor": self.cursor,
+            "cursor": self.wanted.cursor,
             "position": seen.position,
             "head": self.head,
             "events": seen.events,
@@ -160,8 +182,8 @@ class Report:
             "reconnects": seen.reconnects,
             "news": seen.news,
             "holes": {
-                "count": seen.holes.count,
-                "seqs": seen.holes.seqs,
+                "count": seen.hole_count,
+                "seqs": seen.hole_seqs,
                 "read_again": 0 if check is None else check.holes_read,
                 "ended": None if check is None else check.holes_ended,
             },
@@ -170,7 +192,7 @@ class Report:
                 "gone": 0 if check is None else check.gone,
                 "ended": self.not_compared if check is None else check.ended,
             },
-            "keys": self.has_keys,
+            "keys": self.wanted.keys is not None,
             "signatures": {
                 source: {verdict.value: count for verdict, count in counts}
                 for source, counts in self._sources()
@@ -178,3 +200,35 @@ class Report:
             "findings": [{"kind": kind, "text": text} for kind, text in self.findings.shown],
             "counts": dict(self.findings.counts),
         }
+
+
+class Progress:
+    """Says how far it is, from time to time."""
+
+    def __init__(self, continuity: Continuity, say: Callable[[str], None]) -> None:
+        self._continuity = continuity
+        self._say = say
+        self._position = continuity.position
+        self._told = self.advanced = time.monotonic()
+
+    def silent_seconds(self) -> float:
+        """Return for how long the position has not moved."""
+        now = time.monotonic()
+        if self._continuity.position != self._position:
+            self._position = self._continuity.position
+            self.advanced = now
+        if now - self._told > PROGRESS_SECONDS:
+            self._told = now
+            self._say(f"read up to seq {self._position}")
+        return now - self.advanced
+
+
+def why_not(wanted: Wanted) -> str:
+    """Return why there is no second reading, or nothing when there is one."""
+    if wanted.url.scheme in ("ws", "wss"):
+        return "a WebSocket has no second reading"
+    if not wanted.cross_check:
+        return "--no-cross-check"
+    if "snapshot" in wanted.url.params:
+        return "a snapshot is a state, and changes"
+    return ""

@@ -28,7 +28,6 @@ from sse_labels.verification.crosscheck import (
     CrossCheck,
     NotCompared,
     Page,
-    filters_for,
 )
 from sse_labels.verification.findings import HOPELESS, SHOWN_MAX, Findings, Kind
 from sse_labels.verification.queries import query_url
@@ -68,17 +67,17 @@ class Server:
         rows: Sequence[Event],
         stream: Sequence[Event] | None = None,
         *,
-        has_epoch: bool = True,
+        keeps_rows: bool = True,
         parts: Sequence[int] = (PAGE_LABELS,),
     ) -> None:
         """`stream` is what it streams when asked again; an answer has `parts` labels, by turns."""
         self.rows = rows
         self.stream = stream
-        self.has_epoch = has_epoch
+        self.keeps_rows = keeps_rows
         self.parts = itertools.cycle(parts)
         self.asked = 0
 
-    def query(self, cursor: int, limit: int, **filters: str) -> Page:
+    def query(self, cursor: int, limit: int) -> Page:
         self.asked += 1
         rest = [row for row in self.rows if row.seq > cursor]
         count = min(limit, next(self.parts))
@@ -87,13 +86,11 @@ class Server:
             return Page([], rest[0].seq - 1)
         count = max(count, 1)
         labels = [row.label for row in rest[:count]]
-        if filters:
-            labels = [label for label in labels if label["uri"] == filters["uriPatterns"]]
         return Page(labels, rest[count - 1].seq if len(rest) > count else None)
 
     def again(self, cursor: int, until: int) -> Again:
         rows = self.rows if self.stream is None else self.stream
-        return Again([row for row in rows if cursor < row.seq <= until], self.has_epoch)
+        return Again([row for row in rows if cursor < row.seq <= until], self.keeps_rows)
 
     def check(self, findings: Findings) -> CrossCheck:
         return CrossCheck(0, self.query, self.again, findings, self.wait)
@@ -124,7 +121,7 @@ def verified(events: Sequence[Sent], head: int, server: Server) -> tuple[Finding
         continuity.moved(str(max(head, continuity.position)))
         continuity.close()
         check.compare(continuity.position)
-        check.read_holes(continuity.holes.kept())
+        check.read_holes(continuity.holes)
     assert (check.ended, check.holes_ended) == (None, None)
     return findings, check
 
@@ -169,7 +166,7 @@ def test_a_row_that_moved_to_a_new_id_is_not_lost(
     for number, before in enumerate(moved, start=1):
         table.append(Event(head + number, {**before, "neg": True}))
     # A server that has the old row in memory streams it still.
-    server = Server(table, rows if in_memory else None, has_epoch=False)
+    server = Server(table, rows if in_memory else None, keeps_rows=False)
     findings, check = verified([sent(row) for row in rows], head, server)
     assert (findings.shown, check.gone) == ([], len(moved))
 
@@ -197,7 +194,7 @@ def test_below_a_floor_that_was_told_nothing_is_missing() -> None:
         check.take(Event(row.seq, row.label))
         continuity.event(*sent(row))
     check.compare(9)
-    assert (findings.shown, check.same, continuity.holes.count) == ([], 3, 0)
+    assert (findings.shown, check.same, continuity.hole_count) == ([], 3, 0)
     assert continuity.news == ["OutdatedCursor: going on"]
 
 
@@ -205,7 +202,7 @@ def test_a_label_that_was_signed_later_is_the_same() -> None:
     rows = [Event(1, label()), Event(2, label(1))]
     table = [rows[0], Event(2, {**rows[1].label, "neg": False, "sig": {"$bytes": "AA"}})]
     for streamed in (rows, table):
-        server = Server(table, streamed, has_epoch=False)
+        server = Server(table, streamed, keeps_rows=False)
         assert found_in([sent(row) for row in rows], 2, server).shown == []
 
 
@@ -316,7 +313,7 @@ def test_a_hole_that_the_second_reading_fills_is_found() -> None:
 
 def test_a_reading_that_cannot_be_had_is_told_and_not_held_against_it() -> None:
     class Without(Server):
-        def query(self, cursor: int, limit: int, **filters: str) -> Page:
+        def query(self, cursor: int, limit: int) -> Page:
             raise NotCompared("answered 404")
 
     findings = Findings()
@@ -356,7 +353,7 @@ def test_a_gap_of_any_width_takes_bounded_memory_and_time() -> None:
 
 def test_queries_that_never_get_there_are_given_up() -> None:
     class Endless(Server):
-        def query(self, cursor: int, limit: int, **filters: str) -> Page:
+        def query(self, cursor: int, limit: int) -> Page:
             return Page([], cursor + 1)
 
     findings = Findings()
@@ -427,7 +424,7 @@ def test_a_socket_is_judged_by_its_seqs() -> None:
         (Kind.ORDER, "seq 4 came after 5"),
     ]
     assert (continuity.events, continuity.labels, continuity.malformed) == (6, 6, 0)
-    assert continuity.holes.kept() == [Hole(2, 4)]
+    assert continuity.holes == [Hole(2, 4)]
     assert continuity.signatures[SRC][Verdict.UNKNOWN] == 6
 
 
@@ -448,8 +445,8 @@ def test_memory_does_not_grow_with_what_is_wrong() -> None:
         continuity.event(*sent(Event(seq, {**label(), "src": f"did:web:s{seq}"})))
         continuity.event("x", "y")
         continuity.info('{"name":"Weather","message":"rain"}')
-    assert len(continuity.holes.kept()) == HOLES_MAX
-    assert continuity.holes.count == continuity.holes.seqs == 2 * HOPELESS - 1
+    assert len(continuity.holes) == HOLES_MAX
+    assert continuity.hole_count == continuity.hole_seqs == 2 * HOPELESS - 1
     assert len(continuity.signatures) == 1001
     assert OTHER_SOURCES in continuity.signatures
     assert len(findings.shown) == SHOWN_MAX
@@ -496,14 +493,3 @@ def test_queries_go_where_the_stream_comes_from(stream: str, query: str) -> None
     found = query_url(httpx.URL(stream))
     assert found.copy_with(query=None) == wanted.copy_with(query=None)
     assert found.params == wanted.params
-
-
-def test_a_key_is_asked_for_by_filters_that_the_server_takes() -> None:
-    uri = "at://did:plc:a/b/c"
-    assert filters_for(SRC, uri, "spam") == {
-        "sources": SRC, "uriPatterns": uri, "values": "spam",
-    }  # fmt: skip
-    starred = filters_for(SRC, "at://a/*/c", "spam")
-    assert starred is not None
-    assert starred["uriPatterns"] == "at://a/*"
-    assert filters_for("nobody", uri, "spam") is None
