@@ -110,7 +110,7 @@ def seqs_in(data: bytes) -> list[int]:
 
 
 class TestEncoding:
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(runs())
     def test_a_chunk_is_the_frames_of_its_rows_in_order(self, run: Run) -> None:
         chunk = run.encode()
@@ -126,14 +126,14 @@ class TestEncoding:
 
 
 class TestAfter:
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(runs())
     def test_after_any_cursor_it_is_what_encoding_the_rest_anew_gives(self, run: Run) -> None:
         chunk = run.encode()
         for cursor in range(run.start - 2, run.end + 3):
             assert_same(chunk.after(cursor), run.after(cursor).encode())
 
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=40)
     @given(runs())
     def test_after_any_cursor_its_first_events_are_what_encoding_those_anew_gives(
         self, run: Run
@@ -145,7 +145,7 @@ class TestAfter:
                     part = chunk.after(cursor, max_events)
                     assert_same(part, run.after(cursor, max_events).encode())
 
-    @settings(max_examples=30, deadline=None)
+    @settings(max_examples=30)
     @given(runs(), st.integers(1, 5))
     def test_page_by_page_it_is_read_to_its_end_and_nothing_is_left_out(
         self, run: Run, max_events: int
@@ -157,14 +157,14 @@ class TestAfter:
         assert max(map(len, parts)) <= max_events
         assert_same(merge(parts), chunk)
 
-    @settings(max_examples=30, deadline=None)
+    @settings(max_examples=30)
     @given(runs())
     def test_what_comes_after_a_cursor_is_counted(self, run: Run) -> None:
         chunk = run.encode()
         for cursor in range(run.start - 2, run.end + 3):
             assert chunk.count_after(cursor) == len(run.after(cursor).rows)
 
-    @settings(max_examples=30, deadline=None)
+    @settings(max_examples=30)
     @given(runs(), st.data())
     def test_a_slice_can_be_sliced_again(self, run: Run, data: st.DataObject) -> None:
         cursors = st.integers(run.start - 1, run.end + 1)
@@ -190,14 +190,14 @@ class TestAfter:
 
 
 class TestSelect:
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(runs(), st.sampled_from(FILTERS))
     def test_it_is_what_encoding_the_matching_rows_gives(self, run: Run, narrowed: Filter) -> None:
         selected = run.encode().select(narrowed)
         assert_same(selected, run.select(narrowed).encode())
         assert selected.wire == run.select(narrowed).encode().wire
 
-    @settings(max_examples=30, deadline=None)
+    @settings(max_examples=30)
     @given(runs(), st.sampled_from(FILTERS), st.data())
     def test_slicing_and_selecting_agree_in_either_order(
         self, run: Run, narrowed: Filter, data: st.DataObject
@@ -225,7 +225,7 @@ class TestSelect:
 
 
 class TestMerge:
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(runs(), st.data())
     def test_it_is_what_encoding_all_at_once_gives(self, run: Run, data: st.DataObject) -> None:
         cuts = data.draw(st.lists(st.integers(run.start, run.end), max_size=4))
@@ -254,7 +254,7 @@ class TestMerge:
 class TestTogether:
     """Any slices, choices and mergers, one after the other."""
 
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(runs(), st.data())
     def test_it_is_what_encoding_what_is_left_anew_gives(
         self, run: Run, data: st.DataObject
@@ -282,7 +282,7 @@ class TestTogether:
 
 
 class TestWire:
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(runs(), st.sampled_from(FILTERS))
     def test_it_is_http_chunked_coding_of_the_data(self, run: Run, narrowed: Filter) -> None:
         whole = run.encode()

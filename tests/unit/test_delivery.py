@@ -530,4 +530,4 @@ async def _next(steps: Any) -> Step:
 
 
 TestInEveryOrder = Delivery.TestCase
-TestInEveryOrder.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestInEveryOrder.settings = settings(max_examples=150, stateful_step_count=40)

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sse_labels.errors import InvalidRequest
@@ -137,7 +137,6 @@ class TestMeaning:
     some_sources = st.lists(st.sampled_from([ALICE, BOB, "did:plc:carol"]), max_size=3)
     some_values = st.lists(st.sampled_from(["spam", "porn", "!hide"]), max_size=3)
 
-    @settings(deadline=None)
     @given(some_sources, patterns | some_patterns, some_values)
     def test_a_filter_lets_pass_what_its_parameters_say(
         self, sources: list[str], patterns: list[str], values: list[str]
@@ -166,7 +165,6 @@ class TestMeaning:
             )
             assert (made is None or made.matches(src, uri, val)) == expected
 
-    @settings(deadline=None)
     @given(patterns, patterns)
     def test_equality_is_equality_of_meaning(self, one: list[str], other: list[str]) -> None:
         def passing(patterns: list[str]) -> set[str]:

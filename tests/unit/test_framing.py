@@ -157,7 +157,7 @@ def assert_come_out(given: list[tuple[int, dict[str, Any]]]) -> None:
 
 
 class TestAcceptedLabels:
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(st.lists(labels(), min_size=1, max_size=4), st.integers(0, 2**63 - 100))
     @example([LEAST, WHOLE, LONGEST], 2**63 - 100)
     @example([LEAST], 2**53)
@@ -169,7 +169,7 @@ class TestAcceptedLabels:
             body = json.loads(json.dumps(given, ensure_ascii=ensure_ascii))
             assert_come_out([(before + 3 * n, label) for n, label in enumerate(body, 1)])
 
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=150)
     @given(
         st.sampled_from([LEAST, WHOLE]),
         st.sampled_from(["src", "uri", "cid", "val", "cts", "exp", "sig"]),

@@ -1433,7 +1433,7 @@ class World(Bench):
 
 
 class TestEveryInterleaving:
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=40)
     @given(st.randoms(use_true_random=False))
     @virtual_time
     async def test_what_is_delivered_is_a_run_without_holes_after_the_cursor(

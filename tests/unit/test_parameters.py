@@ -68,7 +68,7 @@ def complaint(error: InvalidRequest) -> str:
 
 
 class TestCursor:
-    @settings(max_examples=300, deadline=None)
+    @settings(max_examples=300)
     @given(texts)
     @example("")
     @example("-0")
@@ -97,7 +97,7 @@ class TestCursor:
         for text in ("00", "07", "010", "08", "0" * 18 + "9"):
             assert parse_cursor(text, "cursor") == int(text)
 
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=150)
     @given(st.binary(max_size=12) | st.text(st.sampled_from("0123456789")).map(str.encode))
     @example(b"+5")
     @example(b" 5")
@@ -115,7 +115,7 @@ class TestCursor:
             assert raw.isdigit()
             assert cursor == int(raw)
 
-    @settings(max_examples=100, deadline=None)
+    @settings(max_examples=100)
     @given(sent_texts, st.none() | st.integers(0, SEQ_MAX))
     def test_any_text_in_the_header_wins_or_is_refused(self, text: str, query: int | None) -> None:
         sent = request("" if query is None else f"cursor={query}", [(LAST_EVENT_ID, text)])
@@ -128,7 +128,7 @@ class TestCursor:
         else:
             assert cursor == meant(text)
 
-    @settings(max_examples=100, deadline=None)
+    @settings(max_examples=100)
     @given(
         st.lists(st.sampled_from(["0", "5", "7", "x", "", "-1"]), max_size=2),
         st.lists(st.sampled_from(["0", "5", "9", "y", "", "1.0"]), max_size=2),
@@ -155,7 +155,7 @@ class TestCursor:
 
 
 class TestWholeNumber:
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=150)
     @given(sent_texts | st.integers(-5, 300).map(str))
     @example("0")
     @example("1")
@@ -240,14 +240,14 @@ def assert_agrees(pairs: list[tuple[str, str]], made: Any) -> None:
 
 
 class TestFilter:
-    @settings(max_examples=100, deadline=None)
+    @settings(max_examples=100)
     @given(st.lists(good_pairs, max_size=6))
     def test_good_pairs_are_a_filter_that_agrees_on_any_label(
         self, pairs: list[tuple[str, str]]
     ) -> None:
         assert_agrees(pairs, request_filter(request(urlencode(pairs))))
 
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=150)
     @given(st.lists(any_pairs | good_pairs, max_size=4))
     def test_any_pairs_are_refused_by_name_or_a_filter_that_agrees_on_any_label(
         self, pairs: list[tuple[str, str]]
@@ -260,7 +260,7 @@ class TestFilter:
         else:
             assert_agrees(pairs, made)
 
-    @settings(max_examples=50, deadline=None)
+    @settings(max_examples=50)
     @given(st.sampled_from(NAMES), st.binary(max_size=12))
     @example("uriPatterns", b"at:\xed\xa0\x80*")
     @example("uriPatterns", b"at:\xff*")

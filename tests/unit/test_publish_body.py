@@ -110,7 +110,7 @@ good_labels = st.builds(
 )
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 @given(
     spoilt()
     | st.binary()

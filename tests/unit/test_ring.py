@@ -268,4 +268,4 @@ class RingMachine(RuleBasedStateMachine):
 
 
 TestAgainstAList = RingMachine.TestCase
-TestAgainstAList.settings = settings(max_examples=40, stateful_step_count=20, deadline=None)
+TestAgainstAList.settings = settings(max_examples=40, stateful_step_count=20)

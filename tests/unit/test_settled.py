@@ -452,14 +452,14 @@ randoms = st.randoms(use_true_random=False)
 
 
 class TestInEveryOrder:
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=150)
     @given(randoms, st.integers(0, 30), st.sampled_from(LIMITS))
     def test_every_committed_id_is_admitted_once_in_order_and_never_too_early(
         self, random: random.Random, steps: int, limit: int
     ) -> None:
         simulate(World(random, steps_left=steps), limit)
 
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=150)
     @given(randoms, st.integers(0, 30), st.sampled_from(LIMITS))
     def test_crashes_of_the_database_change_nothing_about_that(
         self, random: random.Random, steps: int, limit: int

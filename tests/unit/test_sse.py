@@ -95,7 +95,7 @@ class TestBlocks:
         [event] = parser.feed(frame(42, ("s", "u", "", "v", None, "c", None, None)))
         assert (event.event, event.last_event_id) == ("message", "42")
 
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(st.lists(st.tuples(st.sampled_from(sorted(BLOCKS)), texts, seqs), max_size=6))
     def test_joined_blocks_are_read_as_each_alone(self, wanted: list[tuple[str, str, int]]) -> None:
         parts = [BLOCKS[kind][1](_encodable(text), seq) for kind, text, seq in wanted]
@@ -106,7 +106,7 @@ class TestBlocks:
 
 
 class TestFrames:
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=150)
     @given(seqs, columns())
     @example(SEQ_MAX, ("s", "u", "", "v", None, "c", None, None))
     @example(1, (FORGED[0],) * 4 + (True, FORGED[1], FORGED[2], None))
@@ -127,7 +127,7 @@ class TestFrames:
         assert (event.event, event.last_event_id) == ("message", str(seq))
         assert json.loads(event.data) == {"seq": seq, "labels": [label_json(*row)]}
 
-    @settings(max_examples=30, deadline=None)
+    @settings(max_examples=30)
     @given(seqs, columns(), st.integers(1, 7))
     def test_where_the_network_cuts_the_bytes_makes_no_difference(
         self, seq: int, row: tuple[Any, ...], step: int
@@ -191,7 +191,7 @@ class TestPositions:
 
 
 class TestNewsAndTheEnd:
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(texts, texts, seqs)
     def test_news_is_an_info_event_with_its_name_message_and_more(
         self, name: str, message: str, floor: int
@@ -200,7 +200,7 @@ class TestNewsAndTheEnd:
         assert event.event == "info"
         assert json.loads(event.data) == {"name": name, "message": message, "floor": floor}
 
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(texts, texts, seqs, st.integers(0, 10**7))
     def test_the_end_is_an_error_event_that_says_where_and_when_to_go_on(
         self, name: str, message: str, cursor: int, retry_ms: int
