@@ -22,7 +22,7 @@ from sse_labels.errors import ConfigError, SseLabelsError
 
 NAME = "sse-labels"
 #: The commands in the order one meets them, and the module that each is in.
-COMMANDS = {"demo": "demo", "serve": "serve", "migrate": "serve", "publish": "publish",
+COMMANDS = {"demo": "demo", "serve": "serve", "migrate": "migrate", "publish": "publish",
             "token": "token", "tail": "tail", "verify": "verify", "mirror": "mirror",
             "doctor": "doctor", "reseed": "reseed"}  # fmt: skip
 

@@ -20,7 +20,9 @@ import click
 
 from sse_labels.cli.layout import Command
 from sse_labels.cli.options import named_as_given, option, settings_options
-from sse_labels.cli.serve import Place, database_of, interruptible, run
+from sse_labels.cli.place import Place, database_of
+from sse_labels.cli.serve import run
+from sse_labels.cli.signals import interruptible
 from sse_labels.cli.standard_streams import OutputLost
 from sse_labels.config import load, seconds
 from sse_labels.embedded import default_data_dir

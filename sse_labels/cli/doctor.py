@@ -25,7 +25,8 @@ from sse_labels.cli.options import (
     token_option,
     url_argument,
 )
-from sse_labels.cli.serve import database_at, interruptible
+from sse_labels.cli.place import database_at
+from sse_labels.cli.signals import interruptible
 from sse_labels.cli.tls import tls_options
 from sse_labels.config import Settings, did, load
 from sse_labels.doctor import Finding, Target, Verdict, examine

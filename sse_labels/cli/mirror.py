@@ -25,7 +25,8 @@ from sse_labels.cli.options import (
     switch,
     url_parts,
 )
-from sse_labels.cli.serve import Ready, database_at, database_of, interruptible, until_told
+from sse_labels.cli.place import database_at, database_of
+from sse_labels.cli.signals import Ready, interruptible, until_told
 from sse_labels.cli.tls import tls_options
 from sse_labels.config import Expected, Settings, did, integer, load, seconds, size
 from sse_labels.database import Database

@@ -14,7 +14,8 @@ import click
 from sse_labels import lives
 from sse_labels.cli.layout import Command
 from sse_labels.cli.options import key_of, named_as_given, option, settings_options, switch
-from sse_labels.cli.serve import database_at, database_of, interruptible
+from sse_labels.cli.place import database_at, database_of
+from sse_labels.cli.signals import interruptible
 from sse_labels.cli.standard_streams import tell_result
 from sse_labels.config import Settings, integer, load
 from sse_labels.errors import ConfigError

@@ -11,7 +11,7 @@ import os
 import sys
 from functools import partial
 
-from sse_labels.cli.serve import until_told
+from sse_labels.cli.signals import until_told
 from sse_labels.cli.standard_streams import guard
 from sse_labels.errors import ConfigError, SseLabelsError
 from sse_labels.logs import configure_logging

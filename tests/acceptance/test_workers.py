@@ -16,7 +16,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from sse_labels.cli.serve import database_of
+from sse_labels.cli.place import database_of
 from sse_labels.config import Settings
 from sse_labels.embedded import EmbeddedPostgres
 from sse_labels.publish_tokens import add_token
@@ -523,7 +523,7 @@ def test_embedded_database_has_room_for_all_workers(
         assert bool(settings) == bool(least)
         raise Made
 
-    monkeypatch.setattr("sse_labels.cli.serve.EmbeddedPostgres", made)
+    monkeypatch.setattr("sse_labels.cli.place.EmbeddedPostgres", made)
     with pytest.raises(Made), database_of(Settings(workers=workers, data_dir=tmp_path)):
         pass
 

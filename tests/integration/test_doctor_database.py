@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from sse_labels.cli.serve import database_at
+from sse_labels.cli.place import database_at
 from sse_labels.config import Settings
 from sse_labels.doctor import Finding, Target, Verdict, examine
 from sse_labels.doctor.database_checks import DatabaseChecks, clock_finding

@@ -11,7 +11,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from sse_labels.cli.serve import database_at
+from sse_labels.cli.place import database_at
 from sse_labels.cli.tls import any_certificate
 from sse_labels.config import Settings
 from sse_labels.doctor import Finding, Target, Verdict, database_checks, examine
