@@ -39,25 +39,26 @@ def read_token(path: Path, *, private: bool = False) -> str:
 
     `private`: and when another user owns the file, or can read it.
     """
+
+    def refused(expected: str) -> ConfigError:
+        return ConfigError("the token file", str(path), expected)
+
     try:
         with path.open(encoding="ascii") as file:
             token = file.read().strip()
             found = os.fstat(file.fileno())
     except OSError as error:
-        raise ConfigError(
-            "the token file", str(path), f"a readable file ({error.strerror})"
-        ) from error
+        raise refused(f"a readable file ({error.strerror})") from error
     except ValueError as error:
-        raise ConfigError("the token file", str(path), "a token of ASCII characters") from error
+        raise refused("a token of ASCII characters") from error
     owner, mode = found.st_uid, stat.S_IMODE(found.st_mode)
     if private and (owner not in (0, os.geteuid()) or mode & 0o077):
-        raise ConfigError(
-            "the token file", str(path),
+        raise refused(
             f"a file of your own that nobody else can read; it belongs to the user ID {owner} and "
-            f"has the mode {mode:04o} (delete it to get a new one, or chown and chmod 600 it)",
-        )  # fmt: skip
+            f"has the mode {mode:04o} (delete it to get a new one, or chown and chmod 600 it)"
+        )
     if not token:
-        raise ConfigError("the token file", str(path), "a token in it; delete it to get a new one")
+        raise refused("a token in it; delete it to get a new one")
     return token
 
 

@@ -25,8 +25,6 @@ from sse_labels.seq import SEQ_MAX
 
 #: The largest bigint is PostgreSQL's last id; a sequence that stands there has none left.
 ABOVE_MAX = SEQ_MAX - 1
-#: Of the sessions that hold it up.
-PIDS_SHOWN = 5
 
 
 @click.command(cls=Command, short_help="Use no seq twice after a restore.")
@@ -64,16 +62,12 @@ async def move(settings: Settings, dsn: str, above: int, *, force: bool) -> tupl
         others = await lives.others_here(database)
         if others and not force:
             # They would go on with the old epoch, and what a server has in memory.
+            pids = ", ".join(map(str, others))
             raise ConfigError(
                 key_of("data_dir" if settings.dsn is None else "dsn"),
-                f"a database with other sessions of sse-labels, {_counted(others)}",
+                f"a database with other sessions of sse-labels, PostgreSQL's processes {pids}",
                 "one on which no server and no mirror runs; stop them, or give --force",
             )
         return await lives.reseed(database, above)
     finally:
         database.close()
-
-
-def _counted(pids: list[int]) -> str:
-    more = ", …" if len(pids) > PIDS_SHOWN else ""
-    return f"PostgreSQL's processes {', '.join(map(str, pids[:PIDS_SHOWN]))}{more}"

@@ -58,8 +58,10 @@ class Tail:
             signal.signal(number, self._stop)
         for block in self._reader:
             if isinstance(block, Opened):
-                if self._head is None and self._until_head:
-                    self._head = head_of(block)
+                if self._until_head and self._head is None:
+                    self._head = block.head
+                    if self._head is None:
+                        raise Refused("--until-head: this server does not tell its head")
             elif block.event == "error" and block.data is not None:
                 if self._reader.cursor is None:
                     # A full server tells where to go on: what comes meanwhile follows.
@@ -121,13 +123,6 @@ class Tail:
         # Whoever started us sees what it would have seen without this handler.
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
-
-
-def head_of(opened: Opened) -> int:
-    """Return the server's head when the stream began."""
-    if opened.head is None:
-        raise Refused("--until-head: this server does not tell its head (no Sse-Labels-Head)")
-    return opened.head
 
 
 def somebody_reads() -> bool:

@@ -21,45 +21,39 @@ from sse_labels.cli.layout import Command
 from sse_labels.cli.options import (
     named_as_given,
     option,
-    server_url,
     switch,
     token_option,
     url_argument,
+    url_parts,
 )
 from sse_labels.cli.tls import tls_options
 from sse_labels.config import Expected, integer, path, seconds
 from sse_labels.keys import source_keys_in
 from sse_labels.seq import SEQ_MAX
 from sse_labels.verification import Report, SocketRun, StreamRun, Wanted
-from sse_labels.verification.crosscheck import NotCompared
 from sse_labels.xrpc import SUBSCRIBE_PATH
 
 #: Longer than that nobody waits for a report.
 WAIT_MAX_SECONDS = 86_400
-#: How long comparing what was read may take after it was interrupted.
-LAST_SECONDS = 10.0
+SOCKETS = ("ws", "wss")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def stream_address(given: str) -> httpx.URL:
     """Return the address of a stream or of a subscription: a server's alone gets its path."""
-    is_socket = given.partition(":")[0].lower() in ("ws", "wss")
+    expected = (
+        "an address such as http://127.0.0.1:8080 or wss://labeler.example, with a seq as its "
+        "cursor if it has one"
+    )
+    url_parts(given, ("http", "https", *SOCKETS), expected)
     try:
-        # To judge it, ws is http and wss is https.
-        parts = httpx.URL(server_url("http" + given[2:] if is_socket else given))
-        cursors = parts.params.get_list("cursor")
-        if cursors:
-            integer(0, SEQ_MAX)(cursors[0])
+        url = httpx.URL(given.rstrip("/"))
+        integer(0, SEQ_MAX)(url.params.get("cursor", "0"))
     except (Expected, httpx.InvalidURL):
-        raise Expected(
-            "an address such as http://127.0.0.1:8080 or wss://labeler.example, with a seq as its "
-            "cursor if it has one"
-        ) from None
-    if parts.path in ("", "/"):
-        parts = parts.copy_with(path=SUBSCRIBE_PATH if is_socket else "/stream")
-    if is_socket:
-        return parts.copy_with(scheme="wss" if parts.scheme == "https" else "ws")
-    return parts
+        raise Expected(expected) from None
+    if url.path in ("", "/"):
+        return url.copy_with(path=SUBSCRIBE_PATH if url.scheme in SOCKETS else "/stream")
+    return url
 
 
 @click.command(cls=Command, short_help="Check that a stream is whole, in order, and signed.")
@@ -120,7 +114,7 @@ def verify(
         tls=tls,
         say=say,
     )
-    if url.scheme in ("ws", "wss"):
+    if url.scheme in SOCKETS:
         report = asyncio.run(read_socket(SocketRun(wanted)))
     else:
         report = read_stream(StreamRun(wanted))
@@ -132,26 +126,16 @@ def verify(
 
 
 def read_stream(run: StreamRun) -> Report:
-    """Run it; a first signal ends the first reading, and soon the second; another one all."""
+    """Run it; a first signal ends the first reading, another one all."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         for each in SIGNALS:
-            signal.signal(each, interrupt)
-        signal.signal(signal.SIGALRM, give_up)
-        signal.setitimer(signal.ITIMER_REAL, LAST_SECONDS)
+            signal.signal(each, signal.default_int_handler)
         run.stop()
 
     for each in SIGNALS:
         signal.signal(each, stop)
-    try:
-        return run.run()
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-
-
-def give_up(number: int, frame: FrameType | None) -> None:
-    """End what is compared after the first reading was stopped: the server may be away."""
-    raise NotCompared(f"it was interrupted, and not done within {LAST_SECONDS:g} s")
+    return run.run()
 
 
 async def read_socket(run: SocketRun) -> Report:
@@ -160,11 +144,6 @@ async def read_socket(run: SocketRun) -> Report:
     for each in SIGNALS:
         loop.add_signal_handler(each, run.stop)
     return await run.run()
-
-
-def interrupt(number: int, frame: FrameType | None) -> None:
-    """End at once."""
-    raise KeyboardInterrupt
 
 
 def write(report: Report, *, as_json: bool) -> None:
