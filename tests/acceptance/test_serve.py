@@ -179,7 +179,7 @@ def test_database_that_does_not_answer_is_named_without_its_password() -> None:
 def test_port_that_is_taken_is_named(database: TestDatabase) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = str(other.getsockname()[1])
-        option, variable = ran_all([
+        option, variable = called_all([
             (("serve", "--dsn", database.dsn, "--port", port), {}),
             (("serve", "--dsn", database.dsn), {"SSE_LABELS_PORT": port}),
         ])  # fmt: skip
@@ -678,12 +678,14 @@ def test_package_runs_as_the_program() -> None:
 def test_reseed_changes_nothing_when_it_is_asked_for_wrongly(
     database: TestDatabase, empty_database: TestDatabase
 ) -> None:
-    for arguments, complaint in [
-        (("--dsn", database.dsn), "--above: not given, expected the highest seq"),
-        (("--dsn", database.dsn, "--above=0"), "--above: got '0', expected a whole number"),
-        (("--dsn", empty_database.dsn, "--above=5"), "--dsn: got 'a database without a label"),
-    ]:
-        refused = ran("reseed", *arguments)
-        assert refused.process.returncode == 2, refused.errors
-        assert complaint in refused.errors
+    ours, empty = ("reseed", "--dsn", database.dsn), ("reseed", "--dsn", empty_database.dsn)
+    cases = {
+        ours: "--above: not given, expected the highest seq",
+        (*ours, "--above=0"): "--above: got '0', expected a whole number",
+        (*empty, "--above=5"): "--dsn: got 'a database without a label",
+    }
+    refused = called_all([(arguments, {}) for arguments in cases])
+    for program, complaint in zip(refused, cases.values(), strict=True):
+        status, said = failure(program)
+        assert (status, complaint in said) == (2, True), said
     assert database.insert() == [1]

@@ -24,6 +24,7 @@ from support.program import (
     PATIENCE_SECONDS,
     QUICK_SERVER,
     Program,
+    called_all,
     command,
     environment,
     failure,
@@ -203,7 +204,7 @@ def test_state_file_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     ]
     with locked.open("w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        ended = ran_all(calls)
+        ended = called_all(calls)
     expected = [
         f"--state: got '{corrupt}', expected a file with one cursor in it, or a new one",
         f"SSE_LABELS_STATE: got '{locked}', expected a file that no other tail uses",
@@ -324,7 +325,7 @@ def test_server_that_sends_events_is_asked_again_soon() -> None:
 
 def test_refused_request_ends_with_the_servers_message(database: TestDatabase) -> None:
     with serving(database) as url:
-        bad, future, missing, no_stream = ran_all(
+        bad, future, missing, no_stream = called_all(
             [
                 (("tail", f"{url}/stream?sources=nobody"), {}),
                 (("tail", url, "--cursor=99"), {}),
