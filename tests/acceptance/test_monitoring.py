@@ -21,7 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from support.database import TestDatabase
 from support.program import QUICK_SERVER, REPOSITORY, Program, free_port, running
 from support.prometheus import Prometheus, prometheus
-from support.server import Server, away
+from support.server import LABEL, Server, away
 from support.system import program
 
 MONITORING = REPOSITORY / "sse_labels" / "monitoring"
@@ -38,12 +38,6 @@ TARGETS = [target["expr"] for panel in PANELS.values() for target in panel["targ
 VARIABLES = {"$instance": ".+", "$__rate_interval": "20s"}
 
 TOKEN = "a-token-for-tests"
-LABEL = {
-    "src": "did:plc:aaaaaaaaaaaaaaaaaaaaaaaa",
-    "uri": "at://did:plc:bbbbbbbbbbbbbbbbbbbbbbbb/app.bsky.feed.post/3k",
-    "val": "spam",
-    "cts": "2026-01-01T00:00:00.000Z",
-}
 
 
 def series(name: str, **labels: str) -> str:

@@ -43,14 +43,9 @@ from support.program import (
     running,
 )
 from support.reading import reading
+from support.server import LABEL
 
 TOKEN = "a-token-for-tests"
-LABEL = {
-    "src": "did:plc:aaaaaaaaaaaaaaaaaaaaaaaa",
-    "uri": "at://did:plc:bbbbbbbbbbbbbbbbbbbbbbbb/app.bsky.feed.post/3k",
-    "val": "spam",
-    "cts": "2026-01-01T00:00:00.000Z",
-}
 STREAMS = 1000
 
 

@@ -19,15 +19,9 @@ from sse_labels.app import App
 from sse_labels.config import Settings
 
 from support.database import TestDatabase
-from support.server import PUBLISH_TOKEN, QUICK, Server, serving, until_head
+from support.server import LABEL, PUBLISH_TOKEN, QUICK, Server, serving, until_head
 
 QUERY_LABELS = "/xrpc/com.atproto.label.queryLabels"
-GOOD = {
-    "src": "did:plc:aaaaaaaaaaaaaaaaaaaaaaaa",
-    "uri": "at://did:plc:bbbbbbbbbbbbbbbbbbbbbbbb/app.bsky.feed.post/3k",
-    "val": "spam",
-    "cts": "2026-01-01T00:00:00.000Z",
-}
 
 
 @pytest.fixture
@@ -209,9 +203,9 @@ BAD_BODIES: list[Any] = [
     *(b"", b" ", b"{", b"labels", b'{"labels":[}', b'{"labels":[{}],}', b'{"labels":[{}]} x'),
     *(b"\xff", b'{"labels":["\xff"]}', b'{"labels":["\xed\xa0\x80"]}', b"\x00", b"\xef\xbb\xbf{}"),
     *(b"[" * 100_000, b'{"labels":' + b"[" * 100_000, b'{"labels":' * 50_000),
-    *([], [GOOD], "x", 1, None, True, {}),
-    *({"labels": value} for value in ([], {}, None, "x", 1, GOOD, True)),
-    *({"labels": [GOOD], name: 1} for name in ("label", "Labels", "", "labels ", "\ud800")),
+    *([], [LABEL], "x", 1, None, True, {}),
+    *({"labels": value} for value in ([], {}, None, "x", 1, LABEL, True)),
+    *({"labels": [LABEL], name: 1} for name in ("label", "Labels", "", "labels ", "\ud800")),
 ]
 
 
@@ -224,14 +218,14 @@ async def test_a_bad_body_is_refused(client: httpx.AsyncClient, database: TestDa
 
 def broken(field: str, value: Any) -> dict[str, Any]:
     """Return a label of which one field is wrong."""
-    return {**GOOD, field: value}
+    return {**LABEL, field: value}
 
 
 IN_TEXT = ("\r", "\n", "\r\n", "\x00", "\ud800", "\udfff", "\u0085", "\u2028", "\x1b")
 BAD_LABELS: list[tuple[str, Any]] = [
     # Characters that would break a frame, a row or a terminal, in each field that is a text.
-    *((field, broken(field, GOOD[field] + bad)) for field in GOOD for bad in IN_TEXT),
-    *((field, broken(field, bad + GOOD[field])) for field in GOOD for bad in IN_TEXT),
+    *((field, broken(field, LABEL[field] + bad)) for field in LABEL for bad in IN_TEXT),
+    *((field, broken(field, bad + LABEL[field])) for field in LABEL for bad in IN_TEXT),
     *(("cid", broken("cid", "bafyreiabcdef" + bad)) for bad in IN_TEXT),
     *(("exp", broken("exp", "2026-01-01T00:00:00Z" + bad)) for bad in IN_TEXT),
     *(("sig", broken("sig", {"$bytes": "AAAA" + bad})) for bad in IN_TEXT),
@@ -239,8 +233,8 @@ BAD_LABELS: list[tuple[str, Any]] = [
     # Wrong types.
     *(
         (field, broken(field, bad))
-        for field in GOOD
-        for bad in (None, 1, True, [], {}, [GOOD[field]])
+        for field in LABEL
+        for bad in (None, 1, True, [], {}, [LABEL[field]])
     ),
     *(("cid", broken("cid", bad)) for bad in (None, 1, True, [], {}, "", {"$link": "bafyreiabc"})),
     *(("exp", broken("exp", bad)) for bad in (None, 1, True, [], {}, "", "tomorrow")),
@@ -250,7 +244,7 @@ BAD_LABELS: list[tuple[str, Any]] = [
     *(("sig", broken("sig", {"$bytes": bad})) for bad in ("", "A", "A===", "AA-_", "*", 5)),
     ("sig", broken("sig", {"$bytes": "AAAA", "more": 1})),
     # Missing, unknown, too long.
-    *((field, {name: GOOD[name] for name in GOOD if name != field}) for field in GOOD),
+    *((field, {name: LABEL[name] for name in LABEL if name != field}) for field in LABEL),
     ("negated", broken("negated", True)),
     ("seq", broken("seq", 5)),
     ("val", broken("val", "")),
@@ -258,7 +252,7 @@ BAD_LABELS: list[tuple[str, Any]] = [
     ("val", broken("val", "é" * 64 + "x")),
     ("uri", broken("uri", "at://" + "x" * 8192)),
     ("uri", broken("uri", "at://handle.example.com/nsid/rkey")),
-    ("uri", broken("uri", GOOD["uri"] + "?query")),
+    ("uri", broken("uri", LABEL["uri"] + "?query")),
     ("uri", broken("uri", "no uri")),
     ("src", broken("src", "did:plc:" + "x" * 2048)),
     ("src", broken("src", "at://did:plc:x")),
@@ -274,7 +268,7 @@ async def test_a_bad_label_is_refused_by_index_and_field(
 ) -> None:
     before = database.insert(1)
     for field, label in BAD_LABELS:
-        answer = await post(client, {"labels": [GOOD, label]})
+        answer = await post(client, {"labels": [LABEL, label]})
         assert error_of(answer) == (422, "InvalidLabel"), label
         message = answer.json()["message"]
         assert message.startswith(f"labels[1].{field}: "), label
@@ -301,7 +295,7 @@ async def test_too_many_labels_are_refused(
 async def test_too_large_a_body_is_refused(
     client: httpx.AsyncClient, database: TestDatabase, framing: str
 ) -> None:
-    body = json.dumps({"labels": [GOOD]}).encode()
+    body = json.dumps({"labels": [LABEL]}).encode()
     limit = 1024**2
 
     async def parts(size: int) -> AsyncIterator[bytes]:
@@ -338,14 +332,16 @@ async def test_who_has_no_right_to_publish_is_refused(
         for authorization in wrong:
             headers = {} if authorization is None else {"Authorization": authorization}
             # Whoever is unknown learns nothing about the body.
-            for body in (json.dumps({"labels": [GOOD]}).encode(), b"{"):
+            for body in (json.dumps({"labels": [LABEL]}).encode(), b"{"):
                 answer = await client.post("/labels", headers=headers, content=body)
                 assert error_of(answer) == (401, "AuthRequired"), authorization
                 assert answer.headers["WWW-Authenticate"].startswith("Bearer")
                 assert PUBLISH_TOKEN not in answer.text
         assert database.stored() == []
         answer = await client.post(
-            "/labels", headers={"Authorization": f"bearer {PUBLISH_TOKEN}"}, json={"labels": [GOOD]}
+            "/labels",
+            headers={"Authorization": f"bearer {PUBLISH_TOKEN}"},
+            json={"labels": [LABEL]},
         )
         # The scheme's name is case-insensitive (RFC 9110, section 11.1).
         assert answer.status_code == 201
@@ -358,6 +354,6 @@ async def test_publishing_that_is_off_is_forbidden_to_everyone(database: TestDat
     ):
         await server.app.feed.sequencer.started.wait()
         for headers in ({}, {"Authorization": "Bearer x"}, {"Authorization": "Bearer None"}):
-            answer = await client.post("/labels", headers=headers, json={"labels": [GOOD]})
+            answer = await client.post("/labels", headers=headers, json={"labels": [LABEL]})
             assert error_of(answer) == (403, "Forbidden")
     assert database.stored() == []

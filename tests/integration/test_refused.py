@@ -19,7 +19,7 @@ from support.database import TestDatabase, role, until
 from support.labeler import labeler, mirroring, wire_label
 from support.program import failure, ran, running
 from support.reading import PATIENCE_SECONDS, reading
-from support.server import PUBLISH_TOKEN, QUICK, Gate, RunServer, Server
+from support.server import LABEL, PUBLISH_TOKEN, QUICK, Gate, RunServer, Server
 
 READ = (
     "SELECT ON label, label_stream, sse_labels_migration",
@@ -31,12 +31,6 @@ PUBLISH = (
     "USAGE ON SEQUENCE label_id_seq",
     "SELECT, INSERT, UPDATE, DELETE ON label_request",
 )
-LABEL = {
-    "src": f"did:plc:{'a' * 24}",
-    "uri": f"at://did:plc:{'b' * 24}/app.bsky.feed.post/3k",
-    "val": "spam",
-    "cts": "2026-01-01T00:00:00.000Z",
-}
 
 
 async def publish(server: Server, **fields: Any) -> httpx.Response:

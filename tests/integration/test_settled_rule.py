@@ -97,6 +97,13 @@ async def until_looked(database: TestDatabase) -> None:
         called = await until(lambda since=called: looked_since(database, since))
 
 
+async def until_held_at(server: Server, database: TestDatabase, head: int) -> None:
+    """Return when the sequencer has waited for a hole, looked again, and stands at `head`."""
+    await until_parked(server)
+    await until_looked(database)
+    assert server.app.feed.sequencer.head == head
+
+
 def looked_since(database: TestDatabase, since: Any) -> Any:
     rows = database.execute(
         "SELECT query_start FROM pg_stat_activity WHERE datname = current_database()"
@@ -119,9 +126,7 @@ class TestCommitsOutOfOrder:
         async with reading(server.stream_url, cursor=0) as reader:
             await reader.until_opened()
             late.commit()
-            await until_parked(server)
-            await until_looked(database)
-            assert server.app.feed.sequencer.head == 0
+            await until_held_at(server, database, 0)
             early.commit()
             await reader.until_events(2)
         assert reader.events == database.stored()
@@ -148,9 +153,7 @@ class TestCommitsOutOfOrder:
         async with reading(server.stream_url, cursor=0) as reader:
             for writer in reversed(writers[1:]):
                 writer.commit()
-                await until_parked(server)
-                await until_looked(database)
-                assert server.app.feed.sequencer.head == 0
+                await until_held_at(server, database, 0)
             writers[0].commit()
             await reader.until_events(6)
         assert reader.events == database.stored()
@@ -162,9 +165,7 @@ class TestCommitsOutOfOrder:
         taken = [slow.insert(), quick(), slow.insert(), quick(), slow.insert()]
         assert taken == [[1], [2], [3], [4], [5]]
         async with reading(server.stream_url, cursor=0) as reader:
-            await until_parked(server)
-            await until_looked(database)
-            assert server.app.feed.sequencer.head == 0
+            await until_held_at(server, database, 0)
             slow.commit()
             await reader.until_events(5)
         assert reader.events == database.stored()
@@ -177,9 +178,7 @@ class TestCommitsOutOfOrder:
         [(seq,)] = early.execute("SELECT nextval('label_id_seq')")
         database.insert(2)
         async with reading(server.stream_url, cursor=0) as reader:
-            await until_parked(server)
-            await until_looked(database)
-            assert server.app.feed.sequencer.head == 0
+            await until_held_at(server, database, 0)
             early.insert(id=seq)
             early.commit()
             await reader.until_events(3)
@@ -199,9 +198,7 @@ class TestCommitsOutOfOrder:
         async with reading(server.stream_url, cursor=0) as reader:
             first.commit()
             await reader.until_events(2)
-            await until_parked(server)
-            await until_looked(database)
-            assert server.app.feed.sequencer.head == 2
+            await until_held_at(server, database, 2)
             second.commit()
             await reader.until_events(4)
         assert reader.events == database.stored()
@@ -263,9 +260,7 @@ class TestIdsThatNeverCome:
         database.insert()
         async with reading(server.stream_url, cursor=0) as reader:
             # The lock outlives the savepoint: its owner may still use the number it took.
-            await until_parked(server)
-            await until_looked(database)
-            assert server.app.feed.sequencer.head == 0
+            await until_held_at(server, database, 0)
             writer.insert(id=1)
             writer.commit()
             await reader.until_events(2)
@@ -282,9 +277,7 @@ class TestTwoPhaseCommits:
         writer.prepare("first")
         database.insert()
         async with reading(server.stream_url, cursor=0) as reader:
-            await until_parked(server)
-            await until_looked(database)
-            assert server.app.feed.sequencer.head == 0
+            await until_held_at(server, database, 0)
             database.execute(f"{ending} PREPARED 'first'")
             await reader.until_seq(2)
         assert reader.events == database.stored()
@@ -388,9 +381,7 @@ class TestUpserts:
             waiting = asyncio.create_task(asyncio.to_thread(database.execute, UPSERT, (HOT, False)))
             await until(database.waiting_for_locks)
             assert database.execute(UPSERT, (COLD, False)) == [(4,)]
-            await until_parked(server)
-            await until_looked(database)
-            assert server.app.feed.sequencer.head == 1
+            await until_held_at(server, database, 1)
             holder.rollback()
             assert await waiting == [(3,)]
             await reader.until_seq(4)
@@ -442,9 +433,7 @@ class TestHolesAndPages:
             lost = Transaction(database)
             lost.insert(10)
             database.insert(8)
-            await until_parked(server)
-            await until_looked(database)
-            assert server.app.feed.sequencer.head == 0
+            await until_held_at(server, database, 0)
             lost.rollback()
             await reader.until_events(8)
             assert reader.events == database.stored()
@@ -461,9 +450,7 @@ class TestHolesAndPages:
             database.insert(2)
             bulk.insert(20)
             database.insert(20)
-            await until_parked(server)
-            await until_looked(database)
-            assert server.app.feed.sequencer.head == 2
+            await until_held_at(server, database, 2)
             bulk.commit()
             await reader.until_events(42)
             assert reader.events == database.stored()
@@ -677,9 +664,7 @@ class TestRoles:
                 hole = Transaction(database)
                 hole.insert()
                 database.insert()
-                await until_parked(server)
-                await until_looked(database)
-                assert server.app.feed.sequencer.head == 3
+                await until_held_at(server, database, 3)
                 hole.commit()
                 await reader.until_events(5)
                 assert reader.events == database.stored()

@@ -18,6 +18,13 @@ from support.database import TestDatabase
 from support.reading import PATIENCE_SECONDS
 
 PUBLISH_TOKEN = "test-publish-token"
+#: A label that may be published.
+LABEL = {
+    "src": "did:plc:aaaaaaaaaaaaaaaaaaaaaaaa",
+    "uri": "at://did:plc:bbbbbbbbbbbbbbbbbbbbbbbb/app.bsky.feed.post/3k",
+    "val": "spam",
+    "cts": "2026-01-01T00:00:00.000Z",
+}
 
 #: Short times, so that tests wait for events and never for a timer.
 QUICK: dict[str, Any] = {
