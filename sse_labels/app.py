@@ -16,22 +16,22 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from sse_labels.config import Settings, option_name
-from sse_labels.database import Database
+from sse_labels.database.lives import claim_epoch
+from sse_labels.database.migrations import migrate
+from sse_labels.database.pool import Database
+from sse_labels.database.schema import Schema
 from sse_labels.errors import ConfigError, DatabaseRefused
-from sse_labels.expiry import Expiry
-from sse_labels.feed import Feed
-from sse_labels.keys import Keys
-from sse_labels.label_table import LabelTable
-from sse_labels.lives import claim_epoch
+from sse_labels.expiry.expiry import Expiry
+from sse_labels.feed.feed import Feed
 from sse_labels.logs import by_address
 from sse_labels.metrics import Metrics
-from sse_labels.migrations import migrate
 from sse_labels.process import tune_process
-from sse_labels.publish_tokens import PublishTokens
-from sse_labels.publisher import Publisher
-from sse_labels.schema import Schema
-from sse_labels.signature_watch import SignatureWatch
-from sse_labels.web.listening import base_urls, listening_sockets
+from sse_labels.publishing.keys import Keys
+from sse_labels.publishing.label_table import LabelTable
+from sse_labels.publishing.publisher import Publisher
+from sse_labels.publishing.signature_watch import SignatureWatch
+from sse_labels.publishing.tokens import PublishTokens
+from sse_labels.web.door.listening import base_urls, listening_sockets
 from sse_labels.web.neighbours import Neighbours
 from sse_labels.web.site import Site
 

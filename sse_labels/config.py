@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from sse_labels.errors import ConfigError
-from sse_labels.formats import is_did
-from sse_labels.seq import number_in
+from sse_labels.protocol.formats import is_did
+from sse_labels.protocol.seq import number_in
 
 ENV_PREFIX = "SSE_LABELS_"
 

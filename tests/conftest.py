@@ -19,10 +19,10 @@ from psycopg2.extensions import make_dsn
 
 from sse_labels.app import App
 from sse_labels.config import Settings
-from sse_labels.database import Database
+from sse_labels.database.migrations import migrate
+from sse_labels.database.pool import Database
 from sse_labels.embedded import EmbeddedPostgres
 from sse_labels.logs import TextFormatter
-from sse_labels.migrations import migrate
 
 from support.database import NOT_DURABLE, TestDatabase, reachable_directory
 from support.memory import folder_in_memory

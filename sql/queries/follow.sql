@@ -1,5 +1,5 @@
 -- How the sequencer follows the table. The settled rule is explained on top of
--- sql/migrations/0001_labels.sql; its judgement is sse_labels/settled.py.
+-- sql/migrations/0001_labels.sql; its judgement is sse_labels/feed/settled.py.
 
 -- name: is_ozone
 -- One row: is this Ozone's database; did sse-labels make the label table.

@@ -27,8 +27,8 @@ from sse_labels.cli.standard_streams import OutputLost
 from sse_labels.config import load, seconds
 from sse_labels.embedded import default_data_dir
 from sse_labels.logs import configure_logging
-from sse_labels.sse import dumps
-from sse_labels.web.listening import base_url
+from sse_labels.protocol.sse import dumps
+from sse_labels.web.door.listening import base_url
 
 log = logging.getLogger(__name__)
 

@@ -6,16 +6,16 @@ import asyncio
 
 import click
 
-from sse_labels import migrations
 from sse_labels.cli.layout import Command
 from sse_labels.cli.options import key_of, named_as_given, settings_options
 from sse_labels.cli.place import database_at, database_of
 from sse_labels.cli.signals import interruptible
 from sse_labels.cli.standard_streams import tell_result
 from sse_labels.config import Settings, load
-from sse_labels.lives import claim_epoch
+from sse_labels.database import migrations
+from sse_labels.database.lives import claim_epoch
+from sse_labels.database.schema import Schema
 from sse_labels.logs import configure_logging
-from sse_labels.schema import Schema
 
 
 @click.command(cls=Command)

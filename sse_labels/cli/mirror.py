@@ -15,7 +15,6 @@ from urllib.parse import parse_qsl, urlencode, urlunsplit
 
 import click
 
-from sse_labels import migrations
 from sse_labels.cli.layout import Command
 from sse_labels.cli.options import (
     key_of,
@@ -29,16 +28,17 @@ from sse_labels.cli.place import database_at, database_of
 from sse_labels.cli.signals import Ready, interruptible, until_told
 from sse_labels.cli.tls import tls_options
 from sse_labels.config import Expected, Settings, did, integer, load, seconds, size
-from sse_labels.database import Database
+from sse_labels.database import migrations
+from sse_labels.database.pool import Database
+from sse_labels.database.schema import Schema
 from sse_labels.errors import ConfigError, SchemaError
-from sse_labels.keys import source_keys_in
 from sse_labels.logs import configure_logging
 from sse_labels.mirror.following import Mirror
 from sse_labels.mirror.storing import may_mirror, own_sources
 from sse_labels.mirror.upstream import Upstream
-from sse_labels.schema import Schema
-from sse_labels.seq import SEQ_MAX
-from sse_labels.xrpc import SUBSCRIBE_PATH
+from sse_labels.protocol.seq import SEQ_MAX
+from sse_labels.protocol.xrpc import SUBSCRIBE_PATH
+from sse_labels.publishing.keys import source_keys_in
 
 PORTS = {"ws": 80, "wss": 443}
 #: What an address cannot say, and why.

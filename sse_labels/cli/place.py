@@ -17,10 +17,10 @@ from psycopg2.extensions import parse_dsn
 from sse_labels.app import database_connections
 from sse_labels.cli.signals import on_signals, unhurried
 from sse_labels.config import Settings
-from sse_labels.database import Database
+from sse_labels.database.pool import Database
 from sse_labels.embedded import EMBEDDED_MAX_CONNECTIONS, EmbeddedPostgres, default_data_dir
 from sse_labels.errors import DatabaseUnavailable
-from sse_labels.publish_token import keep_token
+from sse_labels.publishing.own_token import keep_token
 
 #: Connections to the embedded PostgreSQL beside a server's: `migrate`, psql, its own reserve.
 OTHER_CONNECTIONS = 20

@@ -36,8 +36,8 @@ from sse_labels.client.retries import after_seconds
 from sse_labels.config import integer, path, seconds, size
 from sse_labels.embedded import default_data_dir
 from sse_labels.errors import ConfigError
-from sse_labels.publish_token import FILE_NAME, read_token
-from sse_labels.seq import SEQ_MAX, number_in
+from sse_labels.protocol.seq import SEQ_MAX, number_in
+from sse_labels.publishing.own_token import FILE_NAME, read_token
 
 TIMEOUT_SECONDS = 60.0
 #: The server forgets a key after a day (`retention`); sent again later, a batch would be new.

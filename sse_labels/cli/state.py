@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 
 from sse_labels.errors import ConfigError, SseLabelsError
-from sse_labels.seq import DIGITS_MAX, number_in
+from sse_labels.protocol.seq import DIGITS_MAX, number_in
 
 KEY = "--state"
 

@@ -15,7 +15,7 @@ from sse_labels.cli.layout import Command
 from sse_labels.cli.options import option
 from sse_labels.config import Expected, path
 from sse_labels.errors import ConfigError
-from sse_labels.publish_tokens import FILE_SETTING, PUBLISH, add_token, parse_rights
+from sse_labels.publishing.tokens import FILE_SETTING, PUBLISH, add_token, parse_rights
 from sse_labels.watched_file import Unusable
 
 

@@ -28,10 +28,10 @@ from sse_labels.cli.options import (
 )
 from sse_labels.cli.tls import tls_options
 from sse_labels.config import Expected, integer, path, seconds
-from sse_labels.keys import source_keys_in
-from sse_labels.seq import SEQ_MAX
-from sse_labels.verification import Report, SocketRun, StreamRun, Wanted
-from sse_labels.xrpc import SUBSCRIBE_PATH
+from sse_labels.protocol.seq import SEQ_MAX
+from sse_labels.protocol.xrpc import SUBSCRIBE_PATH
+from sse_labels.publishing.keys import source_keys_in
+from sse_labels.verify import Report, SocketRun, StreamRun, Wanted
 
 #: Longer than that nobody waits for a report.
 WAIT_MAX_SECONDS = 86_400

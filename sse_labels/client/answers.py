@@ -22,7 +22,7 @@ from sse_labels.client.retries import (
     Unavailable,
     after_seconds,
 )
-from sse_labels.formats import shown
+from sse_labels.protocol.formats import shown
 
 #: Of an answer that is not the one hoped for this much is read, to see what it says.
 REFUSAL_MAX_BYTES = 64 * 1024

@@ -18,7 +18,7 @@ import httpx
 from sse_labels.client.answers import asking, ended, place_of, refusal
 from sse_labels.client.event_stream import Block, EventStream, MessageTooLong, is_event_stream
 from sse_labels.client.retries import CONNECT_SECONDS, Lost, Patience, Refused, Unavailable
-from sse_labels.seq import number_in
+from sse_labels.protocol.seq import number_in
 
 #: The server writes at least a heartbeat each 15 s; after this silence the connection is dead.
 SILENCE_SECONDS = 45.0

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from sse_labels.errors import SseLabelsError
-from sse_labels.seq import seconds_in
+from sse_labels.protocol.seq import seconds_in
 
 #: The longest label is about 12 KB on the wire (8 KiB of URI, 2 KiB of DID, 128 bytes in escapes).
 MESSAGE_MAX_BYTES = 1024**2

@@ -27,7 +27,7 @@ from sse_labels.client.retries import (
     Unavailable,
     after_seconds,
 )
-from sse_labels.xrpc import MalformedMessage
+from sse_labels.protocol.xrpc import MalformedMessage
 
 #: A ping after so much silence; without an answer in half of it the connection is dead.
 SILENCE_SECONDS = 30.0

@@ -12,7 +12,7 @@ from email.utils import parsedate_to_datetime
 
 from sse_labels.backoff import Backoff
 from sse_labels.errors import SseLabelsError
-from sse_labels.seq import seconds_in
+from sse_labels.protocol.seq import seconds_in
 
 CONNECT_SECONDS = 10.0
 #: Answers after which asking again the same way may help.

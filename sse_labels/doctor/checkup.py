@@ -19,7 +19,7 @@ from sse_labels.doctor.database_checks import DatabaseChecks
 from sse_labels.doctor.findings import Checks, Finding, Target, failure, ok, unchecked, warning
 from sse_labels.doctor.way_checks import WayChecks
 from sse_labels.errors import DatabaseRefused, DatabaseUnavailable, SchemaError
-from sse_labels.web.guard import descriptors_needed
+from sse_labels.web.door.guard import descriptors_needed
 
 #: No answer, or a refusal.
 UNANSWERED = (DatabaseUnavailable, DatabaseRefused, SchemaError, httpx.HTTPError, OSError)

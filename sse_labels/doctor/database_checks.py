@@ -11,7 +11,9 @@ import time
 
 from sse_labels.app import database_connections
 from sse_labels.config import Settings
-from sse_labels.database import Database
+from sse_labels.database.pool import Database
+from sse_labels.database.queries import migrations
+from sse_labels.database.schema import Schema
 from sse_labels.doctor.findings import (
     Checks,
     Finding,
@@ -23,8 +25,6 @@ from sse_labels.doctor.findings import (
     warning,
 )
 from sse_labels.errors import DatabaseRefused, SchemaError
-from sse_labels.queries import migrations
-from sse_labels.schema import Schema
 
 #: How long a notification may take; it takes milliseconds.
 NOTIFY_SECONDS = 3.0

@@ -13,7 +13,7 @@ from functools import partial
 from typing import NamedTuple
 
 from sse_labels.config import Settings
-from sse_labels.database import Database
+from sse_labels.database.pool import Database
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ import ujson
 from sse_labels.client.answers import words_in
 from sse_labels.client.event_stream import Block, EventStream, is_event_stream
 from sse_labels.client.retries import TOKEN_HINT
+from sse_labels.database.schema import Schema
 from sse_labels.doctor.database_checks import clock_finding
 from sse_labels.doctor.findings import (
     Checks,
@@ -38,10 +39,9 @@ from sse_labels.doctor.findings import (
 )
 from sse_labels.doctor.proxies import Proxy, proxy_of
 from sse_labels.errors import DatabaseRefused, DatabaseUnavailable
-from sse_labels.label_table import LabelTable
-from sse_labels.labels import parse_label
-from sse_labels.schema import Schema
-from sse_labels.store import Store
+from sse_labels.feed.store import Store
+from sse_labels.protocol.label import parse_label
+from sse_labels.publishing.label_table import LabelTable
 
 #: What the server sends at once must be here by then.
 FIRST_SECONDS = 5.0

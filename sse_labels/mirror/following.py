@@ -21,7 +21,7 @@ from math import inf
 from sse_labels.backoff import Backoff
 from sse_labels.client.answers import WORDS_MAX
 from sse_labels.client.retries import BEGAN_ANEW, HINT_MAX_SECONDS, Lost, NotRead
-from sse_labels.connection import Connection
+from sse_labels.database.connection import Connection
 from sse_labels.errors import DatabaseRefused, DatabaseUnavailable
 from sse_labels.mirror.bounds import Quota
 from sse_labels.mirror.storing import Place, UpstreamStore

@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from sse_labels.connection import Connection
-from sse_labels.database import Database
-from sse_labels.labels import Label
+from sse_labels.database.connection import Connection
+from sse_labels.database.pool import Database
+from sse_labels.protocol.label import Label
 
 
 class Place(NamedTuple):

@@ -17,16 +17,16 @@ from urllib.parse import urlencode, urlsplit, urlunsplit
 
 import libipld
 
-from sse_labels import xrpc
 from sse_labels.client.answers import words
 from sse_labels.client.label_socket import LabelSocket, label_socket
 from sse_labels.client.retries import Lost
 from sse_labels.errors import InvalidLabel
-from sse_labels.labels import Label, known_fields, parse_label
 from sse_labels.mirror.bounds import Quota, Turn
 from sse_labels.mirror.storing import Aside
-from sse_labels.seq import SEQ_MAX
-from sse_labels.signatures import SourceKeys, Verdict
+from sse_labels.protocol import xrpc
+from sse_labels.protocol.label import Label, known_fields, parse_label
+from sse_labels.protocol.seq import SEQ_MAX
+from sse_labels.protocol.signatures import SourceKeys, Verdict
 
 #: What an upstream may send in a minute beside labels (news, pings, unknown messages): so many
 #: messages, and KiB.

@@ -21,7 +21,7 @@ from sse_labels.errors import (
     RequestError,
 )
 from sse_labels.metrics import Metrics
-from sse_labels.sse import dumps
+from sse_labels.protocol.sse import dumps
 from sse_labels.web.addresses import caused_by
 from sse_labels.web.parameters import check_encoding
 

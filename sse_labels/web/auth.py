@@ -26,8 +26,8 @@ from jwt.algorithms import HMACAlgorithm
 
 from sse_labels.config import Settings
 from sse_labels.errors import AuthRequired, ConfigError, Forbidden, InvalidRequest
-from sse_labels.filters import Filter
-from sse_labels.formats import is_did
+from sse_labels.protocol.filters import Filter
+from sse_labels.protocol.formats import is_did
 from sse_labels.watched_file import Unusable, WatchedFile
 from sse_labels.web.bearer import bearer_tokens, challenged
 

@@ -11,7 +11,7 @@ from typing import TypeVar
 from aiohttp import hdrs, web
 
 from sse_labels.errors import AuthRequired, Forbidden, RequestError
-from sse_labels.publish_tokens import PublishTokens
+from sse_labels.publishing.tokens import PublishTokens
 
 Error = TypeVar("Error", bound=RequestError)
 

@@ -16,14 +16,22 @@ from typing import Protocol
 
 from aiohttp.abc import AbstractStreamWriter
 
-from sse_labels.chunk import Chunk
 from sse_labels.config import Settings
 from sse_labels.errors import BrokenPromise, ServerStopping, StreamClosed
+from sse_labels.feed.chunk import Chunk
+from sse_labels.feed.outbox import Outbox
+from sse_labels.feed.steps import (
+    CaughtUp,
+    Events,
+    Expired,
+    Outdated,
+    Silence,
+    SnapshotComplete,
+    Step,
+)
 from sse_labels.metrics import Metrics
-from sse_labels.notice import Notice
-from sse_labels.outbox import Outbox
-from sse_labels.steps import CaughtUp, Events, Expired, Outdated, Silence, SnapshotComplete, Step
-from sse_labels.web.connection import reset
+from sse_labels.protocol.notice import Notice
+from sse_labels.web.door.connection import reset
 
 log = logging.getLogger(__name__)
 

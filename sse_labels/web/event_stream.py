@@ -13,14 +13,14 @@ from typing import Any
 from aiohttp import hdrs, web
 from aiohttp.abc import AbstractStreamWriter
 
-from sse_labels.chunk import Chunk
 from sse_labels.config import Settings
+from sse_labels.feed.chunk import Chunk
+from sse_labels.feed.outbox import Outbox
 from sse_labels.metrics import Metrics
-from sse_labels.notice import Notice
-from sse_labels.outbox import Outbox
-from sse_labels.sse import HEARTBEAT, chunked, encode_error, encode_id, encode_info
-from sse_labels.web.aiohttp_seams import HeadWithBody
+from sse_labels.protocol.notice import Notice
+from sse_labels.protocol.sse import HEARTBEAT, chunked, encode_error, encode_id, encode_info
 from sse_labels.web.delivery import Delivery, retry_ms
+from sse_labels.web.door.aiohttp_seams import HeadWithBody
 
 HEADERS = {
     hdrs.CONTENT_TYPE: "text/event-stream; charset=utf-8",

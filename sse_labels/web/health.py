@@ -13,9 +13,9 @@ from aiohttp import hdrs, web
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from sse_labels.errors import NotReady
-from sse_labels.listener import Listener
+from sse_labels.feed.listener import Listener
+from sse_labels.feed.sequencer import Sequencer
 from sse_labels.metrics import render
-from sse_labels.sequencer import Sequencer
 from sse_labels.web.answers import error_response, json_response
 from sse_labels.web.neighbours import Neighbours
 

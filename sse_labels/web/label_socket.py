@@ -21,17 +21,23 @@ from urllib.parse import urlsplit
 from aiohttp import WSMsgType, hdrs, web
 from aiohttp.abc import AbstractStreamWriter
 
-from sse_labels.chunk import Chunk
 from sse_labels.config import Settings
 from sse_labels.errors import InvalidRequest, RequestError, ServerStopping, UpgradeRequired
+from sse_labels.feed.chunk import Chunk
+from sse_labels.feed.outbox import Outbox
 from sse_labels.metrics import Metrics
-from sse_labels.notice import Notice
-from sse_labels.outbox import Outbox
-from sse_labels.sse import decode_frame
-from sse_labels.web.aiohttp_seams import LongAnswer
-from sse_labels.web.connection import Connection
+from sse_labels.protocol.notice import Notice
+from sse_labels.protocol.sse import decode_frame
+from sse_labels.protocol.xrpc import (
+    CLOSE_POLICY,
+    HEARTBEAT,
+    encode_error,
+    encode_info,
+    encode_labels,
+)
 from sse_labels.web.delivery import Delivery
-from sse_labels.xrpc import CLOSE_POLICY, HEARTBEAT, encode_error, encode_info, encode_labels
+from sse_labels.web.door.aiohttp_seams import LongAnswer
+from sse_labels.web.door.connection import Connection
 
 #: Clients have nothing to say; a control frame has 125 bytes at most (RFC 6455, 5.5).
 MAX_MESSAGE_BYTES = 4096

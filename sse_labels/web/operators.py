@@ -17,7 +17,7 @@ from typing import Any
 from aiohttp import web
 
 from sse_labels.errors import InvalidRequest, NoSuchStream, NotReady
-from sse_labels.publish_tokens import ADMIN, PublishTokens
+from sse_labels.publishing.tokens import ADMIN, PublishTokens
 from sse_labels.web.answers import json_response
 from sse_labels.web.bearer import holder_of
 from sse_labels.web.neighbours import Neighbours

@@ -20,9 +20,9 @@ from urllib.parse import parse_qs, unquote_to_bytes
 from aiohttp import web
 
 from sse_labels.errors import InvalidRequest
-from sse_labels.filters import Filter, parse_filter
-from sse_labels.formats import expires_at, is_datetime, shown
-from sse_labels.seq import number_in
+from sse_labels.protocol.filters import Filter, parse_filter
+from sse_labels.protocol.formats import expires_at, is_datetime, shown
+from sse_labels.protocol.seq import number_in
 
 #: A head, or None while it is not known.
 H = TypeVar("H", int, int | None)

@@ -15,11 +15,11 @@ from collections import defaultdict
 from aiohttp import hdrs, web
 
 from sse_labels.errors import InvalidRequest, PayloadTooLarge, RequestTimeout, UnsupportedMediaType
-from sse_labels.publish_tokens import PUBLISH, PublishTokens
-from sse_labels.publisher import Publisher
+from sse_labels.publishing.publisher import Publisher
+from sse_labels.publishing.rate import PublishRate
+from sse_labels.publishing.tokens import PUBLISH, PublishTokens
 from sse_labels.web.answers import json_response
 from sse_labels.web.bearer import holder_of
-from sse_labels.web.rate import PublishRate
 from sse_labels.web.strict_json import parse_json
 
 IDEMPOTENCY_KEY = "Idempotency-Key"

@@ -13,13 +13,13 @@ from functools import partial
 from aiohttp import web
 
 from sse_labels.errors import InvalidRequest, NotReady
-from sse_labels.filters import Filter
-from sse_labels.formats import is_expired
-from sse_labels.labels import label_json
-from sse_labels.reads import Reads
-from sse_labels.seq import SEQ_MAX
-from sse_labels.sequencer import Sequencer
-from sse_labels.store import Store
+from sse_labels.feed.reads import Reads
+from sse_labels.feed.sequencer import Sequencer
+from sse_labels.feed.store import Store
+from sse_labels.protocol.filters import Filter
+from sse_labels.protocol.formats import is_expired
+from sse_labels.protocol.label import label_json
+from sse_labels.protocol.seq import SEQ_MAX
 from sse_labels.web.addresses import TrustedProxies, reader_of
 from sse_labels.web.answers import json_response
 from sse_labels.web.auth import StreamAuth, narrow

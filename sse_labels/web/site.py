@@ -12,26 +12,26 @@ from collections.abc import AsyncIterator, Sequence
 from aiohttp import web
 
 from sse_labels.config import Settings
-from sse_labels.expiry import Expiry
-from sse_labels.feed import Feed
+from sse_labels.expiry.expiry import Expiry
+from sse_labels.feed.feed import Feed
 from sse_labels.metrics import Metrics
-from sse_labels.publish_tokens import PublishTokens
-from sse_labels.publisher import Publisher
+from sse_labels.protocol.xrpc import SUBSCRIBE_PATH
+from sse_labels.publishing.publisher import Publisher
+from sse_labels.publishing.rate import PublishRate
+from sse_labels.publishing.tokens import PublishTokens
 from sse_labels.web.addresses import PerAddress, TrustedProxies
 from sse_labels.web.answers import add_security_headers, allow_origins, errors_as_json
 from sse_labels.web.auth import StreamAuth
 from sse_labels.web.delivery import retry_ms
-from sse_labels.web.guard import Guard, most_connections
+from sse_labels.web.door.guard import Guard, most_connections
 from sse_labels.web.health import HealthHandlers
 from sse_labels.web.neighbours import Neighbours
 from sse_labels.web.operators import OperatorHandlers
 from sse_labels.web.page_files import page_files
 from sse_labels.web.publish import PublishHandler
 from sse_labels.web.query import QueryHandler
-from sse_labels.web.rate import PublishRate
 from sse_labels.web.stream import BUSY_RETRY_FACTOR, StreamHandler
 from sse_labels.web.streams import Streams
-from sse_labels.xrpc import SUBSCRIBE_PATH
 
 
 class Site:

@@ -25,13 +25,13 @@ from sse_labels.errors import (
     TooManyConnections,
     TooManyFromAddress,
 )
-from sse_labels.expiry import Expiry
-from sse_labels.expiry_reader import ExpiryReader
-from sse_labels.feed import Feed
+from sse_labels.expiry.expiry import Expiry
+from sse_labels.expiry.reader import ExpiryReader
+from sse_labels.feed.feed import Feed
+from sse_labels.feed.outbox import Outbox
+from sse_labels.feed.snapshots import Snapshots
 from sse_labels.metrics import Metrics
-from sse_labels.outbox import Outbox
-from sse_labels.snapshots import Snapshots
-from sse_labels.sse import encode_error, encode_opening
+from sse_labels.protocol.sse import encode_error, encode_opening
 from sse_labels.web.addresses import TrustedProxies, caused_by, reader_of
 from sse_labels.web.auth import Grant, StreamAuth, narrow
 from sse_labels.web.delivery import retry_ms

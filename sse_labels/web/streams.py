@@ -22,9 +22,9 @@ from sse_labels.errors import (
     TokenExpired,
     TooManyConnections,
 )
-from sse_labels.filters import Filter
+from sse_labels.feed.outbox import Outbox
 from sse_labels.metrics import Metrics
-from sse_labels.outbox import Outbox
+from sse_labels.protocol.filters import Filter
 from sse_labels.web.addresses import PerAddress
 
 log = logging.getLogger(__name__)

@@ -29,7 +29,7 @@ from sse_labels.backoff import Backoff
 from sse_labels.config import Settings
 from sse_labels.embedded import EmbeddedPostgres
 from sse_labels.errors import BrokenPromise, ConfigError, DatabaseRefused, SseLabelsError
-from sse_labels.web.listening import base_urls, listening_sockets
+from sse_labels.web.door.listening import base_urls, listening_sockets
 from sse_labels.workers.job import (
     GRACE_SECONDS,
     READY,

@@ -33,11 +33,13 @@ def test_imports_point_one_way_only(tmp_path: Path) -> None:
 
 def test_an_import_against_the_direction_is_found(tmp_path: Path) -> None:
     shutil.copytree(PACKAGE, tmp_path / PACKAGE.name)
-    with (tmp_path / PACKAGE.name / "sequencer.py").open("a", encoding="utf-8") as file:
-        file.write("\nimport sse_labels.outbox\n")
+    with (tmp_path / PACKAGE.name / "feed" / "sequencer.py").open("a", encoding="utf-8") as file:
+        file.write("\nimport sse_labels.feed.outbox\n")
     done = lint_imports(tmp_path)
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "sse_labels.sequencer is not allowed to import sse_labels.outbox" in done.stdout
+    assert (
+        "sse_labels.feed.sequencer is not allowed to import sse_labels.feed.outbox" in done.stdout
+    )
 
 
 def test_a_module_without_a_place_in_the_list_is_found(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from oracle import tell
 
-from sse_labels.signatures import SigningKey
+from sse_labels.protocol.signatures import SigningKey
 
 from support.database import TestDatabase, until
 from support.labelers import (

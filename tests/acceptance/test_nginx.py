@@ -24,7 +24,7 @@ from yarl import URL
 
 from sse_labels.config import Settings
 from sse_labels.embedded import EmbeddedPostgres
-from sse_labels.xrpc import SUBSCRIBE_PATH, decode
+from sse_labels.protocol.xrpc import SUBSCRIBE_PATH, decode
 
 from support.database import TestDatabase, until
 from support.eventsource import parse

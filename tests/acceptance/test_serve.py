@@ -24,7 +24,7 @@ import pytest
 from sse_labels.cli import cli
 from sse_labels.cli.layout import Option
 from sse_labels.embedded import EmbeddedPostgres
-from sse_labels.publish_tokens import add_token
+from sse_labels.publishing.tokens import add_token
 
 from support.database import TestDatabase, reachable_directory
 from support.program import (

@@ -9,8 +9,8 @@ import subprocess
 import pytest
 from oracle import tell
 
-from sse_labels.labels import Label
-from sse_labels.signatures import SigningKey
+from sse_labels.protocol.label import Label
+from sse_labels.protocol.signatures import SigningKey
 
 from support.node import PACKAGES, SCRIPTS, node_folder, node_program
 from support.program import environment

@@ -33,9 +33,9 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 
-from sse_labels.labels import Label
-from sse_labels.signatures import SigningKey
-from sse_labels.xrpc import encode_error, encode_labels
+from sse_labels.protocol.label import Label
+from sse_labels.protocol.signatures import SigningKey
+from sse_labels.protocol.xrpc import encode_error, encode_labels
 
 from support.database import TestDatabase, insert_with, until
 from support.ozone import OZONE_DID, account, ozone, record

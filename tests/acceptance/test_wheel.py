@@ -249,14 +249,15 @@ async def test_installed_program_finds_its_own_files_alone(
 ) -> None:
     where = await output_of(
         installed("python"), "-c",
-        "import sse_labels.queries as it; print(it.__file__); print(it.folder())",
+        "import sse_labels.database.queries as it; print(it.__file__); print(it.folder())",
         cwd=tmp_path,
     )  # fmt: skip
     venv = installed.bin.parent
     file, sql = (Path(line) for line in where.splitlines())
-    assert file.is_relative_to(venv)
-    assert sql == file.parent / "sql"
-    assert shipped(file.parent) == checkout()
+    package = file.parents[1]
+    assert package.is_relative_to(venv)
+    assert sql == package / "sql"
+    assert shipped(package) == checkout()
 
 
 def test_readme_lists_every_setting_in_order_with_its_default_and_what_it_is() -> None:

@@ -19,8 +19,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from sse_labels.cli.place import database_of
 from sse_labels.config import Settings
 from sse_labels.embedded import EmbeddedPostgres
-from sse_labels.publish_tokens import add_token
-from sse_labels.signatures import SigningKey
+from sse_labels.protocol.signatures import SigningKey
+from sse_labels.publishing.tokens import add_token
 
 from support.database import TestDatabase, reachable_directory, until
 from support.program import (

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sse_labels.database import Database
+from sse_labels.database.pool import Database
 
 from support.database import TestDatabase
 

@@ -13,7 +13,7 @@ import pytest
 from psycopg2.errors import QueryCanceled
 from psycopg2.extensions import make_dsn, parse_dsn
 
-from sse_labels.database import Database
+from sse_labels.database.pool import Database
 from sse_labels.errors import ConfigError, DatabaseRefused, DatabaseUnavailable
 
 from support.database import TestDatabase, until

@@ -11,9 +11,9 @@ import pytest
 
 from sse_labels.cli.place import database_at
 from sse_labels.config import Settings
+from sse_labels.database.queries import migrations
 from sse_labels.doctor import Finding, Target, Verdict, examine
 from sse_labels.doctor.database_checks import DatabaseChecks, clock_finding
-from sse_labels.queries import migrations
 
 from support.database import OZONE_TABLES, TestDatabase, insert_with, role, until
 from support.labeler import labeler, mirroring, wire_label

@@ -8,8 +8,8 @@ import httpx
 import pytest
 from psycopg2.extensions import make_dsn, parse_dsn
 
+from sse_labels.database.lives import reseed
 from sse_labels.errors import BrokenPromise, SchemaError
-from sse_labels.lives import reseed
 
 from support.database import TestDatabase, role
 from support.reading import reading

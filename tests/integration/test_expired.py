@@ -13,9 +13,9 @@ import aiohttp
 import jwt
 import pytest
 
-from sse_labels import notice, xrpc
-from sse_labels.expiry import HORIZON_SECONDS
-from sse_labels.queries import block
+from sse_labels.database.queries import block
+from sse_labels.expiry.expiry import HORIZON_SECONDS
+from sse_labels.protocol import notice, xrpc
 
 from support.clock import NOON, Clock, at
 from support.database import OZONE_TABLES, TestDatabase, role, until
@@ -275,10 +275,10 @@ async def test_a_consumer_in_backfill_is_told_once_it_is_live_after_the_label(
 async def test_a_time_tells_of_all_that_expired_since_from_the_table_then_live(
     server: Server, database: TestDatabase, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    monkeypatch.setattr("sse_labels.expiry.PAGE_LABELS", 3)
-    monkeypatch.setattr("sse_labels.expiry.RUN_LABELS", 8)
-    monkeypatch.setattr("sse_labels.expiry.LOAD_ROWS", 7)
-    monkeypatch.setattr("sse_labels.expiry.CHECKED_AT_ONCE", 2)
+    monkeypatch.setattr("sse_labels.expiry.expiry.PAGE_LABELS", 3)
+    monkeypatch.setattr("sse_labels.expiry.expiry.RUN_LABELS", 8)
+    monkeypatch.setattr("sse_labels.expiry.expiry.LOAD_ROWS", 7)
+    monkeypatch.setattr("sse_labels.expiry.expiry.CHECKED_AT_ONCE", 2)
     clock = Clock(server)
     write(database, random.Random(seed), 60, -200_000, 200)
     await until_head(server, 60)

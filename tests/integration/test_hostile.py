@@ -14,13 +14,13 @@ from typing import Any
 import httpx
 import pytest
 
-from sse_labels.chunk import encode_rows
-from sse_labels.database import Database
+from sse_labels.database.pool import Database
 from sse_labels.embedded import EmbeddedPostgres
 from sse_labels.errors import DatabaseUnavailable
-from sse_labels.filters import parse_filter
-from sse_labels.labels import Row
-from sse_labels.ring import Ring
+from sse_labels.feed.chunk import encode_rows
+from sse_labels.feed.ring import Ring
+from sse_labels.protocol.filters import parse_filter
+from sse_labels.protocol.label import Row
 from sse_labels.web.query import QUERIES_AT_ONCE
 
 from support.database import NOT_DURABLE, TestDatabase, reachable_directory, until

@@ -14,9 +14,9 @@ from typing import Any
 import httpx
 import pytest
 
-from sse_labels.publish_tokens import add_token
+from sse_labels.protocol.xrpc import SUBSCRIBE_PATH
+from sse_labels.publishing.tokens import add_token
 from sse_labels.web.label_socket import MAX_MESSAGE_BYTES
-from sse_labels.xrpc import SUBSCRIBE_PATH
 
 from support.database import TestDatabase
 from support.eventsource import EventSourceParser

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import ujson
 
-from sse_labels.publish_tokens import add_token
+from sse_labels.publishing.tokens import add_token
 from sse_labels.web.publish import LARGE_OF_ONE_AT_ONCE, SMALL_BODY_BYTES
 
 from support.database import TestDatabase, until

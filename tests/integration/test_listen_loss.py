@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from sse_labels.database import Database
+from sse_labels.database.pool import Database
 from sse_labels.errors import DatabaseUnavailable
 
 from support.database import TestDatabase

@@ -10,13 +10,13 @@ from typing import Any
 import psycopg2
 import pytest
 
-from sse_labels import queries
-from sse_labels.database import Database
+from sse_labels.database import queries
+from sse_labels.database.migrations import migrate
+from sse_labels.database.pool import Database
+from sse_labels.database.queries import Migration, migrations
+from sse_labels.database.schema import Schema
 from sse_labels.errors import DatabaseRefused, SchemaError
-from sse_labels.migrations import migrate
-from sse_labels.queries import Migration, migrations
-from sse_labels.schema import Schema
-from sse_labels.store import State, Store
+from sse_labels.feed.store import State, Store
 
 from support.database import TestDatabase, until
 
@@ -133,7 +133,9 @@ class TestMigrate:
         following = Migration(
             NEWEST + 1, "next", "CREATE TABLE extra (n int); INSERT INTO extra VALUES (1);"
         )
-        monkeypatch.setattr("sse_labels.migrations.migrations", lambda: (*migrations(), following))
+        monkeypatch.setattr(
+            "sse_labels.database.migrations.migrations", lambda: (*migrations(), following)
+        )
         assert await migrate(migrated) == NEWEST + 1
         assert applied(database) == list(range(1, NEWEST + 2))
         assert database.execute("SELECT n FROM extra") == [(1,)]
@@ -146,7 +148,9 @@ class TestMigrate:
         for failure in ("SELECT 1 / 0", "SELECT FROM nowhere", "no SQL at all"):
             changes = "CREATE TABLE extra (n int); DROP TRIGGER label_notify ON label"
             known = (*migrations(), Migration(NEWEST + 1, "fails", f"{changes}; {failure};"))
-            monkeypatch.setattr("sse_labels.migrations.migrations", lambda known=known: known)
+            monkeypatch.setattr(
+                "sse_labels.database.migrations.migrations", lambda known=known: known
+            )
             with pytest.raises(DatabaseRefused) as caught:
                 await migrate(migrated)
             assert isinstance(caught.value.__cause__, psycopg2.Error)
@@ -164,7 +168,7 @@ class TestMigrate:
     ) -> None:
         before = schema(empty_database)
         broken = (Migration(1, "fails", "CREATE TABLE label (n int); SELECT 1 / 0;"),)
-        monkeypatch.setattr("sse_labels.migrations.migrations", lambda: broken)
+        monkeypatch.setattr("sse_labels.database.migrations.migrations", lambda: broken)
         with pytest.raises(DatabaseRefused):
             await migrate(empty)
         assert schema(empty_database) == before
@@ -178,7 +182,7 @@ class TestMigrate:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         broken = (*migrations(), Migration(NEWEST + 1, "fails", "SELECT 1 / 0;"))
-        monkeypatch.setattr("sse_labels.migrations.migrations", lambda: broken)
+        monkeypatch.setattr("sse_labels.database.migrations.migrations", lambda: broken)
         with pytest.raises(DatabaseRefused):
             await migrate(empty)
         assert applied(empty_database) == list(range(1, NEWEST + 1))
@@ -325,7 +329,7 @@ async def test_absence_that_was_stored_as_false_becomes_absence_where_it_is_sign
 ) -> None:
     known = migrations()
     [at] = [index for index, step in enumerate(known) if step.name == "neg_as_stated"]
-    monkeypatch.setattr("sse_labels.migrations.migrations", lambda: known[:at])
+    monkeypatch.setattr("sse_labels.database.migrations.migrations", lambda: known[:at])
     await migrate(empty)
     empty_database.insert(1, neg=False, sig=b"s")
     empty_database.insert(1, neg=True, sig=b"s")
@@ -359,7 +363,7 @@ async def test_what_was_stored_before_is_this_databases_own_unless_it_may_be_mir
 ) -> None:
     known = migrations()
     [at] = [index for index, step in enumerate(known) if step.name == "own_sources"]
-    monkeypatch.setattr("sse_labels.migrations.migrations", lambda: known[:at])
+    monkeypatch.setattr("sse_labels.database.migrations.migrations", lambda: known[:at])
     await migrate(empty)
     empty_database.insert(2, src="did:web:a")
     empty_database.insert(2, src="did:web:b")
@@ -376,7 +380,7 @@ async def test_of_what_was_set_aside_before_the_newest_stay_and_all_are_counted(
 ) -> None:
     known = migrations()
     [at] = [index for index, step in enumerate(known) if step.name == "set_aside_bounded"]
-    monkeypatch.setattr("sse_labels.migrations.migrations", lambda: known[:at])
+    monkeypatch.setattr("sse_labels.database.migrations.migrations", lambda: known[:at])
     await migrate(empty)
     empty_database.execute(UPSTREAM, ("",))
     empty_database.execute(

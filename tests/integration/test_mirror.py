@@ -12,14 +12,14 @@ import psycopg2
 import pytest
 from aiohttp import web
 
-from sse_labels.connection import Connection
-from sse_labels.database import Database
-from sse_labels.keys import source_keys_in
-from sse_labels.labels import label_json, parse_label
-from sse_labels.migrations import migrate
+from sse_labels.database.connection import Connection
+from sse_labels.database.migrations import migrate
+from sse_labels.database.pool import Database
 from sse_labels.mirror import following
 from sse_labels.mirror.storing import UpstreamStore
-from sse_labels.signatures import SigningKey
+from sse_labels.protocol.label import label_json, parse_label
+from sse_labels.protocol.signatures import SigningKey
+from sse_labels.publishing.keys import source_keys_in
 
 from support.database import TestDatabase, insert_with, role, until
 from support.labeler import (

@@ -15,9 +15,9 @@ import httpx
 import jwt
 import pytest
 
-from sse_labels.publish_tokens import add_token
+from sse_labels.protocol.xrpc import decode
+from sse_labels.publishing.tokens import add_token
 from sse_labels.web.auth import COOKIE, LEEWAY_SECONDS
-from sse_labels.xrpc import decode
 
 from support.clock import Clock
 from support.database import TestDatabase, until

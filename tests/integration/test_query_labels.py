@@ -142,8 +142,8 @@ async def test_what_matches_is_what_the_patterns_say(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Whether all rows are looked at for one answer, or so few that many answers hold none."""
-    monkeypatch.setattr("sse_labels.store.QUERY_WINDOW", by_ids)
-    monkeypatch.setattr("sse_labels.store.URI_WINDOW", by_uris)
+    monkeypatch.setattr("sse_labels.feed.store.QUERY_WINDOW", by_ids)
+    monkeypatch.setattr("sse_labels.feed.store.URI_WINDOW", by_uris)
     for src, val in ((A, "spam"), (B, "porn"), (B, "!hide"), (A, "porn")):
         database.execute(
             "INSERT INTO label (src, uri, cid, val, cts)"
@@ -178,7 +178,7 @@ def matches(label: dict[str, Any], asked: dict[str, list[str]]) -> bool:
 async def test_an_answer_without_labels_has_a_cursor_while_there_is_more_to_look_at(
     run_server: RunServer, database: TestDatabase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sse_labels.store.QUERY_WINDOW", 10)
+    monkeypatch.setattr("sse_labels.feed.store.QUERY_WINDOW", 10)
     database.fill(24)
     database.insert(1, val="rare")
     async with run_server() as server:

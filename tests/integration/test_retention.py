@@ -10,10 +10,10 @@ import pytest
 
 from sse_labels.app import App
 from sse_labels.config import Settings
-from sse_labels.connection import Connection
+from sse_labels.database.connection import Connection
 from sse_labels.errors import ConfigError, DatabaseUnavailable
-from sse_labels.pages import Pages
-from sse_labels.store import Page, State, Store
+from sse_labels.feed.pages import Pages
+from sse_labels.feed.store import Page, State, Store
 
 from support.database import TestDatabase, insert_with, until
 from support.reading import reading

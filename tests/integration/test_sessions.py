@@ -13,10 +13,10 @@ from psycopg2.extensions import make_dsn, parse_dsn
 
 from sse_labels.app import App
 from sse_labels.config import Settings
-from sse_labels.database import PINNED, Database
+from sse_labels.database.migrations import migrate
+from sse_labels.database.pool import PINNED, Database
 from sse_labels.embedded import EmbeddedPostgres
 from sse_labels.errors import SchemaError
-from sse_labels.migrations import migrate
 
 from support.clock import Clock, at
 from support.database import TestDatabase, role

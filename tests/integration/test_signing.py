@@ -9,9 +9,9 @@ import aiohttp
 import pytest
 
 from sse_labels.errors import ConfigError
-from sse_labels.keys import source_keys_in
-from sse_labels.labels import Label, label_json
-from sse_labels.signatures import SigningKey, Verdict
+from sse_labels.protocol.label import Label, label_json
+from sse_labels.protocol.signatures import SigningKey, Verdict
+from sse_labels.publishing.keys import source_keys_in
 
 from support.database import TestDatabase, until
 from support.server import PUBLISH_TOKEN, RunServer, Server

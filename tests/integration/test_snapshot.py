@@ -13,8 +13,8 @@ from typing import Any
 import aiohttp
 import pytest
 
-from sse_labels import xrpc
-from sse_labels.store import Snapshot
+from sse_labels.feed.store import Snapshot
+from sse_labels.protocol import xrpc
 
 from support.database import TestDatabase, insert_with, role, until
 from support.reading import Reader, reading
@@ -227,8 +227,8 @@ async def test_pages_of_a_snapshot_are_kept_until_the_first_of_their_labels_expi
 ) -> None:
     now = time.time()
     clock = SimpleNamespace(time=lambda: now)
-    monkeypatch.setattr("sse_labels.store.time", clock)
-    monkeypatch.setattr("sse_labels.pages.time", clock)
+    monkeypatch.setattr("sse_labels.feed.store.time", clock)
+    monkeypatch.setattr("sse_labels.feed.pages.time", clock)
     database.insert(1, exp=datetime.fromtimestamp(now + 100, UTC).isoformat())
     database.insert(1, val="porn", exp=FUTURE)
     database.insert(24, val="rude")
@@ -270,7 +270,7 @@ async def test_consumers_that_come_together_begin_with_the_same_state(
 async def test_a_state_that_is_not_new_enough_is_not_begun_with(
     server: Server, database: TestDatabase, monkeypatch: pytest.MonkeyPatch, bound: str
 ) -> None:
-    monkeypatch.setattr(f"sse_labels.snapshots.SHARED_{bound}", 9)
+    monkeypatch.setattr(f"sse_labels.feed.snapshots.SHARED_{bound}", 9)
     clock = server.app.expiry.clock
     for head, at in ((10, 10), (19, 10), (20, 20)):
         if bound == "SECONDS":
@@ -305,8 +305,8 @@ async def test_query_labels_leaves_out_what_is_over_and_reaches_each_match_once(
     windows: tuple[int, int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("sse_labels.store.QUERY_WINDOW", windows[0])
-    monkeypatch.setattr("sse_labels.store.URI_WINDOW", windows[1])
+    monkeypatch.setattr("sse_labels.feed.store.QUERY_WINDOW", windows[0])
+    monkeypatch.setattr("sse_labels.feed.store.URI_WINDOW", windows[1])
     write(database, random.Random(8), 60)
     await until(lambda: server.app.feed.sequencer.head == 60)
     url = f"{server.url}/xrpc/com.atproto.label.queryLabels"

@@ -9,16 +9,16 @@ from typing import Any
 import psycopg2
 import pytest
 
-from sse_labels.chunk import Chunk, encode_rows
-from sse_labels.database import Database
+from sse_labels.database.pool import Database
+from sse_labels.database.queries import block
+from sse_labels.database.schema import Schema
 from sse_labels.errors import DatabaseRefused
-from sse_labels.filters import Filter, parse_filter
-from sse_labels.label_table import LabelTable
-from sse_labels.labels import Label, label_json
-from sse_labels.queries import block
-from sse_labels.schema import Schema
-from sse_labels.sse import encode_frame
-from sse_labels.store import Page, PageRows, Snapshot, Store
+from sse_labels.feed.chunk import Chunk, encode_rows
+from sse_labels.feed.store import Page, PageRows, Snapshot, Store
+from sse_labels.protocol.filters import Filter, parse_filter
+from sse_labels.protocol.label import Label, label_json
+from sse_labels.protocol.sse import encode_frame
+from sse_labels.publishing.label_table import LabelTable
 
 from support.database import TestDatabase, expected_event
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from sse_labels.publish_tokens import add_token
+from sse_labels.publishing.tokens import add_token
 
 from support.database import TestDatabase
 from support.reading import reading

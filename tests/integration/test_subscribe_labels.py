@@ -13,9 +13,9 @@ import aiohttp
 import pytest
 from aiohttp import WSMsgType
 
-from sse_labels import xrpc
+from sse_labels.protocol import xrpc
 from sse_labels.web import label_socket
-from sse_labels.web.connection import CHATTER_MAX_BYTES
+from sse_labels.web.door.connection import CHATTER_MAX_BYTES
 
 from support.database import TestDatabase, until
 from support.reading import PATIENCE_SECONDS, reading

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from oracle import tell
 
-from sse_labels.chunk_queue import ChunkQueue
-from sse_labels.outbox import Outbox
-from sse_labels.web.connection import Connection
+from sse_labels.feed.chunk_queue import ChunkQueue
+from sse_labels.feed.outbox import Outbox
+from sse_labels.web.door.connection import Connection
 
 from support.database import TestDatabase, until
 from support.reading import reading

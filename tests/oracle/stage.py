@@ -61,7 +61,7 @@ OPTIONS = {
 #: hours as one has bytes, and to raise in the sequencer, between reading rows and handing them out.
 _HOOKS = """
 import os, time
-from sse_labels.store import Store
+from sse_labels.feed.store import Store
 
 def hours():
     try:

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 
 from aiohttp import web
 
-from sse_labels.sse import encode_error, encode_frame, encode_id, encode_info
+from sse_labels.protocol.sse import encode_error, encode_frame, encode_id, encode_info
 from sse_labels.web.page_files import page_files
 
 from support.program import free_port

@@ -11,7 +11,7 @@ import libipld
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from sse_labels.database import Database
+from sse_labels.database.pool import Database
 from sse_labels.mirror.following import Mirror
 from sse_labels.mirror.upstream import Upstream
 

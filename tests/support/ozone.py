@@ -9,7 +9,7 @@ from typing import Any
 
 import aiohttp
 
-from sse_labels.xrpc import Message, decode
+from sse_labels.protocol.xrpc import Message, decode
 
 from support.database import TestDatabase
 from support.node import NEWEST, NodeProgram

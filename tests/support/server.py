@@ -12,7 +12,7 @@ import psycopg2
 from psycopg2.extensions import make_dsn
 
 from sse_labels.app import App
-from sse_labels.chunk import Chunk
+from sse_labels.feed.chunk import Chunk
 
 from support.database import TestDatabase
 from support.reading import PATIENCE_SECONDS

@@ -14,7 +14,7 @@ import pytest
 from aiohttp import StreamReader, web
 from aiohttp.abc import AbstractStreamWriter
 
-from sse_labels.web.aiohttp_seams import (
+from sse_labels.web.door.aiohttp_seams import (
     ContentEncodingError,
     HeadWithBody,
     LineTooLong,

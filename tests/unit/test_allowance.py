@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sse_labels.web.connection import (
+from sse_labels.web.door.connection import (
     CHATTER_BYTES_PER_SECOND,
     CHATTER_MAX_BYTES,
     Allowance,

@@ -29,7 +29,7 @@ from cryptography.hazmat.primitives.serialization import (
 
 from sse_labels.config import Settings
 from sse_labels.errors import AuthRequired, ConfigError, Forbidden, InvalidRequest
-from sse_labels.filters import Filter
+from sse_labels.protocol.filters import Filter
 from sse_labels.web.auth import (
     COOKIE,
     LEEWAY_SECONDS,

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sse_labels.chunk import CHUNK_BYTES, Chunk, encode_rows, merge
 from sse_labels.errors import BrokenPromise
-from sse_labels.filters import Filter
-from sse_labels.labels import Row
+from sse_labels.feed.chunk import CHUNK_BYTES, Chunk, encode_rows, merge
+from sse_labels.protocol.filters import Filter
+from sse_labels.protocol.label import Row
 
 from support.eventsource import parse
 

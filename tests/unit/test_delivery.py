@@ -19,18 +19,18 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from sse_labels.chunk import encode_rows
+from sse_labels.database.schema import Schema
 from sse_labels.errors import ConsumerTooSlow, DatabaseUnavailable, ServerStopping, StreamClosed
-from sse_labels.filters import Filter
-from sse_labels.labels import Row, label_json
+from sse_labels.feed.chunk import encode_rows
+from sse_labels.feed.outbox import Outbox
+from sse_labels.feed.pages import Pages
+from sse_labels.feed.ring import Ring
+from sse_labels.feed.sequencer import Sequencer
+from sse_labels.feed.steps import CaughtUp, Events, Outdated, Silence, Step
+from sse_labels.feed.store import Store
 from sse_labels.metrics import Metrics
-from sse_labels.outbox import Outbox
-from sse_labels.pages import Pages
-from sse_labels.ring import Ring
-from sse_labels.schema import Schema
-from sse_labels.sequencer import Sequencer
-from sse_labels.steps import CaughtUp, Events, Outdated, Silence, Step
-from sse_labels.store import Store
+from sse_labels.protocol.filters import Filter
+from sse_labels.protocol.label import Row, label_json
 
 from support.eventsource import EventSourceParser
 

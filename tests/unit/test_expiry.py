@@ -15,13 +15,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sse_labels import expiry as module
 from sse_labels.errors import DatabaseUnavailable
-from sse_labels.expiry import HORIZON_SECONDS, LOOK_SECONDS, Expiry
-from sse_labels.expiry_reader import ExpiryReader
-from sse_labels.filters import Filter
-from sse_labels.labels import Row
+from sse_labels.expiry import expiry as module
+from sse_labels.expiry.expiry import HORIZON_SECONDS, LOOK_SECONDS, Expiry
+from sse_labels.expiry.reader import ExpiryReader
 from sse_labels.metrics import Metrics
+from sse_labels.protocol.filters import Filter
+from sse_labels.protocol.label import Row
 
 from support.virtual_time import VirtualTimeLoop, virtual_time
 

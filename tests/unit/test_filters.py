@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sse_labels.errors import InvalidRequest
-from sse_labels.filters import FILTER_MAX_ENTRIES, Filter, parse_filter
+from sse_labels.protocol.filters import FILTER_MAX_ENTRIES, Filter, parse_filter
 
 ALICE, BOB = "did:plc:alice", "did:web:bob.example"
 POST = f"at://{ALICE}/app.bsky.feed.post/1"

@@ -16,9 +16,9 @@ import pytest
 from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 
-from sse_labels.chunk import Chunk, encode_rows
 from sse_labels.errors import InvalidLabel
-from sse_labels.labels import LABEL_TYPE, Row, parse_label
+from sse_labels.feed.chunk import Chunk, encode_rows
+from sse_labels.protocol.label import LABEL_TYPE, Row, parse_label
 
 from support.eventsource import parse
 

@@ -21,10 +21,10 @@ from aiohttp import web
 import sse_labels
 from sse_labels.errors import PayloadTooLarge
 from sse_labels.metrics import Metrics
-from sse_labels.web import connection, guard, refusal
 from sse_labels.web.addresses import PerAddress
 from sse_labels.web.answers import errors_as_json
-from sse_labels.web.guard import Guard, most_connections
+from sse_labels.web.door import connection, guard, refusal
+from sse_labels.web.door.guard import Guard, most_connections
 from sse_labels.web.neighbours import Neighbours
 from sse_labels.web.publish import read_body
 

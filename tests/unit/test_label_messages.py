@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sse_labels.chunk import encode_rows
-from sse_labels.filters import Filter
-from sse_labels.labels import Row, label_json
+from sse_labels.feed.chunk import encode_rows
+from sse_labels.protocol.filters import Filter
+from sse_labels.protocol.label import Row, label_json
+from sse_labels.protocol.xrpc import encode_labels
 from sse_labels.web import label_socket
 from sse_labels.web.label_socket import Messages
-from sse_labels.xrpc import encode_labels
 
 PLENTY = 2**30
 SPAM = Filter(values=frozenset({"spam"}))

@@ -15,9 +15,9 @@ import ujson
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from sse_labels import formats
 from sse_labels.errors import InvalidLabel
-from sse_labels.formats import (
+from sse_labels.protocol import formats
+from sse_labels.protocol.formats import (
     expires_at,
     is_at_uri,
     is_cid,
@@ -29,7 +29,7 @@ from sse_labels.formats import (
     shown,
     unsafe_in,
 )
-from sse_labels.labels import LABEL_TYPE, Label, check_subject, label_json, parse_label
+from sse_labels.protocol.label import LABEL_TYPE, Label, check_subject, label_json, parse_label
 
 CID = "bafybeigdyrzt5sfp7udm7hu76uh7y26nf3efuylqabf3oclgtqy55fbzdi"
 

@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 
-from sse_labels.chunk import Chunk, encode_rows, kept_nbytes
-from sse_labels.filters import Filter
-from sse_labels.labels import Row
+from sse_labels.feed.chunk import Chunk, encode_rows, kept_nbytes
+from sse_labels.feed.outbox import Outbox
+from sse_labels.feed.pages import Pages
+from sse_labels.feed.ring import PAGES_SHARE, Ring
+from sse_labels.feed.sequencer import Sequencer
+from sse_labels.feed.steps import CaughtUp
+from sse_labels.feed.store import PageRows
 from sse_labels.metrics import Metrics
-from sse_labels.outbox import Outbox
-from sse_labels.pages import Pages
-from sse_labels.ring import PAGES_SHARE, Ring
-from sse_labels.sequencer import Sequencer
-from sse_labels.steps import CaughtUp
-from sse_labels.store import PageRows
+from sse_labels.protocol.filters import Filter
+from sse_labels.protocol.label import Row
 from sse_labels.web.label_socket import Messages
 
 #: What the caches are allowed here, in bytes.

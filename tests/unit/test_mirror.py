@@ -17,12 +17,12 @@ from sse_labels.client.label_socket import LabelSocket
 from sse_labels.client.retries import Lost, NotRead
 from sse_labels.config import Expected
 from sse_labels.errors import ConfigError
-from sse_labels.labels import Label
 from sse_labels.mirror import following
 from sse_labels.mirror.following import BATCH_MAX_BYTES, BATCH_MAX_LABELS, gathered
 from sse_labels.mirror.storing import Aside
 from sse_labels.mirror.upstream import Connection, Labels, News, Upstream
-from sse_labels.xrpc import SUBSCRIBE_PATH
+from sse_labels.protocol.label import Label
+from sse_labels.protocol.xrpc import SUBSCRIBE_PATH
 
 from support.labeler import labels_message, wire_label
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 
-from sse_labels import xrpc
-from sse_labels.labels import Row, label_json
-from sse_labels.notice import Notice
+from sse_labels.protocol import xrpc
+from sse_labels.protocol.label import Row, label_json
+from sse_labels.protocol.notice import Notice
 
 from support.eventsource import parse
 

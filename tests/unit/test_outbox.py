@@ -16,8 +16,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sse_labels.chunk import Chunk, encode_rows
-from sse_labels.chunk_queue import ChunkQueue
 from sse_labels.errors import (
     BrokenPromise,
     ConsumerTooSlow,
@@ -25,15 +23,25 @@ from sse_labels.errors import (
     SchemaError,
     ServerStopping,
 )
-from sse_labels.filters import Filter
-from sse_labels.labels import Row
+from sse_labels.feed.chunk import Chunk, encode_rows
+from sse_labels.feed.chunk_queue import ChunkQueue
+from sse_labels.feed.outbox import Outbox
+from sse_labels.feed.ring import Ring
+from sse_labels.feed.sequencer import Sequencer
+from sse_labels.feed.steps import (
+    CaughtUp,
+    Events,
+    Expired,
+    Outdated,
+    Silence,
+    SnapshotComplete,
+    Step,
+)
+from sse_labels.feed.store import Page, Snapshot, State
 from sse_labels.metrics import Metrics
-from sse_labels.notice import Notice
-from sse_labels.outbox import Outbox
-from sse_labels.ring import Ring
-from sse_labels.sequencer import Sequencer
-from sse_labels.steps import CaughtUp, Events, Expired, Outdated, Silence, SnapshotComplete, Step
-from sse_labels.store import Page, Snapshot, State
+from sse_labels.protocol.filters import Filter
+from sse_labels.protocol.label import Row
+from sse_labels.protocol.notice import Notice
 
 from support.virtual_time import virtual_time
 

@@ -16,7 +16,7 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from sse_labels.errors import InvalidRequest
-from sse_labels.seq import SEQ_MAX
+from sse_labels.protocol.seq import SEQ_MAX
 from sse_labels.web import parameters
 from sse_labels.web.parameters import (
     COMPARED_MAX,

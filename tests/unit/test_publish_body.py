@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from sse_labels.config import Settings
 from sse_labels.errors import InvalidLabel, InvalidRequest, PayloadTooLarge, RequestError
-from sse_labels.keys import Keys
-from sse_labels.labels import Label, label_json, parse_label
 from sse_labels.metrics import Metrics
-from sse_labels.publisher import CHECKED_AT_ONCE, Publisher
+from sse_labels.protocol.label import Label, label_json, parse_label
+from sse_labels.publishing.keys import Keys
+from sse_labels.publishing.publisher import CHECKED_AT_ONCE, Publisher
 from sse_labels.web.answers import error_response
 from sse_labels.web.publish import PublishHandler
 
@@ -200,7 +200,7 @@ async def test_requests_that_are_checked_at_once_leave_streams_their_turns(
         checked[-1] += 1
         return parse_label(obj)
 
-    monkeypatch.setattr("sse_labels.publisher.parse_label", counting)
+    monkeypatch.setattr("sse_labels.publishing.publisher.parse_label", counting)
     store: Any = Stored()
     publisher = Publisher(store, store, Metrics(), Keys(Settings()))
     requests, labels = 5, 4 * CHECKED_AT_ONCE + 1

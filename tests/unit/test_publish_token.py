@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sse_labels.errors import ConfigError
-from sse_labels.publish_token import FILE_NAME, keep_token, read_token
+from sse_labels.publishing.own_token import FILE_NAME, keep_token, read_token
 
 
 def test_it_is_made_where_it_is_looked_for(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 from sse_labels import watched_file
 from sse_labels.errors import ConfigError
-from sse_labels.publish_tokens import (
+from sse_labels.publishing.tokens import (
     ADMIN,
     PUBLISH,
     Holder,

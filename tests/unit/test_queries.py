@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import sse_labels
-from sse_labels import queries
-from sse_labels.queries import block, blocks, folder, migrations
+from sse_labels.database import queries
+from sse_labels.database.queries import block, blocks, folder, migrations
 
 QUERY_FILES = sorted((folder() / "queries").glob("*.sql"))
 

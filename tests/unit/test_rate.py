@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sse_labels.errors import PayloadTooLarge, RateLimited
-from sse_labels.web.rate import PublishRate
+from sse_labels.publishing.rate import PublishRate
 
 
 class Clock:
@@ -96,7 +96,7 @@ def test_without_a_rate_everything_is_accepted() -> None:
 def test_of_too_many_publishers_the_one_that_was_quiet_longest_is_forgotten(
     clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sse_labels.web.rate.MAX_PUBLISHERS", 2)
+    monkeypatch.setattr("sse_labels.publishing.rate.MAX_PUBLISHERS", 2)
     rate = PublishRate(1, 10, clock)
     for publisher in ("alice", "bob", "alice", "carol"):
         rate.take(publisher, 5)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from sse_labels.reads import ASKING_SECONDS, Reads
+from sse_labels.feed.reads import ASKING_SECONDS, Reads
 
 from support.virtual_time import virtual_time
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from sse_labels.errors import TooManyConnections
-from sse_labels.web.refusal import READ_BYTES, Refusal, encode_refusal, refuse_at_once
+from sse_labels.web.door.refusal import READ_BYTES, Refusal, encode_refusal, refuse_at_once
 
 FULL = TooManyConnections("full")
 RETRY_MS, HEAD = 20_000, 99

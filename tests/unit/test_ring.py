@@ -9,11 +9,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from sse_labels import ring as ring_module
-from sse_labels.chunk import Chunk, encode_rows, kept_nbytes
 from sse_labels.errors import BrokenPromise
-from sse_labels.labels import Row
-from sse_labels.ring import MERGE_COUNT, SMALL_EVENTS, Ring
+from sse_labels.feed import ring as ring_module
+from sse_labels.feed.chunk import Chunk, encode_rows, kept_nbytes
+from sse_labels.feed.ring import MERGE_COUNT, SMALL_EVENTS, Ring
+from sse_labels.protocol.label import Row
 
 PLENTY = 2**30
 

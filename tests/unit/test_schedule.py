@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sse_labels.schedule import Due, Schedule
-from sse_labels.seq import SEQ_MAX
+from sse_labels.expiry.schedule import Due, Schedule
+from sse_labels.protocol.seq import SEQ_MAX
 
 BEGIN = Due(0.0, SEQ_MAX)
 END = Due(100.0, SEQ_MAX)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import sse_labels
-from sse_labels.seq import DIGITS_MAX, SEQ_MAX, number_in, seconds_in
+from sse_labels.protocol.seq import DIGITS_MAX, SEQ_MAX, number_in, seconds_in
 
 FILES = sorted(Path(sse_labels.__file__).parent.rglob("*.py"))
 

@@ -17,13 +17,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sse_labels.chunk import Chunk, encode_rows
 from sse_labels.errors import BrokenPromise, DatabaseUnavailable
-from sse_labels.labels import Row
+from sse_labels.feed.chunk import Chunk, encode_rows
+from sse_labels.feed.sequencer import Sequencer
+from sse_labels.feed.settled import SettledRule
+from sse_labels.feed.store import State
 from sse_labels.metrics import Metrics
-from sse_labels.sequencer import Sequencer
-from sse_labels.settled import SettledRule
-from sse_labels.store import State
+from sse_labels.protocol.label import Row
 
 
 def rule_at(head: int, clock: Callable[[], float] = lambda: 0.0) -> SettledRule:
@@ -623,7 +623,7 @@ class TestTheSequencer:
         monkeypatch: pytest.MonkeyPatch,
         caplog: pytest.LogCaptureFixture,
     ) -> None:
-        monkeypatch.setattr("sse_labels.sequencer.Backoff", lambda: NoWait())
+        monkeypatch.setattr("sse_labels.feed.sequencer.Backoff", lambda: NoWait())
         caplog.set_level(logging.CRITICAL)
         for seed in range(120):
             # Half of them start in the middle of writing, the others before it.

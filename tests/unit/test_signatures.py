@@ -20,9 +20,8 @@ from hypothesis import strategies as st
 from libipld import decode_dag_cbor, encode_multibase
 
 from sse_labels.errors import ConfigError
-from sse_labels.keys import signing_key_in, source_keys_in
-from sse_labels.labels import Label
-from sse_labels.signatures import (
+from sse_labels.protocol.label import Label
+from sse_labels.protocol.signatures import (
     P256_ORDER,
     P256_PREFIX,
     K256Key,
@@ -31,6 +30,7 @@ from sse_labels.signatures import (
     Verdict,
     signed_bytes,
 )
+from sse_labels.publishing.keys import signing_key_in, source_keys_in
 
 SRC = "did:plc:" + "s" * 24
 LABEL = Label(SRC, "at://did:plc:a/b/c", "", "spam", None, "2024-05-01T12:00:00.000Z", None, None)

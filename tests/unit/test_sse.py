@@ -11,8 +11,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from sse_labels.labels import label_json
-from sse_labels.sse import (
+from sse_labels.protocol.label import label_json
+from sse_labels.protocol.sse import (
     HEARTBEAT,
     dumps,
     encode_error,

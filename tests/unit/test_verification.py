@@ -15,12 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sse_labels.client.answers import ended
-from sse_labels.keys import source_keys_in
-from sse_labels.labels import Label, label_json
-from sse_labels.signatures import SigningKey, Verdict
-from sse_labels.verification import crosscheck
-from sse_labels.verification.continuity import HOLES_MAX, OTHER_SOURCES, Continuity, Event, Hole
-from sse_labels.verification.crosscheck import (
+from sse_labels.protocol.label import Label, label_json
+from sse_labels.protocol.signatures import SigningKey, Verdict
+from sse_labels.protocol.xrpc import encode_labels
+from sse_labels.publishing.keys import source_keys_in
+from sse_labels.verify import crosscheck
+from sse_labels.verify.continuity import HOLES_MAX, OTHER_SOURCES, Continuity, Event, Hole
+from sse_labels.verify.crosscheck import (
     DIFFERING_MAX_PAGES,
     MORE_MAX_LABELS,
     PAGE_LABELS,
@@ -29,9 +30,8 @@ from sse_labels.verification.crosscheck import (
     NotCompared,
     Page,
 )
-from sse_labels.verification.findings import HOPELESS, SHOWN_MAX, Findings, Kind
-from sse_labels.verification.queries import query_url
-from sse_labels.xrpc import encode_labels
+from sse_labels.verify.findings import HOPELESS, SHOWN_MAX, Findings, Kind
+from sse_labels.verify.queries import query_url
 
 SRC = "did:plc:" + "s" * 24
 KEY = SigningKey(b"\x1f" * 32)

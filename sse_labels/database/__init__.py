@@ -1,0 +1,1 @@
+"""PostgreSQL: connections, the schema, SQL blocks. Nothing here knows what a label is."""

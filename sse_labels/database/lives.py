@@ -1,0 +1,55 @@
+"""The lives of a database: which seqs belong together.
+
+Promises: a database that was rebuilt from a backup begins a new epoch before anything is streamed
+from it, and no seq that a consumer has seen is used again after `reseed`.
+Does not belong here: what a consumer of another epoch is told (`web`).
+"""
+
+from __future__ import annotations
+
+import logging
+
+from sse_labels.database.pool import Database
+from sse_labels.database.schema import Schema
+from sse_labels.errors import SchemaError
+
+log = logging.getLogger(__name__)
+
+
+async def claim_epoch(database: Database, schema: Schema) -> str | None:
+    """Return the epoch; a new one when this database was rebuilt since it was last claimed.
+
+    Raises SchemaError when it was, and this role may not begin a new one.
+    """
+    if not schema.has_state:
+        return None
+    [(_, before, known, _)] = await database.fetch("state")
+    [(identity,)] = await database.fetch("identity")
+    if known == identity or (known is None and not schema.may_claim):
+        return str(before)
+    if not schema.may_claim:
+        raise SchemaError(
+            "label_stream.identity",
+            known,
+            f"{identity}: this database was rebuilt from a backup. Run `sse-labels migrate` as "
+            "a role that may UPDATE label_stream, to begin a new epoch",
+        )
+    [(epoch,)] = await database.fetch("claim_identity", identity=identity)
+    if epoch != before:
+        log.warning(
+            "this database was rebuilt: consumers that name the old epoch are told so. If it is "
+            "older than what they have seen, run `sse-labels reseed` before anything is published",
+            extra={"old_epoch": before, "new_epoch": epoch},
+        )
+    return str(epoch)
+
+
+async def others_here(database: Database) -> list[int]:
+    """Return the sessions that servers and other commands have on this database."""
+    return [pid for (pid,) in await database.fetch("others_here")]
+
+
+async def reseed(database: Database, above: int) -> tuple[int, str]:
+    """Use no seq up to `above` again and begin a new epoch; return the seq and the epoch."""
+    [(seq, epoch)] = await database.fetch("reseed", above=above)
+    return int(seq), str(epoch)

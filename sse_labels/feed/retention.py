@@ -1,0 +1,134 @@
+"""Retention: old labels leave, in small steps, and readers are told.
+
+Promises: the floor is raised and committed before anything below it is deleted;
+it never passes the head; of several servers one deletes; no step holds a lock
+that a writer or a reader waits for.
+Stands beside the sequencer; without a horizon it only forgets old request keys.
+Does not belong here: telling a reader that it is below the floor (`outbox`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+
+from sse_labels.database.connection import Connection
+from sse_labels.database.pool import Database
+from sse_labels.database.schema import Schema
+from sse_labels.errors import DatabaseRefused, DatabaseUnavailable
+from sse_labels.feed.store import State
+from sse_labels.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+#: How long a repeated request is recognised: a client's retries are over by then.
+REQUEST_MEMORY_SECONDS = 86_400.0
+#: Rest between two batches, so that deleting takes a part of the database's time and not all.
+REST_SECONDS = 0.02
+
+
+class Retention:
+    """Deletes what lies below the horizons; `run` is its one task."""
+
+    def __init__(
+        self,
+        database: Database,
+        schema: Schema,
+        head: Callable[[], int],
+        look: Callable[[], Awaitable[State]],
+        metrics: Metrics,
+        *,
+        max_age_seconds: float | None,
+        max_labels: int | None,
+        sweep_seconds: float,
+        batch_labels: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`look` reads the state, and keeps what is below its floor from being served."""
+        self._database = database
+        self._schema = schema
+        self._head = head
+        self._look = look
+        self._metrics = metrics
+        self._max_age_seconds = max_age_seconds
+        self._max_labels = max_labels
+        self._sweep_seconds = sweep_seconds
+        self._batch_labels = batch_labels
+        self._clock = clock
+        self._floor = 0
+        self._swept = clock()
+        metrics.gauges["sweep_age_seconds"] = self.sweep_age_seconds
+
+    def sweep_age_seconds(self) -> float:
+        """Return how long ago, at the most, everything below the horizon was gone."""
+        if (self._max_age_seconds, self._max_labels) == (None, None):
+            return 0.0
+        return self._clock() - self._swept
+
+    async def run(self) -> None:
+        """Sweep until cancelled; while the database is away nothing is deleted."""
+        while True:
+            try:
+                # Whoever raises the floor, and a new epoch too, is noticed here at the latest.
+                self._floor = (await self._look()).floor
+                if self._schema.may_delete or self._schema.may_publish:
+                    await self.sweep()
+            except DatabaseUnavailable as error:
+                log.warning("retention waits for its next turn", extra={"error": error})
+            except DatabaseRefused as error:
+                # Streams go on without it, and `sweep_age_seconds` tells.
+                log.error("nothing was deleted", extra={"error": error})
+            await asyncio.sleep(self._sweep_seconds)
+
+    async def sweep(self) -> bool:
+        """Delete everything below today's horizon; False when another server is at it."""
+        connection = await self._database.connect()
+        try:
+            # The session keeps the lock until it is closed.
+            [(locked,)] = await connection.fetch("lock_retention")
+            if not locked:
+                return False
+            if self._schema.may_publish:
+                await connection.fetch("forget_requests", seconds=REQUEST_MEMORY_SECONDS)
+            horizons = (self._max_age_seconds, self._max_labels)
+            if not self._schema.may_delete or horizons == (None, None):
+                return True
+            await connection.fetch("forget_times")
+            horizon = await self._horizon(connection)
+            if horizon > self._floor:
+                # Committed when this returns.
+                [(self._floor, _)] = await connection.fetch("raise_floor", floor=horizon)
+                await self._look()
+            deleted = await self._delete(connection)
+            self._swept = self._clock()
+            if deleted:
+                log.info("old labels deleted", extra={"labels": deleted, "floor": self._floor})
+            return True
+        finally:
+            connection.close()
+
+    async def _horizon(self, connection: Connection) -> int:
+        """Return the oldest seq to keep: the newest of both rules, never above the head."""
+        head = self._head()
+        kept: list[int] = [0]
+        if self._max_age_seconds is not None:
+            await connection.fetch("note_time", head=head)
+            [(seq,)] = await connection.fetch("oldest_by_age", seconds=self._max_age_seconds)
+            kept.append(seq or 0)
+        if self._max_labels is not None:
+            # No row while there are fewer labels.
+            found = await connection.fetch("oldest_by_count", head=head, labels=self._max_labels)
+            kept += [seq for (seq,) in found]
+        return min(head, max(kept))
+
+    async def _delete(self, connection: Connection) -> int:
+        total = 0
+        while True:
+            [(deleted,)] = await connection.fetch("delete_below_floor", limit=self._batch_labels)
+            total += int(deleted)
+            self._metrics.count["labels_deleted"] += deleted
+            if deleted < self._batch_labels:
+                return total
+            await asyncio.sleep(REST_SECONDS)

@@ -1,0 +1,147 @@
+"""The ring: the recent chunks, from which a consumer catches up without the database.
+
+Promises: its chunks continue each other without a gap up to the head; it never
+holds more than `max_bytes` (or one chunk, when that alone is larger), and an
+eighth of that in pages cut out for consumers.
+Stands in the corridor beside the sequencer, which alone appends.
+Does not belong here: subscriptions, reading rows.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import OrderedDict, deque
+from collections.abc import Iterator
+
+from sse_labels.errors import BrokenPromise
+from sse_labels.feed.chunk import Chunk, kept_nbytes, merge
+from sse_labels.protocol.filters import Filter
+
+#: As many small chunks at the young end are merged into one, so that a quiet
+#: stream's ring is hundreds of chunks and not a hundred thousand.
+MERGE_COUNT = 64
+#: A chunk with fewer events than this is small. A merged one leaves the ring in one piece:
+#: 64 x 63 events are about 3 MB.
+SMALL_EVENTS = 64
+
+#: What share of `max_bytes` pages that were cut out may hold, for the next who asks for them.
+PAGES_SHARE = 8
+
+
+class Ring:
+    """Recent chunks, oldest first; covers every cursor from `start` up to `end`, the head."""
+
+    def __init__(self, start: int, max_bytes: int) -> None:
+        self._chunks: deque[Chunk] = deque()
+        self._young = 0
+        self._max_bytes = max_bytes
+        self._pages: OrderedDict[tuple[int, int, Filter | None], Chunk] = OrderedDict()
+        self._pages_nbytes = 0
+        self.nbytes = 0
+        self.start = start
+        self.end = start
+
+    def __len__(self) -> int:
+        return len(self._chunks)
+
+    def append(self, chunk: Chunk) -> None:
+        """Add the chunk that continues the newest one; the oldest leave when the ring is full."""
+        if chunk.start != self.end:
+            raise BrokenPromise(f"{chunk!r} does not continue the ring, which ends at {self.end}")
+        self._chunks.append(chunk)
+        self.end = chunk.end
+        self.nbytes += chunk.nbytes
+        self._young = self._young + 1 if len(chunk) < SMALL_EVENTS else 0
+        if self._young == MERGE_COUNT:
+            self._merge_young()
+        while self.nbytes > self._max_bytes and len(self._chunks) > 1:
+            self._drop_oldest()
+        self._young = min(self._young, len(self._chunks))
+
+    def forget_below(self, floor: int) -> None:
+        """Let go of everything below `floor`; the head stays."""
+        start = min(floor - 1, self.end)
+        if start <= self.start:
+            return
+        while self._chunks and self._chunks[0].end <= start:
+            self._drop_oldest()
+        if self._chunks:
+            oldest = self._chunks[0]
+            kept = self._chunks[0] = oldest.after(start)
+            self.nbytes += kept.nbytes - oldest.nbytes
+        self.start = start
+        self._young = min(self._young, len(self._chunks))
+        for key in [key for key in self._pages if key[0] < start]:
+            self._pages_nbytes -= kept_nbytes(self._pages.pop(key), key[2])
+
+    def covers(self, cursor: int) -> bool:
+        """Say whether everything after `cursor` is here; true for a cursor beyond the head."""
+        return cursor >= self.start
+
+    def count_after(self, cursor: int, enough: int) -> int:
+        """Return how many events come after `cursor`; more than `enough` are not counted on."""
+        count = 0
+        for chunk in self._from(cursor):
+            count += chunk.count_after(cursor)
+            if count > enough:
+                break
+        return count
+
+    def after(self, cursor: int) -> Iterator[Chunk]:
+        """Yield what comes after `cursor`, which must be covered; the first may be a slice."""
+        for whole in self._from(cursor):
+            chunk = whole.after(cursor)
+            if chunk.end > cursor:
+                yield chunk
+
+    def page(self, cursor: int, max_events: int, narrowed: Filter | None) -> Chunk:
+        """Return at most `max_events` events after `cursor`, less what `narrowed` hides.
+
+        Full pages are shared by those who ask for the same: after a restart many stand at the
+        same cursor. One page and no more, because whoever does not read holds it.
+        """
+        key = (cursor, max_events, narrowed)
+        page = self._pages.get(key)
+        if page is not None:
+            return page
+        parts: list[Chunk] = []
+        events = 0
+        for whole in self._from(cursor):
+            part = whole.after(cursor, max_events - events)
+            if part.end > cursor:
+                parts.append(part)
+                events += len(part)
+            if events >= max_events:
+                break
+        page = merge(parts).select(narrowed)
+        if events >= max_events:
+            self._pages[key] = page
+            self._pages_nbytes += kept_nbytes(page, narrowed)
+            while self._pages_nbytes > self._max_bytes // PAGES_SHARE:
+                (_, _, oldest), left = self._pages.popitem(last=False)
+                self._pages_nbytes -= kept_nbytes(left, oldest)
+        return page
+
+    def _from(self, cursor: int) -> Iterator[Chunk]:
+        """Yield the chunks from the one in which `cursor` stands."""
+        if not self.covers(cursor):
+            raise BrokenPromise(f"the ring starts at {self.start}, after cursor {cursor}")
+        first = max(0, bisect_right(self._chunks, cursor, key=_start) - 1)
+        for index in range(first, len(self._chunks)):
+            yield self._chunks[index]
+
+    def _drop_oldest(self) -> None:
+        oldest = self._chunks.popleft()
+        self.nbytes -= oldest.nbytes
+        self.start = oldest.end
+
+    def _merge_young(self) -> None:
+        young = [self._chunks.pop() for _ in range(self._young)][::-1]
+        merged = merge(young)
+        self.nbytes += merged.nbytes - sum(chunk.nbytes for chunk in young)
+        self._chunks.append(merged)
+        self._young = 0
+
+
+def _start(chunk: Chunk) -> int:
+    return chunk.start

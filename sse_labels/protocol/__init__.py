@@ -1,0 +1,1 @@
+"""The AT Protocol and the wire: pure, no I/O, no clock."""

@@ -1,0 +1,1 @@
+"""Who may publish, what is published, and how it is signed."""

@@ -1,0 +1,80 @@
+"""queryLabels of the server that a stream comes from.
+
+Promises: an answer is a page of labels whose cursor is ahead of the one that was asked for, or
+`NotCompared` says why there is none.
+Does not belong here: comparing (`crosscheck`).
+"""
+
+from __future__ import annotations
+
+import time
+
+import httpx
+
+from sse_labels.client.answers import asking, object_in, place_of, refusal
+from sse_labels.client.retries import Lost, Patience, Refused
+from sse_labels.protocol.seq import number_in
+from sse_labels.verify.crosscheck import NotCompared, Page
+
+NAME = "com.atproto.label.queryLabels"
+#: A page of the longest labels is 3 MB.
+PAGE_MAX_BYTES = 16 * 1024**2
+#: What a stream is asked for and a query is not.
+NO_PARAMETERS = ("cursor", "epoch", "limit")
+
+
+class LabelQueries:
+    """Asks for pages, with the filters of the stream."""
+
+    def __init__(self, client: httpx.Client, stream: httpx.URL, retry_seconds: float) -> None:
+        self._client = client
+        self._url = query_url(stream)
+        self._place = place_of(self._url)
+        self.retry_seconds = retry_seconds
+
+    def page(self, cursor: int, limit: int) -> Page:
+        """Return at most `limit` labels after `cursor`, as often as it takes; raise NotCompared."""
+        patience = Patience(self.retry_seconds)
+        try:
+            while True:
+                try:
+                    return self._once(cursor, limit)
+                except Lost as lost:
+                    time.sleep(patience.wait_seconds(lost))
+        except Refused as error:
+            raise NotCompared(str(error)) from None
+
+    def _once(self, cursor: int, limit: int) -> Page:
+        url = self._url.copy_merge_params({"cursor": str(cursor), "limit": str(limit)})
+        with asking(self._place), self._client.stream("GET", url) as answer:
+            if answer.status_code != 200:
+                raise refusal(self._place, answer)
+            body = bytearray()
+            for part in answer.iter_bytes():
+                body += part
+                if len(body) > PAGE_MAX_BYTES:
+                    raise Refused(f"{self._place} answers with more than a page")
+        said = object_in(body.decode("utf-8", "replace"))
+        labels = None if said is None else said.get("labels")
+        if said is None or not isinstance(labels, list) or len(labels) > limit:
+            raise NotCompared(f"{self._place} does not answer as its lexicon says")
+        told = said.get("cursor")
+        if told is None:
+            return Page(labels, None)
+        behind = number_in(told) if isinstance(told, str) else None
+        if behind is None or behind <= cursor:
+            raise NotCompared(f"{self._place}: the cursor behind {cursor} is {str(told)[:60]!r}")
+        return Page(labels, behind)
+
+
+def query_url(stream: httpx.URL) -> httpx.URL:
+    """Return where queryLabels is, with the filters of a stream: every URI unless it says."""
+    folder, _, name = stream.path.rpartition("/")
+    if name == "stream":
+        folder += "/xrpc"
+    elif not folder.endswith("/xrpc"):
+        folder = "/xrpc"
+    url = stream.copy_with(path=f"{folder}/{NAME}")
+    for parameter in NO_PARAMETERS:
+        url = url.copy_remove_param(parameter)
+    return url if "uriPatterns" in url.params else url.copy_add_param("uriPatterns", "*")

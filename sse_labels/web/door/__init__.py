@@ -1,0 +1,1 @@
+"""TCP connections: accepting, refusing, ending them; all of aiohttp's undocumented parts."""

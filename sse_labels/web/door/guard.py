@@ -1,0 +1,311 @@
+"""The door: which TCP connections are let in.
+
+Promises: there are never more connections than allowed, in all and from one address,
+so that clients alone cannot use up the file descriptors; whoever is one too many is
+told so in HTTP; if descriptors run out all the same, clients are told that, too, and
+what is open lives on.
+Stands in front of the corridor's end, in the place of an aiohttp site.
+Does not belong here: what a connection does once it is in (`connection`).
+
+aiohttp 3.14 has no limit of connections. asyncio accepts as many at a time as the
+backlog is long, before it asks anybody, and out of descriptors it logs a traceback for
+each place in the backlog, again and again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import math
+import resource
+import socket
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+
+from sse_labels.errors import RequestError, TooManyConnections, TooManyFromAddress
+from sse_labels.metrics import Metrics
+from sse_labels.web.addresses import PerAddress, caused_by
+from sse_labels.web.door.aiohttp_seams import tell_of_requests
+from sse_labels.web.door.connection import Connection, Terms
+from sse_labels.web.door.refusal import Refusal, refuse_at_once
+from sse_labels.web.neighbours import Neighbours
+
+log = logging.getLogger(__name__)
+
+#: Connections accepted before the event loop does something else: a flood of connects
+#: must not hold up the streams.
+ACCEPTS_AT_ONCE = 64
+#: Refused clients that may read their answer in peace at the same time.
+MAX_REFUSALS = 256
+#: When nothing can be accepted: how long until the next try (asyncio waits as long).
+ACCEPT_PAUSE_SECONDS = 1.0
+#: How long a worker that holds more than another lets that one accept, before it looks again:
+#: longer than a busy one takes for a round of accepting (about 20 ms; with 5 ms, of 509 clients
+#: that came back to a new worker it got 235, with 30 all).
+YIELD_SECONDS = 0.03
+#: Descriptors beside connections, pools and refusals: files being read, name look-ups, and …
+SPARE_DESCRIPTORS = 32
+#: … those that are kept to be given up, so that clients can be refused when there are no others.
+KEPT_DESCRIPTORS = 8
+
+_NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+
+class Guard:
+    """Counts connections, and lets them in or not."""
+
+    def __init__(
+        self,
+        metrics: Metrics,
+        per_address: PerAddress,
+        *,
+        max_connections: int,
+        request_seconds: float,
+        keepalive_seconds: float,
+        busy_retry_ms: Callable[[], int],
+        head: Callable[[], int | None],
+        neighbours: Neighbours,
+        streams_full: Callable[[], bool],
+    ) -> None:
+        """Nothing is accepted before `serving`.
+
+        `busy_retry_ms` tells how long an `EventSource` that is refused shall wait, `head` where
+        it goes on when it says no position of its own. `neighbours` accept from the same sockets.
+        """
+        self.open = 0
+        self._accepting = False
+        self._neighbours = neighbours
+        self._streams_full = streams_full
+        self.per_address = per_address
+        self.terms = Terms(
+            request_seconds=request_seconds,
+            keepalive_seconds=keepalive_seconds,
+            refused=self._count_refused,
+            ended=self.give_back,
+        )
+        self._metrics = metrics
+        self._max_connections = max_connections
+        self._busy_retry_ms = busy_retry_ms
+        self._head = head
+        self._refusals: set[Refusal] = set()
+        self._kept: list[socket.socket] = []
+        self._complain_at = 0.0
+        metrics.gauges["connections"] = lambda: self.open
+        metrics.gauges["connections_limit"] = lambda: max_connections
+
+    @contextlib.asynccontextmanager
+    async def serving(
+        self, server: web.Server, listeners: Sequence[socket.socket]
+    ) -> AsyncIterator[None]:
+        """Accept from `listeners`, which listen already, and hand over to `server`.
+
+        When the block is left nothing more is accepted; what is open is `server`'s to end.
+        """
+        loop = asyncio.get_running_loop()
+        tell_of_requests(server)
+        self._keep_descriptors()
+        doors = [Door(self, server, listener) for listener in listeners]
+        try:
+            for door in doors:
+                door.open(loop)
+            self._accepting = True
+            self._count(0)
+            yield
+        finally:
+            self._accepting = False
+            self._count(0)
+            for door in doors:
+                await door.close(loop)
+            for refusal in tuple(self._refusals):
+                refusal.end()
+            for kept in self._kept:
+                kept.close()
+
+    def take(self, address: str) -> str | None:
+        """Count a new connection; raise TooManyConnections or TooManyFromAddress."""
+        if self.open >= self._max_connections:
+            raise TooManyConnections(f"{self._max_connections} connections are open, the most here")
+        key = self.per_address.take(address)
+        self._count(1)
+        return key
+
+    def yields(self) -> bool:
+        """Return whether another worker, which has less to do, should accept the next."""
+        full = self.open >= self._max_connections or self._streams_full()
+        return self._neighbours.yields(full=full)
+
+    def give_back(self, key: str | None) -> None:
+        """Count a connection that ended."""
+        self._count(-1)
+        self.per_address.give_back(key)
+
+    def _count(self, more: int) -> None:
+        self.open += more
+        self._neighbours.hold(self.open if self._accepting else None)
+
+    def refuse(self, raw: socket.socket, error: RequestError) -> None:
+        """Answer a connection that is one too many, and end it."""
+        self._count_refused(error)
+        # None is kept: this one holds the last, and the next client needs it.
+        if len(self._refusals) < MAX_REFUSALS and self._kept:
+            self._refusals.add(
+                Refusal(raw, error, self._busy_retry_ms(), self._head(), self._refused)
+            )
+        else:
+            refuse_at_once(raw, error, self._busy_retry_ms(), self._head())
+
+    def refuse_without_descriptor(self, listener: socket.socket) -> None:
+        """Answer one client although no descriptor is left; raise OSError as `accept` does.
+
+        Otherwise clients would wait in the backlog, not knowing for what.
+        """
+        now = asyncio.get_running_loop().time()
+        if now >= self._complain_at:
+            self._complain_at = now + ACCEPT_PAUSE_SECONDS
+            log.error("out of file descriptors", extra={"connections": self.open})
+        if self._kept:
+            self._kept.pop().close()
+        try:
+            raw, _ = listener.accept()
+            self.refuse(
+                raw, TooManyConnections("no file descriptor is left for another connection")
+            )
+        finally:
+            self._keep_descriptors()
+
+    def _refused(self, refusal: Refusal) -> None:
+        self._refusals.discard(refusal)
+        self._keep_descriptors()
+
+    def _keep_descriptors(self) -> None:
+        with contextlib.suppress(OSError):
+            while len(self._kept) < KEPT_DESCRIPTORS:
+                self._kept.append(socket.socket())
+
+    def _count_refused(self, error: RequestError) -> None:
+        self._metrics.requests_refused[error.name] += 1
+
+
+class Door:
+    """Takes connections from one listening socket."""
+
+    def __init__(self, guard: Guard, server: web.Server, listener: socket.socket) -> None:
+        self._guard = guard
+        self._server = server
+        self._listener = listener
+        self._pause: asyncio.TimerHandle | None = None
+        #: The tasks of connections that are on their way to their protocol.
+        self._handing_over: set[asyncio.Task[None]] = set()
+
+    def open(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Accept from now on."""
+        self._pause = None
+        self._listener.setblocking(False)
+        loop.add_reader(self._listener, self._accept, loop)
+
+    async def close(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Accept no more; wait until all that was accepted has its protocol."""
+        loop.remove_reader(self._listener)
+        if self._pause is not None:
+            self._pause.cancel()
+        # Now, not when all is drained: whoever comes meanwhile is refused, or goes to a neighbour.
+        self._listener.close()
+        await asyncio.gather(*self._handing_over)
+
+    def _accept(self, loop: asyncio.AbstractEventLoop) -> None:
+        for _ in range(ACCEPTS_AT_ONCE):
+            if self._guard.yields():
+                self._rest(loop, YIELD_SECONDS)
+                return
+            try:
+                self._accept_one(loop)
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                log.error("nothing is accepted for a while", extra={"error": error})
+                self._rest(loop, ACCEPT_PAUSE_SECONDS)
+                return
+
+    def _rest(self, loop: asyncio.AbstractEventLoop, seconds: float) -> None:
+        loop.remove_reader(self._listener)
+        self._pause = loop.call_later(seconds, self.open, loop)
+
+    def _accept_one(self, loop: asyncio.AbstractEventLoop) -> None:
+        try:
+            raw, address = self._listener.accept()
+        except OSError as error:
+            if error.errno not in _NO_DESCRIPTORS:
+                raise
+            self._guard.refuse_without_descriptor(self._listener)
+            return
+        try:
+            key = self._guard.take(address[0] if address else "")
+        except (TooManyConnections, TooManyFromAddress) as error:
+            self._guard.refuse(raw, error)
+        else:
+            connection = Connection(self._guard.terms, key, self._server, loop)
+            task = loop.create_task(self._hand_over(loop, raw, connection, address))
+            self._handing_over.add(task)
+            task.add_done_callback(self._handing_over.discard)
+
+    async def _hand_over(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        raw: socket.socket,
+        connection: Connection,
+        address: Any,
+    ) -> None:
+        raw.setblocking(False)
+        try:
+            await loop.connect_accepted_socket(lambda: connection, raw)
+        except Exception as error:
+            # One client's trouble, and nobody else's.
+            peer = address[0] if address else ""
+            log.warning(
+                "a connection could not be taken over",
+                extra=caused_by(peer, error=repr(error)),
+            )
+            raw.close()
+            connection.release()
+        except BaseException:
+            connection.release()
+            raise
+
+
+def most_connections(wanted: int, others: int) -> int:
+    """Return how many connections fit the limit of open files, at most `wanted`.
+
+    `others` counts the descriptors that will be opened beside them: connections to the
+    database, above all.
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit == resource.RLIM_INFINITY:
+        return wanted
+    free = limit - _open_descriptors() - others - SPARE_DESCRIPTORS
+    # Where there are few, refusals take a quarter: whoever then finds none is refused in haste.
+    fit = max(1, free - min(MAX_REFUSALS, free // 4))
+    if fit < wanted:
+        log.warning(
+            "fewer files may be open than connections are allowed",
+            extra={"files": limit, "max_connections": wanted, "allowed": fit},
+        )
+    return min(wanted, fit)
+
+
+def descriptors_needed(connections: int, others: int) -> int:
+    """Return the limit of open files at which `most_connections` takes nothing away."""
+    refusals = min(MAX_REFUSALS, math.ceil(connections / 3))
+    # Twice: some to spare, and what a process has open before the first connection.
+    return connections + refusals + others + 2 * SPARE_DESCRIPTORS
+
+
+def _open_descriptors() -> int:
+    try:
+        return sum(1 for _ in Path("/proc/self/fd").iterdir())
+    except OSError:
+        return SPARE_DESCRIPTORS
