@@ -13,10 +13,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
-from math import inf
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable
 
 from sse_labels.backoff import Backoff
 from sse_labels.client.answers import WORDS_MAX
@@ -30,12 +28,10 @@ from sse_labels.mirror.upstream import Labels, News, Upstream
 
 log = logging.getLogger(__name__)
 
-#: What is stored in one transaction: so many labels, about 20 ms of PostgreSQL's time …
+#: What an upstream may be ahead of the database; then it is read no further.
+WAITING_MAX_BYTES = 8 * 1024**2
+#: Labels stored in one transaction, about 20 ms of PostgreSQL's time.
 BATCH_MAX_LABELS = 1000
-#: … or bytes of memory …
-BATCH_MAX_BYTES = 8 * 1024**2
-#: … or what came within this.
-GATHER_SECONDS = 0.02
 #: How often an upstream has to say that a cursor lies in its future before it is believed: one of
 #: several servers may be a moment behind.
 FUTURE_TRIES = 3
@@ -198,9 +194,29 @@ class Mirror:
             if connection.epoch and place.epoch is None:
                 await store.note_epoch(connection.epoch)
             self._log(logging.INFO, "mirroring", cursor=place.cursor)
-            async with aclosing(gathered(connection, self._tell)) as batches:
-                async for batch in batches:
-                    await self._store(store, batch)
+            waiting = Waiting(WAITING_MAX_BYTES)
+            reading = asyncio.create_task(self._read(connection, waiting), name="reading upstream")
+            try:
+                while True:
+                    await self._store(store, await waiting.batch(BATCH_MAX_LABELS))
+            finally:
+                reading.cancel()
+                await asyncio.wait({reading})
+
+    async def _read(self, connection: UpstreamConnection, waiting: Waiting) -> None:
+        """Let what comes wait to be stored, and behind it the end, which is raised there."""
+        try:
+            while True:
+                message = await connection.next()
+                if isinstance(message, Labels):
+                    await waiting.put(message)
+                elif isinstance(message, News):
+                    self._tell(message)
+        except NotRead as error:
+            await waiting.put(error)
+        except Exception as error:
+            log.exception("reading failed", extra={"upstream": self._upstream.url})
+            await waiting.put(Lost(f"reading failed: {error!r}"))
 
     def _tell(self, news: News) -> None:
         if news.name == "OutdatedCursor":
@@ -256,34 +272,47 @@ class Mirror:
             )
 
 
-async def gathered(
-    connection: UpstreamConnection, tell: Callable[[News], None]
-) -> AsyncGenerator[list[Labels]]:
-    """Yield what comes by batches; raise NotRead behind what came before it.
+class Waiting(asyncio.Queue[Labels | NotRead]):
+    """Messages that wait to be stored, bounded in bytes; whoever puts one waits while it is full.
 
-    While a batch is being stored, one message is read.
+    The end of the connection waits behind them.
     """
-    loop = asyncio.get_running_loop()
-    reading = loop.create_task(connection.next(), name="reading upstream")
-    try:
-        while True:
-            batch: list[Labels] = []
-            labels = nbytes = 0
-            end = inf
-            while labels < BATCH_MAX_LABELS and nbytes < BATCH_MAX_BYTES:
-                await asyncio.wait({reading}, timeout=end - loop.time() if batch else None)
-                if not reading.done() or (batch and reading.exception()):
+
+    _queue: deque[Labels | NotRead]
+
+    async def batch(self, max_labels: int) -> list[Labels]:
+        """Wait for messages, and return about `max_labels` labels; raise the end."""
+        messages: list[Labels] = []
+        labels = 0
+        while not messages or (labels < max_labels and not self.empty()):
+            message = await self.get() if not messages else self._queue[0]
+            if isinstance(message, NotRead):
+                if messages:
                     break
-                message = reading.result()
-                reading = loop.create_task(connection.next(), name="reading upstream")
-                if isinstance(message, Labels):
-                    end = min(end, loop.time() + GATHER_SECONDS)
-                    batch.append(message)
-                    labels += len(message.labels) + len(message.aside)
-                    nbytes += message.nbytes
-                elif message is not None:
-                    tell(message)
-            yield batch
-    finally:
-        reading.cancel()
-        await asyncio.gather(reading, return_exceptions=True)
+                raise message
+            if messages:
+                self.get_nowait()
+            messages.append(message)
+            labels += len(message.labels) + len(message.aside)
+        return messages
+
+    def _init(self, maxsize: int) -> None:
+        self._queue = deque()
+        self._bytes = 0
+
+    def _put(self, item: Labels | NotRead) -> None:
+        self._queue.append(item)
+        self._bytes += _nbytes(item)
+
+    def _get(self) -> Labels | NotRead:
+        item = self._queue.popleft()
+        self._bytes -= _nbytes(item)
+        return item
+
+    def qsize(self) -> int:
+        """Return how many bytes wait."""
+        return self._bytes
+
+
+def _nbytes(item: Labels | NotRead) -> int:
+    return item.nbytes if isinstance(item, Labels) else 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import sys
 import tracemalloc
-from contextlib import aclosing, suppress
 from typing import Any
 
 import aiohttp
@@ -14,13 +13,12 @@ from click.testing import CliRunner
 
 from sse_labels.cli.mirror import Wanted, mirror, upstream
 from sse_labels.client.label_socket import LabelSocket
-from sse_labels.client.retries import Lost, NotRead
+from sse_labels.client.retries import Lost
 from sse_labels.config import Expected
 from sse_labels.errors import ConfigError
-from sse_labels.mirror import following
-from sse_labels.mirror.following import BATCH_MAX_BYTES, BATCH_MAX_LABELS, gathered
+from sse_labels.mirror.following import Waiting
 from sse_labels.mirror.storing import Aside
-from sse_labels.mirror.upstream import Connection, Labels, News, Upstream
+from sse_labels.mirror.upstream import Connection, Labels, Upstream
 from sse_labels.protocol.label import Label
 from sse_labels.protocol.xrpc import SUBSCRIBE_PATH
 
@@ -33,48 +31,45 @@ def some(seq: int, labels: int = 1, nbytes: int = 100) -> Labels:
     return Labels(seq, [LABEL] * labels, [], nbytes)
 
 
-class Bringing:
-    """A connection that brings messages, and then ends or is silent."""
-
-    def __init__(self, *messages: Labels | News | NotRead | None) -> None:
-        self._left = list(messages)
-
-    async def next(self) -> Labels | News | None:
-        if not self._left:
-            await asyncio.Event().wait()
-        message = self._left.pop(0)
-        if isinstance(message, NotRead):
-            raise message
-        return message
+async def test_a_batch_is_all_that_waits_up_to_its_labels() -> None:
+    waiting = Waiting(10_000)
+    for seq in range(1, 6):
+        await waiting.put(some(seq, labels=2))
+    assert [message.seq for message in await waiting.batch(5)] == [1, 2, 3]
+    assert [message.seq for message in await waiting.batch(5)] == [4, 5]
 
 
-async def batches_of(
-    *messages: Labels | News | NotRead | None,
-) -> tuple[list[list[int]], list[News]]:
-    """The seqs of each batch until the end, and the news."""
-    told: list[News] = []
-    found = []
-    with suppress(NotRead):
-        async with aclosing(gathered(Bringing(*messages), told.append)) as batches:  # type: ignore[arg-type]
-            async for batch in batches:
-                found += [[message.seq for message in batch]]
-    return found, told
+async def test_a_batch_waits_for_the_first_message_alone() -> None:
+    waiting = Waiting(10_000)
+    batch = asyncio.create_task(waiting.batch(5))
+    await asyncio.sleep(0)
+    assert not batch.done()
+    await waiting.put(some(1))
+    assert [message.seq for message in await batch] == [1]
 
 
-async def test_a_batch_has_so_many_labels_or_bytes_and_the_end_comes_behind_the_last(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(following, "GATHER_SECONDS", 60)
-    two = [some(seq, labels=BATCH_MAX_LABELS // 2) for seq in range(1, 4)]
-    large = [some(seq, nbytes=BATCH_MAX_BYTES) for seq in (4, 5)]
-    news = News("name", "message")
-    found = await batches_of(*two, None, *large, some(6), news, some(7), Lost("over"))
-    assert found == ([[1, 2], [3, 4], [5], [6, 7]], [news])
+async def test_whoever_puts_waits_while_it_is_full_of_bytes() -> None:
+    waiting = Waiting(250)
+    for seq in (1, 2, 3):
+        await asyncio.wait_for(waiting.put(some(seq)), 1)
+    fourth = asyncio.create_task(waiting.put(some(4)))
+    await asyncio.sleep(0)
+    assert not fourth.done()
+    assert waiting.qsize() == 300
+    await waiting.batch(1)
+    await asyncio.wait_for(fourth, 1)
+    assert waiting.qsize() == 300
 
 
-async def test_a_batch_is_stored_when_nothing_more_comes() -> None:
-    async with aclosing(gathered(Bringing(some(1)), print)) as batches:  # type: ignore[arg-type]
-        assert await anext(batches) == [some(1)]
+async def test_the_end_is_raised_behind_what_came_before_it() -> None:
+    waiting = Waiting(10_000)
+    await waiting.put(some(1))
+    await waiting.put(some(2))
+    await waiting.put(Lost("over"))
+    assert [message.seq for message in await waiting.batch(50)] == [1, 2]
+    with pytest.raises(Lost, match="over"):
+        await waiting.batch(50)
+    assert waiting.empty()
 
 
 class Saying:
