@@ -101,7 +101,7 @@ class Metrics(Collector):
         self.bytes_delivered = 0
         self._registry = CollectorRegistry()
         self._registry.register(self)
-        self._registry.register(Process())
+        self._registry.register(ProcessMetrics())
         self.fanout_seconds = Histogram(
             "sse_labels_commit_to_fanout_seconds",
             "From a label's commit to its hand-over to all consumers, sampled, by the database's "
@@ -167,7 +167,7 @@ def render(workers: Iterable[Iterable[Family]]) -> bytes:
     return generate_latest(registry)
 
 
-class Process(ProcessCollector):
+class ProcessMetrics(ProcessCollector):
     """Memory, time and descriptors of this process, as the library names them."""
 
     def __init__(self) -> None:

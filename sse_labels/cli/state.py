@@ -17,7 +17,7 @@ from sse_labels.protocol.seq import DIGITS_MAX, number_in
 KEY = "--state"
 
 
-class State:
+class CursorFile:
     """Keeps the cursor; open and locked as long as it lives."""
 
     def __init__(self, file: Path) -> None:

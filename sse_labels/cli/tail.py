@@ -32,7 +32,7 @@ from sse_labels.cli.options import (
     url_argument,
 )
 from sse_labels.cli.standard_streams import OutputLost
-from sse_labels.cli.state import State
+from sse_labels.cli.state import CursorFile
 from sse_labels.cli.tls import tls_options
 from sse_labels.client.event_reader import EventReader, Opened, client_of
 from sse_labels.client.event_stream import Block
@@ -44,7 +44,7 @@ from sse_labels.protocol.seq import SEQ_MAX, number_in
 class Tail:
     """Follows one URL and writes what it receives to standard output."""
 
-    def __init__(self, reader: EventReader, state: State | None, until_head: bool) -> None:
+    def __init__(self, reader: EventReader, state: CursorFile | None, until_head: bool) -> None:
         self._reader = reader
         self._state = state
         self._until_head = until_head
@@ -179,7 +179,7 @@ def tail(
         'http://127.0.0.1:8080/stream?values=spam'
     """
     with named_as_given():
-        kept = None if state is None else State(state)
+        kept = None if state is None else CursorFile(state)
         known = None if kept is None else kept.load()
     with client_of(token, tls) as client:
         after = cursor if known is None else known

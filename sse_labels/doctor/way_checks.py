@@ -166,7 +166,7 @@ class WayChecks:
             ),
         )
 
-    async def _body(self, reader: Reader, began: float) -> list[Finding]:
+    async def _body(self, reader: StreamProbe, began: float) -> list[Finding]:
         """Return what the stream's opening and then its silence say."""
         opened = await reader.opened()
         if opened is None:
@@ -187,7 +187,7 @@ class WayChecks:
             return [first, end]
         return [first, self._missing(reader, f"no heartbeat came within {silence:.0f} s")]
 
-    def _missing(self, reader: Reader, seen: str) -> Finding:
+    def _missing(self, reader: StreamProbe, seen: str) -> Finding:
         if reader.error:
             return failure(f"the server ends it: {reader.error}", "see its log and its limits")
         gathers = f"{self._proxy.name} gathers the stream"
@@ -313,7 +313,7 @@ class WayChecks:
         )
 
     @asynccontextmanager
-    async def _reader(self) -> AsyncIterator[Reader]:
+    async def _reader(self) -> AsyncIterator[StreamProbe]:
         """Open a stream that shows no label but the doctor's; TimeoutError without an answer."""
         async with self._client() as client:
             request = client.build_request(
@@ -328,12 +328,12 @@ class WayChecks:
                 response = await client.send(request, stream=True)
                 if response.status_code != 200:
                     await response.aread()
-            reader = Reader(response)
+            reader = StreamProbe(response)
             async with aclosing(response), aclosing(reader.blocks):
                 yield reader
 
 
-class Reader:
+class StreamProbe:
     """One stream, whether it ended, and with which error of the server."""
 
     def __init__(self, response: httpx.Response) -> None:

@@ -58,10 +58,10 @@ DAY_SECONDS = 86_400.0
 #: 0001-01-01T00:00:00Z, the first time that Python's datetime can tell.
 FIRST_TIME = -62_135_596_800.0
 
-Key = tuple[str, str, str, str]
+LabelKey = tuple[str, str, str, str]
 
 
-class Reader(Protocol):
+class NoticeConsumer(Protocol):
     """Who is told. May neither await nor raise; may leave."""
 
     def tell(self, notices: Sequence[Notice], late: int) -> None:
@@ -74,7 +74,7 @@ class Reader(Protocol):
         """Take what expires after `now`, too: the clock was ahead."""
 
 
-class Page(NamedTuple):
+class NoticePage(NamedTuple):
     """What had expired up to `end`, as far as it is in force."""
 
     notices: list[Notice]
@@ -113,15 +113,15 @@ class Expiry:
         self._head = head
         self._floor = floor
         self._max_labels = max_labels
-        self._readers: dict[Filter | None, dict[Reader, None]] = {}
+        self._readers: dict[Filter | None, dict[NoticeConsumer, None]] = {}
         self._asked = asyncio.Event()
         self._wake = asyncio.Event()
         self._schedule = Schedule(NEVER, max_labels)
         #: Notices that somebody has not read yet, by what a newer label makes of them.
-        self._alive: WeakValueDictionary[Key, Notice] = WeakValueDictionary()
+        self._alive: WeakValueDictionary[LabelKey, Notice] = WeakValueDictionary()
         #: How many checks are under way, and what was streamed meanwhile.
         self._checks = 0
-        self._newer: dict[Key, int] = {}
+        self._newer: dict[LabelKey, int] = {}
         #: Where pages are cut from. What was stored since is told to readers as late.
         self._run = NOTHING
         self._reads = Reads(1)
@@ -132,23 +132,23 @@ class Expiry:
         self.told = NEVER
         metrics.gauges["expiries_scheduled"] = lambda: len(self._schedule)
 
-    def ask(self, reader: Reader, narrowed: Filter | None, now: float) -> None:
-        """Tell `reader` of all that expires from now on and that `narrowed` lets through."""
+    def ask(self, reader: NoticeConsumer, filter: Filter | None, now: float) -> None:
+        """Tell `reader` of all that expires from now on and that `filter` lets through."""
         if not self._readers:
             self.told = Due(now, SEQ_MAX)
             self._schedule = Schedule(self.told, self._max_labels)
             self._looked_at = now
             self._asked.set()
-        self._readers.setdefault(narrowed, {})[reader] = None
+        self._readers.setdefault(filter, {})[reader] = None
 
-    def leave(self, reader: Reader, narrowed: Filter | None) -> None:
+    def leave(self, reader: NoticeConsumer, filter: Filter | None) -> None:
         """Tell it nothing more; harmless when it has not asked."""
-        group = self._readers.get(narrowed, {})
+        group = self._readers.get(filter, {})
         if reader not in group:
             return
         del group[reader]
         if not group:
-            del self._readers[narrowed]
+            del self._readers[filter]
         if not self._readers:
             self._asked.clear()
             # Another one, so that what is under way fills the one that nobody looks at.
@@ -188,7 +188,7 @@ class Expiry:
                 log.warning("expiries wait", extra={"error": error, "next_try_seconds": wait})
                 await asyncio.sleep(wait)
 
-    async def page(self, client: str, after: Due) -> Page:
+    async def page(self, client: str, after: Due) -> NoticePage:
         """Return the next of what has been told already, from the table; raise DatabaseUnavailable.
 
         One page is read at a time, when it is the turn of `client`.
@@ -237,8 +237,8 @@ class Expiry:
             return
         # No await from here: a reader that now finds itself at `told` is told of all that follows.
         told, self.told = self.told, max(self.told, dues[-1])
-        for narrowed, group in tuple(self._readers.items()):
-            seen = [n for n in notices if narrowed is None or narrowed.matches(*n.looks)]
+        for filter, group in tuple(self._readers.items()):
+            seen = [n for n in notices if filter is None or filter.matches(*n.looks)]
             if seen:
                 late = bisect_right(seen, told, key=_due)
                 for reader in tuple(group):
@@ -268,7 +268,7 @@ class Expiry:
         except TimeoutError:
             pass
 
-    async def _page(self, after: Due) -> Page:
+    async def _page(self, after: Due) -> NoticePage:
         run, schedule = self._run, self._schedule
         if not run.begin <= after < run.end:
             run = Run(after, *await self._earliest(after, self.told, RUN_LABELS))
@@ -277,7 +277,7 @@ class Expiry:
         first = bisect_right(run.dues, after)
         dues = run.dues[first : first + PAGE_LABELS]
         whole = first + len(dues) == len(run.dues)
-        return Page(await self._check(dues), run.end if whole else dues[-1])
+        return NoticePage(await self._check(dues), run.end if whole else dues[-1])
 
     async def _earliest(self, after: Due, end: Due, most: int) -> tuple[list[Due], Due]:
         """Return the first of what the table has after one and up to another, and up to where."""

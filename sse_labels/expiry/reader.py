@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 
 from sse_labels.backoff import Backoff
 from sse_labels.errors import DatabaseRefused, DatabaseUnavailable, HistoryRefused
-from sse_labels.expiry.expiry import Expiry, Page
+from sse_labels.expiry.expiry import Expiry, NoticePage
 from sse_labels.expiry.schedule import Due
 from sse_labels.protocol.filters import Filter
 from sse_labels.protocol.notice import Notice
@@ -28,20 +28,29 @@ class ExpiryReader:
     """Asks while it is between `begin` and `leave`; not reusable."""
 
     __slots__ = (
-        "__weakref__", "_client", "_expiry", "_live", "_mark", "_narrowed", "_on_news", "_page",
-        "_reading", "_since", "_waiting",
+        "__weakref__",
+        "_client",
+        "_expiry",
+        "_filter",
+        "_live",
+        "_mark",
+        "_on_news",
+        "_page",
+        "_reading",
+        "_since",
+        "_waiting",
     )  # fmt: skip
 
-    def __init__(self, expiry: Expiry, client: str, narrowed: Filter | None, since: float) -> None:
+    def __init__(self, expiry: Expiry, client: str, filter: Filter | None, since: float) -> None:
         """Tell of what expires after `since`, in seconds since 1970; of none before `begin`."""
         self._expiry = expiry
         self._client = client
-        self._narrowed = narrowed
+        self._filter = filter
         self._since = since
         #: What expired up to here has been read, or is not asked for.
         self._mark = Due(since, SEQ_MAX)
         self._live = False
-        self._reading: asyncio.Task[Page] | None = None
+        self._reading: asyncio.Task[NoticePage] | None = None
         #: Of a page from the table, what has not been taken.
         self._page: list[Notice] = []
         #: What came live.
@@ -58,11 +67,11 @@ class ExpiryReader:
         self._since = min(self._since, now)
         self._mark = Due(self._since, SEQ_MAX)
         self._on_news = on_news
-        self._expiry.ask(self, self._narrowed, now)
+        self._expiry.ask(self, self._filter, now)
 
     def leave(self) -> None:
         """Be told nothing more, and free what waits."""
-        self._expiry.leave(self, self._narrowed)
+        self._expiry.leave(self, self._filter)
         self._on_news = _nothing
         self._page, self._waiting = [], []
         if self._reading is not None:
@@ -102,7 +111,7 @@ class ExpiryReader:
                 return
             page, self._reading = self._reading.result(), None
             self._mark = page.end
-            matches = None if self._narrowed is None else self._narrowed.matches
+            matches = None if self._filter is None else self._filter.matches
             self._page = [n for n in page.notices if matches is None or matches(*n.looks)]
         # Nothing awaits between this look and being live: what is told next reaches it.
         if self._mark >= self._expiry.told:
@@ -111,13 +120,13 @@ class ExpiryReader:
             self._reading = asyncio.create_task(self._read(), name=f"expired after {self._mark.at}")
             self._reading.add_done_callback(self._has_read)
 
-    def _has_read(self, reading: asyncio.Task[Page]) -> None:
+    def _has_read(self, reading: asyncio.Task[NoticePage]) -> None:
         if not reading.cancelled():
             # Whoever leaves does not look at the error, and it is no surprise.
             reading.exception()
         self._on_news()
 
-    async def _read(self) -> Page:
+    async def _read(self) -> NoticePage:
         """Read one page, as often as it takes: the stream outlives its database."""
         backoff = Backoff()
         while True:

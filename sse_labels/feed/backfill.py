@@ -29,8 +29,17 @@ class Backfill:
     """Reads history for one consumer; to be closed by `close`."""
 
     __slots__ = (
-        "_behind", "_client", "_heartbeat_seconds", "_narrowed", "_page_max_events", "_pages",
-        "_reading", "_sequencer", "_snapshot", "from_ring", "position",
+        "_behind",
+        "_client",
+        "_filter",
+        "_heartbeat_seconds",
+        "_page_max_events",
+        "_pages",
+        "_reading",
+        "_sequencer",
+        "_snapshot",
+        "from_ring",
+        "position",
     )  # fmt: skip
 
     def __init__(
@@ -40,7 +49,7 @@ class Backfill:
         position: int,
         *,
         client: str,
-        narrowed: Filter | None,
+        filter: Filter | None,
         snapshot: Snapshot | None,
         page_max_events: int,
         heartbeat_seconds: float,
@@ -49,7 +58,7 @@ class Backfill:
         self._sequencer = sequencer
         self._pages = pages
         self._client = client
-        self._narrowed = narrowed
+        self._filter = filter
         self._snapshot = snapshot
         self._page_max_events = page_max_events
         self._heartbeat_seconds = heartbeat_seconds
@@ -90,7 +99,7 @@ class Backfill:
         elif self._sequencer.ring.covers(self.position):
             # Others get their turn, also when the filter hides all.
             cut = partial(self._cut, self.position)
-            page = await self._pages.turn(self._client, (self.position, self._narrowed), cut)
+            page = await self._pages.turn(self._client, (self.position, self._filter), cut)
             return None if page is None else self._events(page)
         return await self._page()
 
@@ -111,7 +120,7 @@ class Backfill:
         ring = self._sequencer.ring
         if not ring.covers(cursor):
             return None
-        return ring.page(cursor, self._page_max_events, self._narrowed)
+        return ring.page(cursor, self._page_max_events, self._filter)
 
     def _skip_what_is_gone(self) -> Outdated | None:
         """Go on from the floor when the position is below it; return what to say, if anything."""
@@ -169,7 +178,7 @@ class Backfill:
         backoff = Backoff()
         while True:
             try:
-                page = await self._pages.read(self._client, cursor, self._narrowed, self._snapshot)
+                page = await self._pages.read(self._client, cursor, self._filter, self._snapshot)
                 if page.floor > self._sequencer.floor:
                     await self._sequencer.look_at_state()
             except DatabaseRefused as error:

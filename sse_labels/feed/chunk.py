@@ -2,7 +2,7 @@
 
 Promises: immutable; its bytes are the frames of exactly the events with
 `start < seq <= end`, increasing, each whole; `after(cursor)` is a slice, never
-a new encoding; `select(narrowed)` keeps `start` and `end`, because a filter
+a new encoding; `select(filter)` keeps `start` and `end`, because a filter
 hides events and not positions. A chunk made of another one owns all that it
 needs: it does not keep the other one in memory, and `nbytes` is what it holds.
 Stands in the corridor between the store, which makes chunks out of rows, and
@@ -34,7 +34,7 @@ KEY_BYTES = 72
 KEPT_BYTES = 512
 
 
-class Key(NamedTuple):
+class FilterKey(NamedTuple):
     """What a filter looks at."""
 
     src: str
@@ -59,7 +59,7 @@ class Chunk:
         end: int,
         seqs: array[int],
         frames: Sequence[str | bytes],
-        keys: Sequence[Key] | None,
+        keys: Sequence[FilterKey] | None,
     ) -> None:
         self.start = start
         self.end = end
@@ -127,13 +127,13 @@ class Chunk:
         """Return how many events a consumer at `cursor` has not seen."""
         return len(self) - bisect_right(self.seqs, cursor)
 
-    def select(self, narrowed: Filter | None) -> Chunk:
-        """Return the events that `narrowed` lets through, over the same positions."""
-        if narrowed is None:
+    def select(self, filter: Filter | None) -> Chunk:
+        """Return the events that `filter` lets through, over the same positions."""
+        if filter is None:
             return self
         if self._keys is None:
             raise BrokenPromise(f"{self!r} was made without keys and cannot be filtered")
-        matches = narrowed.matches
+        matches = filter.matches
         kept = [i for i, key in enumerate(self._keys) if matches(key.src, key.uri, key.val)]
         if len(kept) == len(self):
             return self
@@ -183,7 +183,7 @@ def merge(chunks: Sequence[Chunk]) -> Chunk:
     for left, right in pairwise(chunks):
         if left.end != right.start:
             raise BrokenPromise(f"{right!r} does not continue {left!r}")
-    keys: list[Key] = []
+    keys: list[FilterKey] = []
     for chunk in chunks:
         keys += chunk._keys or ()
     with_keys = all(chunk._keys is not None for chunk in chunks)
@@ -214,17 +214,18 @@ def after_position(chunks: Sequence[Chunk], position: int) -> list[Chunk]:
     return kept
 
 
-def _keys_of(columns: Iterable[tuple[str, str, str]]) -> list[Key]:
+def _keys_of(columns: Iterable[tuple[str, str, str]]) -> list[FilterKey]:
     """Return keys of (src, uri, val) that share one object for each source and value.
 
     Not interned: CPython 3.12 never frees interned strings, and these are strangers'.
     """
     one: dict[str, str] = {}
     return [
-        Key(one.setdefault(src, src), uri, one.setdefault(val, val)) for src, uri, val in columns
+        FilterKey(one.setdefault(src, src), uri, one.setdefault(val, val))
+        for src, uri, val in columns
     ]
 
 
-def kept_nbytes(chunk: Chunk, narrowed: Filter | None) -> int:
+def kept_nbytes(chunk: Chunk, filter: Filter | None) -> int:
     """Return about how much memory a cache spends that keeps `chunk` for those who ask for it."""
-    return KEPT_BYTES + chunk.nbytes + (0 if narrowed is None else narrowed.nbytes)
+    return KEPT_BYTES + chunk.nbytes + (0 if filter is None else filter.nbytes)

@@ -57,10 +57,28 @@ class Outbox:
     """
 
     __slots__ = (
-        "_backfill", "_behind", "_client", "_expiries", "_heartbeat_seconds", "_loop",
-        "_max_events", "_metrics", "_narrowed", "_page_max_events", "_pages", "_parked", "_queue",
-        "_quiet_since", "_sequencer", "_snapshot", "_timer", "caught_up", "closed", "express",
-        "on_close", "position",
+        "_backfill",
+        "_behind",
+        "_client",
+        "_expiries",
+        "_filter",
+        "_heartbeat_seconds",
+        "_loop",
+        "_max_events",
+        "_metrics",
+        "_page_max_events",
+        "_pages",
+        "_parked",
+        "_queue",
+        "_quiet_since",
+        "_sequencer",
+        "_snapshot",
+        "_timer",
+        "caught_up",
+        "closed",
+        "express",
+        "on_close",
+        "position",
     )  # fmt: skip
 
     def __init__(
@@ -70,7 +88,7 @@ class Outbox:
         metrics: Metrics,
         *,
         client: str,
-        narrowed: Filter | None,
+        filter: Filter | None,
         page_max_events: int,
         max_events: int,
         heartbeat_seconds: float,
@@ -87,7 +105,7 @@ class Outbox:
         self._pages = pages
         self._metrics = metrics
         self._client = client
-        self._narrowed = narrowed
+        self._filter = filter
         self._page_max_events = page_max_events
         self._max_events = max_events
         self._heartbeat_seconds = heartbeat_seconds
@@ -155,7 +173,7 @@ class Outbox:
     @property
     def filtered(self) -> bool:
         """Whether events are hidden from the consumer: by a filter, or as no part of a state."""
-        return self._narrowed is not None or self._snapshot is not None
+        return self._filter is not None or self._snapshot is not None
 
     # The phases.
 
@@ -167,7 +185,7 @@ class Outbox:
                 self._pages,
                 self.position,
                 client=self._client,
-                narrowed=self._narrowed,
+                filter=self._filter,
                 snapshot=self._snapshot,
                 page_max_events=self._page_max_events,
                 heartbeat_seconds=self._heartbeat_seconds,
@@ -186,8 +204,8 @@ class Outbox:
         Both happen without an await between: a chunk published in between would reach neither.
         Guarded by test_live_event_during_cutover_is_delivered_once.
         """
-        rest = [chunk.select(self._narrowed) for chunk in self._sequencer.ring.after(self.position)]
-        self._sequencer.subscribe(self, self._narrowed)
+        rest = [chunk.select(self._filter) for chunk in self._sequencer.ring.after(self.position)]
+        self._sequencer.subscribe(self, self._filter)
         backfill.close()
         self._backfill = None
         self.caught_up = True
@@ -266,7 +284,7 @@ class Outbox:
 
     def fall_back(self) -> None:
         """Read on from the table after what waits; called by the sequencer."""
-        self._sequencer.unsubscribe(self, self._narrowed)
+        self._sequencer.unsubscribe(self, self._filter)
         self.caught_up = False
         self._wake()
 
@@ -299,7 +317,7 @@ class Outbox:
 
     def _unsubscribe(self) -> None:
         """Receive nothing more, and free what waits."""
-        self._sequencer.unsubscribe(self, self._narrowed)
+        self._sequencer.unsubscribe(self, self._filter)
         self._queue = None
         if self._expiries is not None:
             self._expiries.leave()

@@ -66,7 +66,7 @@ class Pages:
         self,
         client: str,
         cursor: int,
-        narrowed: Filter | None,
+        filter: Filter | None,
         snapshot: Snapshot | None = None,
     ) -> Page:
         """Return the page after `cursor`, up to the head; raise DatabaseUnavailable.
@@ -74,7 +74,7 @@ class Pages:
         With `snapshot`, the page of that state instead of events. It is read when it is the turn of
         `client`. Beside other clients a page that is kept has its turn too: to write it takes time.
         """
-        key = (cursor, narrowed, snapshot)
+        key = (cursor, filter, snapshot)
         page: Page | None = self._kept(key) if self._reads.alone(client) else None
         if page is None:
             page = await self._reads.read(client, key, partial(self._page, key))
@@ -104,25 +104,25 @@ class Pages:
         page: Page | None = self._kept(key)
         if page is not None:
             return page
-        cursor, narrowed, snapshot = key
+        cursor, filter, snapshot = key
         # Of a snapshot the database looks for sources and values; all else is looked for here.
-        asked = narrowed.of_any_uri() if narrowed and snapshot else None
-        if narrowed is None or narrowed == asked:
+        asked = filter.of_any_uri() if filter and snapshot else None
+        if filter is None or filter == asked:
             found = await self._rows((cursor, asked, snapshot, "rows"), keep=False)
         else:
-            found = await self._selected((cursor, asked, snapshot, "rows"), narrowed)
+            found = await self._selected((cursor, asked, snapshot, "rows"), filter)
         chunk = encode_rows(found.rows, start=found.start, end=found.end)
         page = Page(chunk, found.full, found.floor, found.lasts_until)
         if page.full:
-            self._keep(key, page, kept_nbytes(chunk, narrowed))
+            self._keep(key, page, kept_nbytes(chunk, filter))
         return page
 
-    async def _selected(self, key: RowsKey, narrowed: Filter) -> PageRows:
-        """Return what `narrowed` lets through of a page, and of those behind it if that is little.
+    async def _selected(self, key: RowsKey, filter: Filter) -> PageRows:
+        """Return what `filter` lets through of a page, and of those behind it if that is little.
 
         A page at a time: others have their turn in the event loop between.
         """
-        matches = narrowed.matches
+        matches = filter.matches
         clock = asyncio.get_running_loop().time
         until = clock() + TURN_SECONDS
         first = page = looked = await self._rows(key, keep=True)

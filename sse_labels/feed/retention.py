@@ -18,7 +18,7 @@ from sse_labels.database.connection import Connection
 from sse_labels.database.pool import Database
 from sse_labels.database.schema import Schema
 from sse_labels.errors import DatabaseRefused, DatabaseUnavailable
-from sse_labels.feed.store import State
+from sse_labels.feed.store import TableState
 from sse_labels.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class Retention:
         database: Database,
         schema: Schema,
         head: Callable[[], int],
-        look: Callable[[], Awaitable[State]],
+        look: Callable[[], Awaitable[TableState]],
         metrics: Metrics,
         *,
         max_age_seconds: float | None,

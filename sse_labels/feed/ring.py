@@ -94,13 +94,13 @@ class Ring:
             if chunk.end > cursor:
                 yield chunk
 
-    def page(self, cursor: int, max_events: int, narrowed: Filter | None) -> Chunk:
-        """Return at most `max_events` events after `cursor`, less what `narrowed` hides.
+    def page(self, cursor: int, max_events: int, filter: Filter | None) -> Chunk:
+        """Return at most `max_events` events after `cursor`, less what `filter` hides.
 
         Full pages are shared by those who ask for the same: after a restart many stand at the
         same cursor. One page and no more, because whoever does not read holds it.
         """
-        key = (cursor, max_events, narrowed)
+        key = (cursor, max_events, filter)
         page = self._pages.get(key)
         if page is not None:
             return page
@@ -113,10 +113,10 @@ class Ring:
                 events += len(part)
             if events >= max_events:
                 break
-        page = merge(parts).select(narrowed)
+        page = merge(parts).select(filter)
         if events >= max_events:
             self._pages[key] = page
-            self._pages_nbytes += kept_nbytes(page, narrowed)
+            self._pages_nbytes += kept_nbytes(page, filter)
             while self._pages_nbytes > self._max_bytes // PAGES_SHARE:
                 (_, _, oldest), left = self._pages.popitem(last=False)
                 self._pages_nbytes -= kept_nbytes(left, oldest)

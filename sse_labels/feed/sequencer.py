@@ -21,7 +21,7 @@ from sse_labels.errors import BrokenPromise, DatabaseRefused, DatabaseUnavailabl
 from sse_labels.feed.chunk import Chunk
 from sse_labels.feed.ring import Ring
 from sse_labels.feed.settled import HOLE_LOG_SECONDS, SettledRule
-from sse_labels.feed.store import State, Store
+from sse_labels.feed.store import Store, TableState
 from sse_labels.metrics import Metrics
 from sse_labels.protocol.filters import Filter
 from sse_labels.protocol.label import Row
@@ -111,17 +111,17 @@ class Sequencer:
         """
         self._watchers.append(watcher)
 
-    def subscribe(self, subscriber: Subscriber, narrowed: Filter | None) -> None:
-        """Push every chunk from now on, as `narrowed` shows it."""
-        self._subscribers.setdefault(narrowed, {})[subscriber] = None
+    def subscribe(self, subscriber: Subscriber, filter: Filter | None) -> None:
+        """Push every chunk from now on, as `filter` shows it."""
+        self._subscribers.setdefault(filter, {})[subscriber] = None
 
-    def unsubscribe(self, subscriber: Subscriber, narrowed: Filter | None) -> None:
+    def unsubscribe(self, subscriber: Subscriber, filter: Filter | None) -> None:
         """Push nothing more; harmless when not subscribed."""
-        group = self._subscribers.get(narrowed)
+        group = self._subscribers.get(filter)
         if group is not None:
             group.pop(subscriber, None)
             if not group:
-                del self._subscribers[narrowed]
+                del self._subscribers[filter]
 
     def wake(self) -> None:
         """Look at the table soon: something may be new there."""
@@ -169,7 +169,7 @@ class Sequencer:
                 log.critical("the sequencer stops, a promise is broken", extra={"error": error})
                 raise
 
-    async def look_at_state(self) -> State:
+    async def look_at_state(self) -> TableState:
         """Read what readers must know beside the labels; serve nothing below its floor any more.
 
         Raises DatabaseUnavailable, and BrokenPromise when the database is in another epoch than
@@ -185,7 +185,7 @@ class Sequencer:
         self._forget_below(state, head)
         return state
 
-    def _forget_below(self, state: State, head: int) -> None:
+    def _forget_below(self, state: TableState, head: int) -> None:
         """Go on from the floor of a state that was read when `head` was settled."""
         if state.floor >= self.floor:
             self.floor, self.oldest = state.floor, state.oldest(head)
@@ -263,7 +263,7 @@ class Sequencer:
         rule = self._rule
         assert rule is not None  # noqa: S101 - `_start` made it
         if rule.hole is not None:
-            rule.narrow(await self._store.sequence_holders(connection))
+            rule.drop_ended(await self._store.sequence_holders(connection))
             self._log_hole(rule)
         rows = await self._store.rows_after(connection, rule.head, self._limit)
         taken, head = self._admit(rule, rows)
@@ -320,11 +320,11 @@ class Sequencer:
         self.ring.append(chunk)
         self._metrics.count["events_followed"] += len(chunk)
         self._metrics.count["chunks_followed"] += 1
-        for narrowed, group in tuple(self._subscribers.items()):
-            narrow = chunk.select(narrowed)
+        for filter, group in tuple(self._subscribers.items()):
+            part = chunk.select(filter)
             # A copy: a subscriber that is too slow leaves while it is being pushed to.
             for subscriber in tuple(group):
-                subscriber.push(narrow)
+                subscriber.push(part)
 
     async def _pause(self, waited: float | None = None) -> None:
         """Wait for a wake, or until it is time to look anyway.

@@ -48,7 +48,7 @@ class SettledRule:
         self.hole = Hole(hi, frozenset(holders), self._clock())
         self._settle_when_empty()
 
-    def narrow(self, holders: Iterable[str]) -> None:
+    def drop_ended(self, holders: Iterable[str]) -> None:
         """Take note of who holds the lock now: whoever of W does not has ended."""
         if self.hole is not None:
             self.hole.waiting &= frozenset(holders)

@@ -87,7 +87,7 @@ class Found(NamedTuple):
     end: int
 
 
-class State(NamedTuple):
+class TableState(NamedTuple):
     """What readers must know beside the labels.
 
     Nothing below `floor` is kept; which seqs belong together (None: not kept here); and the first
@@ -144,12 +144,12 @@ class Store:
         rows = await connection.fetch("commit_age", seq=seq)
         return rows[0][0] if rows else None
 
-    async def state(self) -> State:
+    async def state(self) -> TableState:
         """Return what readers must know beside the labels."""
         if not self.schema.has_state:
-            return State(floor=1, epoch=None)
+            return TableState(floor=1, epoch=None)
         [(floor, epoch, _, first)] = await self.database.fetch("state")
-        return State(floor, epoch, first)
+        return TableState(floor, epoch, first)
 
     async def page(self, cursor: int, head: int, limit: int) -> PageRows:
         """Return what comes after `cursor`, at most `limit` rows and never beyond `head`."""
@@ -167,14 +167,14 @@ class Store:
         return PageRows(self._shown(rows), cursor, end, full, floor)
 
     async def snapshot_page(
-        self, cursor: int, snapshot: Snapshot, limit: int, narrowed: Filter | None
+        self, cursor: int, snapshot: Snapshot, limit: int, filter: Filter | None
     ) -> PageRows:
         """Return what is in force as of `snapshot.until` among the next rows after `cursor`.
 
         At most `limit` events, out of ten times as many rows.
         """
         rows, end = await self._passing_after(
-            narrowed,
+            filter,
             cursor,
             snapshot.until,
             limit,
@@ -194,7 +194,7 @@ class Store:
 
     async def _passing_after(
         self,
-        narrowed: Filter | None,
+        filter: Filter | None,
         cursor: int,
         until: int,
         limit: int,
@@ -211,9 +211,9 @@ class Store:
             limit=limit,
             newest=newest,
             in_force=in_force,
-            **self._asked(narrowed, until),
-            uris=list(narrowed.uris) if narrowed else [],
-            prefixes=list(narrowed.uri_prefixes) if narrowed else [],
+            **self._asked(filter, until),
+            uris=list(filter.uris) if filter else [],
+            prefixes=list(filter.uri_prefixes) if filter else [],
         )
         last, looked_at = found[0][:2]
         rows = self._rows(row[2:] for row in found if row[2] is not None)
@@ -222,13 +222,13 @@ class Store:
             return Found(rows, rows[-1].seq)
         return Found(rows, min(last, until) if looked_at == window else until)
 
-    def _asked(self, narrowed: Filter | None, until: int) -> dict[str, Any]:
+    def _asked(self, filter: Filter | None, until: int) -> dict[str, Any]:
         """Return what each block that looks for labels is told."""
         return {
             "until": until,
             "unsigned": not self._withhold_unsigned,
-            "sources": list(narrowed.sources) if narrowed else [],
-            "values": list(narrowed.values) if narrowed else [],
+            "sources": list(filter.sources) if filter else [],
+            "values": list(filter.values) if filter else [],
             "keys_are_unique": self.schema.keys_are_unique,
         }
 
@@ -273,7 +273,7 @@ class Store:
 
     async def query(
         self,
-        narrowed: Filter | None,
+        filter: Filter | None,
         cursor: int,
         head: int,
         limit: int,
@@ -287,16 +287,16 @@ class Store:
         head, however few were found.
         """
         ways: dict[str, Any] = {"newest": in_force, "in_force": in_force}
-        if narrowed is None or not (narrowed.uris or narrowed.uri_prefixes):
+        if filter is None or not (filter.uris or filter.uri_prefixes):
             return await self._passing_after(
-                narrowed, cursor, head, limit, window=QUERY_WINDOW, **ways
+                filter, cursor, head, limit, window=QUERY_WINDOW, **ways
             )
-        share = max(1, URI_WINDOW // (len(narrowed.uris) + len(narrowed.uri_prefixes)))
+        share = max(1, URI_WINDOW // (len(filter.uris) + len(filter.uri_prefixes)))
         common = {"cursor": cursor, "limit": limit, "window": share, **ways}
-        common |= self._asked(narrowed, head)
+        common |= self._asked(filter, head)
         rows: list[tuple[Any, ...]] = []
         end = head
-        for prefix in narrowed.uri_prefixes:
+        for prefix in filter.uri_prefixes:
             # Ozone's table has no index for prefixes.
             found = [] if self.schema.attached else await self.database.fetch(
                 "query_prefix",
@@ -307,11 +307,11 @@ class Store:
             if not (found and found[0][0]):
                 # There are more than may be looked at, and the index does not have them by id.
                 return await self._passing_after(
-                    narrowed, cursor, head, limit, window=QUERY_WINDOW, **ways
+                    filter, cursor, head, limit, window=QUERY_WINDOW, **ways
                 )
             rows += [row[1:] for row in found]
-        if narrowed.uris:
-            found = await self.database.fetch("query_exact", uris=list(narrowed.uris), **common)
+        if filter.uris:
+            found = await self.database.fetch("query_exact", uris=list(filter.uris), **common)
             end = min(head, head if found[0][0] is None else found[0][0])
             rows += [row[1:] for row in found]
         # Each block returned its first `limit`: the first `limit` of all are among them.

@@ -23,8 +23,7 @@ from sse_labels.database.connection import Connection
 from sse_labels.errors import DatabaseRefused, DatabaseUnavailable
 from sse_labels.mirror.bounds import Quota
 from sse_labels.mirror.storing import Place, UpstreamStore
-from sse_labels.mirror.upstream import Connection as UpstreamConnection
-from sse_labels.mirror.upstream import Labels, News, Upstream
+from sse_labels.mirror.upstream import Labels, News, Upstream, UpstreamConnection
 
 log = logging.getLogger(__name__)
 

@@ -86,7 +86,7 @@ class Upstream:
         self.left_out = 0
 
     @asynccontextmanager
-    async def connected(self, cursor: int, epoch: str | None) -> AsyncIterator[Connection]:
+    async def connected(self, cursor: int, epoch: str | None) -> AsyncIterator[UpstreamConnection]:
         """Give a connection that begins after `cursor`; raise Lost or Refused."""
         query = {"cursor": str(cursor)} | ({"epoch": epoch} if epoch else {})
         parts = urlsplit(self.url)
@@ -96,7 +96,7 @@ class Upstream:
             message_max_bytes=self._message_max_bytes,
             tls=self._tls,
         ) as socket:
-            yield Connection(self, socket)
+            yield UpstreamConnection(self, socket)
 
     def taken(self, seq: int, place: int, given: Any) -> Label | Aside | None:
         """Return one label of a message, or why it is set aside; None when it is left out."""
@@ -132,7 +132,7 @@ class Upstream:
         return self._source_keys is not None and self._source_keys.check(label) is Verdict.VALID
 
 
-class Connection:
+class UpstreamConnection:
     """One WebSocket to an upstream that is open."""
 
     def __init__(self, upstream: Upstream, socket: LabelSocket) -> None:

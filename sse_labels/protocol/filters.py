@@ -1,7 +1,7 @@
 """What a consumer asked to see: which labels pass, and one value for all who asked the same.
 
 Promises: `matches` is exact and cheap enough to run per event, and filters that mean the same
-are equal and hash alike, so that a narrowed chunk is made once per distinct filter.
+are equal and hash alike, so that a filter chunk is made once per distinct filter.
 Does not belong here: reading a query string (`web`), the filter's SQL form (`store`).
 
 Source: lexicon `com.atproto.label.queryLabels`, parameters `uriPatterns` and `sources`; `values`

@@ -38,7 +38,7 @@ class NotCompared(SseLabelsError):
     """There is no second reading; the message says why."""
 
 
-class Page(NamedTuple):
+class QueryPage(NamedTuple):
     """One answer of queryLabels; it may hold few labels, or none, and a cursor all the same."""
 
     labels: Sequence[Any]
@@ -61,7 +61,7 @@ class CrossCheck:
     def __init__(
         self,
         cursor: int,
-        query: Callable[[int, int], Page],
+        query: Callable[[int, int], QueryPage],
         again: Callable[[int, int], Again],
         findings: Findings,
         wait: Callable[[float], None],

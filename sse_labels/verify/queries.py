@@ -14,7 +14,7 @@ import httpx
 from sse_labels.client.answers import asking, object_in, place_of, refusal
 from sse_labels.client.retries import Lost, Patience, Refused
 from sse_labels.protocol.seq import number_in
-from sse_labels.verify.crosscheck import NotCompared, Page
+from sse_labels.verify.crosscheck import NotCompared, QueryPage
 
 NAME = "com.atproto.label.queryLabels"
 #: A page of the longest labels is 3 MB.
@@ -32,7 +32,7 @@ class LabelQueries:
         self._place = place_of(self._url)
         self.retry_seconds = retry_seconds
 
-    def page(self, cursor: int, limit: int) -> Page:
+    def page(self, cursor: int, limit: int) -> QueryPage:
         """Return at most `limit` labels after `cursor`, as often as it takes; raise NotCompared."""
         patience = Patience(self.retry_seconds)
         try:
@@ -44,7 +44,7 @@ class LabelQueries:
         except Refused as error:
             raise NotCompared(str(error)) from None
 
-    def _once(self, cursor: int, limit: int) -> Page:
+    def _once(self, cursor: int, limit: int) -> QueryPage:
         url = self._url.copy_merge_params({"cursor": str(cursor), "limit": str(limit)})
         with asking(self._place), self._client.stream("GET", url) as answer:
             if answer.status_code != 200:
@@ -60,11 +60,11 @@ class LabelQueries:
             raise NotCompared(f"{self._place} does not answer as its lexicon says")
         told = said.get("cursor")
         if told is None:
-            return Page(labels, None)
+            return QueryPage(labels, None)
         behind = number_in(told) if isinstance(told, str) else None
         if behind is None or behind <= cursor:
             raise NotCompared(f"{self._place}: the cursor behind {cursor} is {str(told)[:60]!r}")
-        return Page(labels, behind)
+        return QueryPage(labels, behind)
 
 
 def query_url(stream: httpx.URL) -> httpx.URL:

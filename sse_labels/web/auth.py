@@ -124,7 +124,7 @@ class StreamAuth:
             # aiohttp reads headers with surrogateescape, and PyJWT cannot encode what comes of it.
             raise _refused("the token is malformed")
         try:
-            key = keys if isinstance(keys, Key) else _named(keys, token)
+            key = keys if isinstance(keys, TokenKey) else _named(keys, token)
             claims: Mapping[str, object] = jwt.decode(
                 token,
                 key.material,
@@ -178,7 +178,7 @@ class StreamAuth:
 
 
 @dataclass(frozen=True, slots=True)
-class Key:
+class TokenKey:
     """A key, and the one algorithm that it is for."""
 
     algorithm: str
@@ -186,10 +186,10 @@ class Key:
 
 
 #: One key, or several by their `kid`.
-Keys = Key | Mapping[str, Key]
+Keys = TokenKey | Mapping[str, TokenKey]
 
 
-def narrow(asked: Filter | None, grant: Grant) -> Filter | None:
+def within_grant(asked: Filter | None, grant: Grant) -> Filter | None:
     """Return the filter for what was asked and may be seen; raise Forbidden when asked for more."""
     if grant.sources is None:
         return asked
@@ -205,7 +205,7 @@ def narrow(asked: Filter | None, grant: Grant) -> Filter | None:
     return asked
 
 
-def parse_secret(content: bytes) -> Key:
+def parse_secret(content: bytes) -> TokenKey:
     """Return the HS256 key that is `content` without line ends; raise Unusable."""
     secret = content.strip(b"\r\n")
     if len(secret) < SECRET_MIN_BYTES:
@@ -215,7 +215,7 @@ def parse_secret(content: bytes) -> Key:
     except jwt.InvalidKeyError:
         # A public key taken for a secret is a secret that everybody has.
         raise Unusable("a secret, not a PEM, SSH or JWK key; those go to --jwt-key-file") from None
-    return Key("HS256", secret)
+    return TokenKey("HS256", secret)
 
 
 def parse_keys(content: bytes) -> Keys:
@@ -237,7 +237,7 @@ def parse_keys(content: bytes) -> Keys:
     return key
 
 
-def _parse_key_set(content: bytes) -> Mapping[str, Key]:
+def _parse_key_set(content: bytes) -> Mapping[str, TokenKey]:
     try:
         parsed = json.loads(content)
     except (ValueError, RecursionError):
@@ -245,7 +245,7 @@ def _parse_key_set(content: bytes) -> Mapping[str, Key]:
     members = parsed.get("keys")
     if not isinstance(members, list):
         raise Unusable('a JWKS, {"keys": […]}')
-    keys: dict[str, Key] = {}
+    keys: dict[str, TokenKey] = {}
     for place, member in enumerate(members):
         if not isinstance(member, dict):
             raise Unusable(f"keys[{place}] to be an object")
@@ -264,7 +264,7 @@ def _parse_key_set(content: bytes) -> Mapping[str, Key]:
     return keys
 
 
-def _parse_jwk(member: Mapping[str, object]) -> Key | None:
+def _parse_jwk(member: Mapping[str, object]) -> TokenKey | None:
     """Return the key, None when it is of another kind or for another purpose."""
     algorithm = {"P-256": "ES256", "Ed25519": "EdDSA"}.get(str(member.get("crv")))
     operations = member.get("key_ops", ["verify"])
@@ -281,16 +281,16 @@ def _parse_jwk(member: Mapping[str, object]) -> Key | None:
         raise Unusable(f"{algorithm} keys with the coordinates of a point") from None
 
 
-def _key(material: object) -> Key | None:
+def _key(material: object) -> TokenKey | None:
     """Return a public key with the algorithm of its type, None when we take none such."""
     if isinstance(material, Ed25519PublicKey):
-        return Key("EdDSA", material)
+        return TokenKey("EdDSA", material)
     if isinstance(material, EllipticCurvePublicKey) and isinstance(material.curve, SECP256R1):
-        return Key("ES256", material)
+        return TokenKey("ES256", material)
     return None
 
 
-def _named(keys: Mapping[str, Key], token: str) -> Key:
+def _named(keys: Mapping[str, TokenKey], token: str) -> TokenKey:
     """Return the key that the token's header names; the header is not to be trusted beyond."""
     kid = jwt.get_unverified_header(token).get("kid")
     key = keys.get(kid) if isinstance(kid, str) else None

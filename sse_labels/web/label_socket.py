@@ -37,7 +37,7 @@ from sse_labels.protocol.xrpc import (
 )
 from sse_labels.web.delivery import Delivery
 from sse_labels.web.door.aiohttp_seams import LongAnswer
-from sse_labels.web.door.connection import Connection
+from sse_labels.web.door.connection import ClientConnection
 
 #: Clients have nothing to say; a control frame has 125 bytes at most (RFC 6455, 5.5).
 MAX_MESSAGE_BYTES = 4096
@@ -133,7 +133,7 @@ class LabelSocket(web.WebSocketResponse, LongAnswer):
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter:
         """Shake hands."""
         writer = await super().prepare(request)
-        if isinstance(request.protocol, Connection):
+        if isinstance(request.protocol, ClientConnection):
             request.protocol.upgraded()
         self.delivery.writer = writer
         return writer

@@ -84,7 +84,7 @@ class OperatorHandlers:
         return {"streams": [self._row(stream) for stream in first], "total": len(found)}
 
     def _row(self, stream: OpenStream) -> dict[str, Any]:
-        narrowed, outbox = stream.narrowed, stream.outbox
+        filter, outbox = stream.filter, stream.outbox
         seconds = time.monotonic() - stream.opened
         since = datetime.fromtimestamp(time.time() - seconds, UTC).isoformat(timespec="seconds")
         return {
@@ -98,9 +98,9 @@ class OperatorHandlers:
             "position": outbox.position,
             "lag": max(0, self._head() - outbox.position),
             "queued": outbox.queued,
-            "filter": None if narrowed is None else {
-                "sources": sorted(narrowed.sources),
-                "uriPatterns": sorted([*narrowed.uris, *(f"{p}*" for p in narrowed.uri_prefixes)]),
-                "values": sorted(narrowed.values),
+            "filter": None if filter is None else {
+                "sources": sorted(filter.sources),
+                "uriPatterns": sorted([*filter.uris, *(f"{p}*" for p in filter.uri_prefixes)]),
+                "values": sorted(filter.values),
             },
         }  # fmt: skip

@@ -22,7 +22,7 @@ from sse_labels.protocol.label import label_json
 from sse_labels.protocol.seq import SEQ_MAX
 from sse_labels.web.addresses import TrustedProxies, reader_of
 from sse_labels.web.answers import json_response
-from sse_labels.web.auth import StreamAuth, narrow
+from sse_labels.web.auth import StreamAuth, within_grant
 from sse_labels.web.parameters import (
     QUERY_PARAMETERS,
     check_parameters,
@@ -59,25 +59,25 @@ class QueryHandler:
         check_parameters(request, QUERY_PARAMETERS)
         if "uriPatterns" not in request.query:
             raise InvalidRequest("uriPatterns: expected at least one, e.g. uriPatterns=*")
-        narrowed = narrow(request_filter(request), grant)
+        filter = within_grant(request_filter(request), grant)
         limit = whole_number(request, "limit", LIMIT_DEFAULT, 1, LIMIT_MAX)
         if not self._sequencer.started.is_set():
             # Nothing is known to be settled yet: an empty answer would be a wrong one.
             raise NotReady("the sequencer has no head yet")
         cursor = whole_number(request, "cursor", 0, 0, SEQ_MAX)
         in_force = wants_state(request)
-        asked = (narrowed, cursor, limit, in_force)
+        asked = (filter, cursor, limit, in_force)
         reader = reader_of(self._proxies.client(request), grant.subject)
         return json_response(await self._reads.read(reader, asked, partial(self._answer, *asked)))
 
     async def _answer(
-        self, narrowed: Filter | None, cursor: int, limit: int, in_force: bool
+        self, filter: Filter | None, cursor: int, limit: int, in_force: bool
     ) -> dict[str, object]:
         head = self._sequencer.head
         # Rows below the floor stay for as long as a sweep takes, or until the next one.
         cursor = max(cursor, self._sequencer.floor - 1)
         # One more than asked for says whether there is a next page.
-        found = await self._store.query(narrowed, cursor, head, limit + 1, in_force=in_force)
+        found = await self._store.query(filter, cursor, head, limit + 1, in_force=in_force)
         rows, end, now = found.rows[:limit], found.end, time.time()
         if len(found.rows) > limit or (len(rows) == limit and end < head):
             # Behind as many labels as were asked for, the cursor is the last one's seq.

@@ -33,7 +33,7 @@ from sse_labels.feed.snapshots import Snapshots
 from sse_labels.metrics import Metrics
 from sse_labels.protocol.sse import encode_error, encode_opening
 from sse_labels.web.addresses import TrustedProxies, caused_by, reader_of
-from sse_labels.web.auth import Grant, StreamAuth, narrow
+from sse_labels.web.auth import Grant, StreamAuth, within_grant
 from sse_labels.web.delivery import retry_ms
 from sse_labels.web.event_stream import HEADERS, EventStream
 from sse_labels.web.label_socket import (
@@ -149,7 +149,7 @@ class StreamHandler:
         """Return one more stream, which has a place; raise what keeps it from opening."""
         client = self._proxies.client(request)
         reader = reader_of(client, grant.subject)
-        narrowed = narrow(asked.filter, grant)
+        filter = within_grant(asked.filter, grant)
         snapshot, since = None, asked.expired_since
         if asked.state:
             snapshot, since = self._snapshots.begin(start, since, self._expiry.clock())
@@ -158,17 +158,15 @@ class StreamHandler:
             self._pages,
             self._metrics,
             client=reader,
-            narrowed=narrowed,
+            filter=filter,
             page_max_events=self._settings.page_max_events,
             max_events=self._settings.outbox_max_events,
             heartbeat_seconds=self._settings.heartbeat_seconds,
             snapshot=snapshot,
-            expiries=(
-                None if since is None else ExpiryReader(self._expiry, reader, narrowed, since)
-            ),
+            expiries=(None if since is None else ExpiryReader(self._expiry, reader, filter, since)),
         )
-        stream = self._streams.let_in(outbox, client, narrowed, grant.subject, grant.expires_at)
-        fields = {"cursor": asked.cursor, "filter": narrowed, "id": stream.id, "opens": stream.id}
+        stream = self._streams.let_in(outbox, client, filter, grant.subject, grant.expires_at)
+        fields = {"cursor": asked.cursor, "filter": filter, "id": stream.id, "opens": stream.id}
         log.info("stream opened", extra=caused_by(client, **fields))
         return stream
 

@@ -36,7 +36,7 @@ class OpenStream:
 
     outbox: Outbox
     client: str
-    narrowed: Filter | None
+    filter: Filter | None
     #: Whose token opened it (`sub`), if it says; chosen by others.
     subject: str | None
     #: What its address holds by it.
@@ -88,14 +88,14 @@ class Streams:
         self,
         outbox: Outbox,
         client: str,
-        narrowed: Filter | None,
+        filter: Filter | None,
         subject: str | None,
         token_expires_at: float | None,
     ) -> OpenStream:
         """Return one more stream; raise as `check_room` does, or TooManyFromAddress."""
         self.check_room()
         share = self._per_address.take(client)
-        stream = OpenStream(outbox, client, narrowed, subject, share)
+        stream = OpenStream(outbox, client, filter, subject, share)
         self.open[stream.id] = stream
         if token_expires_at is not None:
             self._end_at(stream, token_expires_at)

@@ -78,7 +78,7 @@ class Supervisor:
     def __init__(
         self,
         places: int,
-        launch: Callable[[int, int], Awaitable[Process]],
+        launch: Callable[[int, int], Awaitable[WorkerProcess]],
         forget: Callable[[int], None],
         stopping: Callable[[], None],
         *,
@@ -173,7 +173,7 @@ class Supervisor:
             self.ready.set()
 
 
-class Process:
+class WorkerProcess:
     """A worker as a process of its own."""
 
     def __init__(self, process: asyncio.subprocess.Process, settings: Settings) -> None:
@@ -183,7 +183,7 @@ class Process:
         self._hang_seconds = min(most, max(least, HANG_HEARTBEATS * settings.heartbeat_seconds))
 
     @classmethod
-    async def launch(cls, command: Sequence[str], job: Job) -> Process:
+    async def launch(cls, command: Sequence[str], job: Job) -> WorkerProcess:
         """Start one."""
         process = await asyncio.create_subprocess_exec(
             *command,
@@ -287,10 +287,10 @@ async def serve(
         if postgres is not None:
             postgres.on_restart = count_restart
 
-        async def launch(index: int, replaced: int) -> Process:
+        async def launch(index: int, replaced: int) -> WorkerProcess:
             numbers = tuple(listener.fileno() for listener in listeners)
             job = Job(index, replaced, share, dsn, publish_token, numbers, descriptor, run)
-            return await Process.launch(command, job)
+            return await WorkerProcess.launch(command, job)
 
         async def serving() -> None:
             address = base_urls(settings, port)

@@ -110,9 +110,9 @@ def test_until_head_writes_the_table_and_ends(database: TestDatabase) -> None:
     assert events_of(everything) == stored
     assert events_of(after) == stored[25:]
     assert events_of(address_alone) == stored
-    narrowed = [event for event in stored if event["labels"][0]["val"] in ("spam", "rude")]
-    assert events_of(hidden) == narrowed
-    assert stored[-1] not in narrowed or narrowed[-1] == stored[-1]
+    filter = [event for event in stored if event["labels"][0]["val"] in ("spam", "rude")]
+    assert events_of(hidden) == filter
+    assert stored[-1] not in filter or filter[-1] == stored[-1]
     assert from_now.out == []
     for run in (everything, after, address_alone, hidden, from_now):
         assert run.process.returncode == 0

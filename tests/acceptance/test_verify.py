@@ -140,8 +140,8 @@ def test_a_sound_server_is_called_sound_and_its_counts_are_the_tables(
         source: sum(event["labels"][0]["src"] == source for event in stored) for source in sources
     }
     assert report_of(part)["cross_check"]["same"] == len(database.stored(after=390))
-    narrowed = [event for event in stored if event["labels"][0]["val"] in ("spam", "rude")]
-    assert report_of(filtered)["cross_check"]["same"] == len(narrowed)
+    filter = [event for event in stored if event["labels"][0]["val"] in ("spam", "rude")]
+    assert report_of(filtered)["cross_check"]["same"] == len(filter)
     assert report_of(filtered)["holes"]["read_again"] == 100
 
 

@@ -16,7 +16,7 @@ from sse_labels.database.pool import Database
 from sse_labels.database.queries import Migration, migrations
 from sse_labels.database.schema import Schema
 from sse_labels.errors import DatabaseRefused, SchemaError
-from sse_labels.feed.store import State, Store
+from sse_labels.feed.store import Store, TableState
 
 from support.database import TestDatabase, until
 
@@ -123,7 +123,7 @@ class TestMigrate:
         # Served as it is: nothing of ours is needed to read it.
         store = Store(empty, Schema(empty))
         await store.schema.check()
-        assert (await store.state(), await store.newest()) == (State(1, None), 3)
+        assert (await store.state(), await store.newest()) == (TableState(1, None), 3)
 
     async def test_the_next_migration_keeps_the_labels(
         self, migrated: Database, database: TestDatabase, monkeypatch: pytest.MonkeyPatch

@@ -156,16 +156,16 @@ async def test_what_is_published_arrives_on_open_streams(
 ) -> None:
     async with (
         reading(server.stream_url) as everything,
-        reading(server.stream_url, values="rude") as narrowed,
+        reading(server.stream_url, values="rude") as filter,
     ):
         await everything.until_opened()
-        await narrowed.until_opened()
+        await filter.until_opened()
         for val in ("spam", "rude", "porn", "rude"):
             assert (await publish(server, [{**LEAST, "val": val}])).status_code == 201
         await everything.until_events(4)
-        await narrowed.until_events(2)
+        await filter.until_events(2)
     assert everything.events == database.stored()
-    assert narrowed.events == [event for event in database.stored() if event["seq"] in (2, 4)]
+    assert filter.events == [event for event in database.stored() if event["seq"] in (2, 4)]
 
 
 async def test_any_content_type_will_do(server: Server, database: TestDatabase) -> None:

@@ -13,7 +13,7 @@ from sse_labels.config import Settings
 from sse_labels.database.connection import Connection
 from sse_labels.errors import ConfigError, DatabaseUnavailable
 from sse_labels.feed.pages import Pages
-from sse_labels.feed.store import Page, State, Store
+from sse_labels.feed.store import Page, Store, TableState
 
 from support.database import TestDatabase, insert_with, until
 from support.reading import reading
@@ -322,7 +322,7 @@ async def test_looking_for_a_floor_costs_no_query_while_all_is_quiet(
             asked.append("rows")
             return await rows_after(*arguments)
 
-        async def state() -> State:
+        async def state() -> TableState:
             asked.append("state")
             return await Store.state(store)
 

@@ -96,9 +96,9 @@ class TestPages:
         self, store: Store, database: TestDatabase
     ) -> None:
         database.fill(30)
-        narrowed = parse_filter([], [], ["spam"])
+        filter = parse_filter([], [], ["spam"])
         pages = [
-            page._replace(chunk=page.chunk.select(narrowed))
+            page._replace(chunk=page.chunk.select(filter))
             for page in await all_pages(store, head=30, limit=10)
         ]
         assert [(page.chunk.start, page.chunk.end, page.full) for page in pages] == [
@@ -326,7 +326,7 @@ async def table(database: TestDatabase) -> list[dict[str, Any]]:
 
 
 def naive(
-    table: list[dict[str, Any]], narrowed: Filter | None, cursor: int, head: int, limit: int
+    table: list[dict[str, Any]], filter: Filter | None, cursor: int, head: int, limit: int
 ) -> list[dict[str, Any]]:
     """What a query must answer, said once more and without SQL."""
     found = []
@@ -334,14 +334,14 @@ def naive(
         [label] = event["labels"]
         if not cursor < event["seq"] <= head:
             continue
-        if narrowed is not None:
-            if narrowed.sources and label["src"] not in narrowed.sources:
+        if filter is not None:
+            if filter.sources and label["src"] not in filter.sources:
                 continue
-            if narrowed.values and label["val"] not in narrowed.values:
+            if filter.values and label["val"] not in filter.values:
                 continue
-            if (narrowed.uris or narrowed.uri_prefixes) and not (
-                label["uri"] in narrowed.uris
-                or any(label["uri"][: len(prefix)] == prefix for prefix in narrowed.uri_prefixes)
+            if (filter.uris or filter.uri_prefixes) and not (
+                label["uri"] in filter.uris
+                or any(label["uri"][: len(prefix)] == prefix for prefix in filter.uri_prefixes)
             ):
                 continue
         found.append(event)
@@ -353,27 +353,27 @@ class TestQueries:
         self, store: Store, table: list[dict[str, Any]]
     ) -> None:
         for uri in ODD:
-            narrowed = Filter(uris=frozenset([uri]))
-            rows = (await store.query(narrowed, 0, 10_000, 1000)).rows
+            filter = Filter(uris=frozenset([uri]))
+            rows = (await store.query(filter, 0, 10_000, 1000)).rows
             assert {row.uri for row in rows} == {uri}
-            assert as_events(rows) == naive(table, narrowed, 0, 10_000, 1000), uri
+            assert as_events(rows) == naive(table, filter, 0, 10_000, 1000), uri
 
     async def test_a_prefix_is_taken_literally(
         self, store: Store, table: list[dict[str, Any]]
     ) -> None:
         prefixes = {uri[:end] for uri in ODD for end in (3, 6, 7, 8, 12, 599, 600, 601, 602, 9000)}
         for prefix in sorted(prefixes):
-            narrowed = Filter(uri_prefixes=(prefix,))
-            rows = (await store.query(narrowed, 0, 10_000, 1000)).rows
+            filter = Filter(uri_prefixes=(prefix,))
+            rows = (await store.query(filter, 0, 10_000, 1000)).rows
             assert rows, prefix
-            assert as_events(rows) == naive(table, narrowed, 0, 10_000, 1000), prefix
+            assert as_events(rows) == naive(table, filter, 0, 10_000, 1000), prefix
 
     async def test_a_prefix_that_nothing_begins_with_finds_nothing(
         self, store: Store, table: list[dict[str, Any]]
     ) -> None:
         for prefix in ("at://A", "at:/%", "at_//a", "at://long/" + "x" * 600 + "y", "x" * 9000):
-            narrowed = Filter(uri_prefixes=(prefix,))
-            assert await store.query(narrowed, 0, 10_000, 1000) == ([], 10_000)
+            filter = Filter(uri_prefixes=(prefix,))
+            assert await store.query(filter, 0, 10_000, 1000) == ([], 10_000)
 
     async def test_pages_in_order_are_what_a_naive_filter_of_the_table_finds(
         self, store: Store, table: list[dict[str, Any]]
@@ -382,7 +382,7 @@ class TestQueries:
         last = table[-1]["seq"]
         for _ in range(60):
             # Prefixes may cover each other and the URIs: each row still comes once.
-            narrowed = Filter(
+            filter = Filter(
                 sources=frozenset(chance.sample([ALICE, BOB, CAROL], chance.randint(0, 2))),
                 uris=frozenset(chance.sample(ODD, chance.choice([0, 0, 1, 5]))),
                 uri_prefixes=tuple(
@@ -395,22 +395,22 @@ class TestQueries:
             )
             cursor, head = sorted(chance.randint(0, last) for _ in range(2))
             limit = chance.choice([1, 7, 50])
-            wanted = naive(table, narrowed, cursor, head, 10_000)
+            wanted = naive(table, filter, cursor, head, 10_000)
             found: list[dict[str, Any]] = []
             while cursor < head:
-                rows, end = await store.query(narrowed, cursor, head, limit)
+                rows, end = await store.query(filter, cursor, head, limit)
                 assert len(rows) <= limit
                 assert end > cursor
                 found += as_events(rows)
                 cursor = end
-            assert found == wanted, narrowed
+            assert found == wanted, filter
 
     async def test_without_a_filter_everything_up_to_the_head_is_found(
         self, store: Store, table: list[dict[str, Any]]
     ) -> None:
         head = table[200]["seq"]
-        for narrowed in (None, Filter()):
-            rows = (await store.query(narrowed, table[9]["seq"], head, 1000)).rows
+        for filter in (None, Filter()):
+            rows = (await store.query(filter, table[9]["seq"], head, 1000)).rows
             assert as_events(rows) == table[10:201]
 
 

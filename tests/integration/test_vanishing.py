@@ -17,7 +17,7 @@ from oracle import tell
 
 from sse_labels.feed.chunk_queue import ChunkQueue
 from sse_labels.feed.outbox import Outbox
-from sse_labels.web.door.connection import Connection
+from sse_labels.web.door.connection import ClientConnection
 
 from support.database import TestDatabase, until
 from support.reading import reading
@@ -28,11 +28,11 @@ CLIENTS = 30
 #: Labels of 8 KiB: more than the buffers between the server and a client hold.
 HISTORY = 60
 #: What one client keeps alive in the server.
-KEPT = (Outbox, ChunkQueue, Connection)
+KEPT = (Outbox, ChunkQueue, ClientConnection)
 
 UPGRADE = (
     "GET /xrpc/com.atproto.label.subscribeLabels HTTP/1.1\r\nHost: test\r\nUpgrade: websocket\r\n"
-    "Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+    "ClientConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
     "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
 )
 #: socket(7), asm-generic/socket.h.
@@ -174,14 +174,14 @@ async def test_clients_that_vanish_leave_no_task_no_queue_no_descriptor(
         rehearsal = Crowd(server, database, 1)
         await rehearsal.vanish()
         await until(lambda: rehearsal.census()["streams"] == 0)
-        await until(lambda: rehearsal.census()["Connection"] == 0)
+        await until(lambda: rehearsal.census()["ClientConnection"] == 0)
         crowd = Crowd(server, database, CLIENTS)
         before = crowd.census()
         present = await crowd.vanish()
         assert present["Outbox"] == present["streams"] == 4 * CLIENTS
         # Only those that lag have a queue.
         assert present["ChunkQueue"] == CLIENTS
-        assert present["Connection"] >= 4 * CLIENTS
+        assert present["ClientConnection"] >= 4 * CLIENTS
         try:
             await until(lambda: not any(crowd.left(before).values()))
         finally:
@@ -206,12 +206,12 @@ async def test_clients_whose_network_is_gone_are_gone_within_heartbeat_and_send_
             before = crowd.census()
             await crowd.come()
             present = crowd.census()
-            assert present["Connection"] - before["Connection"] == 4 * CLIENTS
+            assert present["ClientConnection"] - before["ClientConnection"] == 4 * CLIENTS
             assert present["streams"] - before["streams"] == 3 * CLIENTS
             crowd.vanish_without_a_word()
             began = time.monotonic()
             [seq] = database.insert(1)
-            await until(lambda: not crowd.left(before)["Connection"])
+            await until(lambda: not crowd.left(before)["ClientConnection"])
             seconds = time.monotonic() - began
         finally:
             crowd.close()

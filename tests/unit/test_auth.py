@@ -37,7 +37,7 @@ from sse_labels.web.auth import (
     QUERY_TOKEN_MAX_SECONDS,
     Grant,
     StreamAuth,
-    narrow,
+    within_grant,
 )
 
 NOW = 1_800_000_000
@@ -694,27 +694,27 @@ class TestNarrowing:
 
     def test_an_open_grant_leaves_what_was_asked(self) -> None:
         asked = Filter(sources=frozenset({CAROL}))
-        assert narrow(None, PUBLIC) is None
-        assert narrow(asked, PUBLIC) is asked
+        assert within_grant(None, PUBLIC) is None
+        assert within_grant(asked, PUBLIC) is asked
 
     def test_who_asks_for_nothing_gets_what_is_granted(self) -> None:
-        assert narrow(None, self.GRANT) == Filter(sources=frozenset({ALICE, BOB}))
+        assert within_grant(None, self.GRANT) == Filter(sources=frozenset({ALICE, BOB}))
         asked = Filter(
             uris=frozenset({"at://x"}), uri_prefixes=("at://y",), values=frozenset({"v"})
         )
-        narrowed = narrow(asked, self.GRANT)
-        assert narrowed == Filter(
+        filter = within_grant(asked, self.GRANT)
+        assert filter == Filter(
             frozenset({ALICE, BOB}), asked.uris, asked.uri_prefixes, asked.values
         )
 
     def test_who_asks_for_less_gets_less(self) -> None:
         asked = Filter(sources=frozenset({BOB}), values=frozenset({"spam"}))
-        assert narrow(asked, self.GRANT) == asked
+        assert within_grant(asked, self.GRANT) == asked
 
     def test_who_asks_for_more_is_forbidden_to(self) -> None:
         asked = Filter(sources=frozenset({ALICE, CAROL}))
         with pytest.raises(Forbidden, match=r"may not read 'did:plc:carol'") as caught:
-            narrow(asked, self.GRANT)
+            within_grant(asked, self.GRANT)
         assert caught.value.status == 403
         matched = CHALLENGE.fullmatch(caught.value.headers["WWW-Authenticate"])
         assert matched is not None

@@ -59,8 +59,8 @@ class Run:
         rows = rows[:max_events]
         return Run(start, rows[-1][0] if rows else start, rows)
 
-    def select(self, narrowed: Filter) -> Run:
-        kept = [row for row in self.rows if narrowed.matches(row.src, row.uri, row.val)]
+    def select(self, filter: Filter) -> Run:
+        kept = [row for row in self.rows if filter.matches(row.src, row.uri, row.val)]
         return Run(self.start, self.end, kept)
 
     def cut(self, cursors: list[int]) -> list[Run]:
@@ -98,8 +98,8 @@ def assert_same(made: Chunk, anew: Chunk) -> None:
     assert made.data == anew.data
     assert made.wire == anew.wire
     assert made.nbytes == anew.nbytes
-    for narrowed in FILTERS:
-        assert made.select(narrowed).data == anew.select(narrowed).data
+    for filter in FILTERS:
+        assert made.select(filter).data == anew.select(filter).data
 
 
 def seqs_in(data: bytes) -> list[int]:
@@ -192,19 +192,19 @@ class TestAfter:
 class TestSelect:
     @settings(max_examples=60)
     @given(runs(), st.sampled_from(FILTERS))
-    def test_it_is_what_encoding_the_matching_rows_gives(self, run: Run, narrowed: Filter) -> None:
-        selected = run.encode().select(narrowed)
-        assert_same(selected, run.select(narrowed).encode())
-        assert selected.wire == run.select(narrowed).encode().wire
+    def test_it_is_what_encoding_the_matching_rows_gives(self, run: Run, filter: Filter) -> None:
+        selected = run.encode().select(filter)
+        assert_same(selected, run.select(filter).encode())
+        assert selected.wire == run.select(filter).encode().wire
 
     @settings(max_examples=30)
     @given(runs(), st.sampled_from(FILTERS), st.data())
     def test_slicing_and_selecting_agree_in_either_order(
-        self, run: Run, narrowed: Filter, data: st.DataObject
+        self, run: Run, filter: Filter, data: st.DataObject
     ) -> None:
         cursor = data.draw(st.integers(run.start - 1, run.end + 1))
         chunk = run.encode()
-        assert_same(chunk.select(narrowed).after(cursor), chunk.after(cursor).select(narrowed))
+        assert_same(chunk.select(filter).after(cursor), chunk.after(cursor).select(filter))
 
     def test_without_a_filter_or_with_one_that_hides_nothing_no_bytes_are_made(self) -> None:
         chunk = encode_rows([make_row(1)], start=0, end=1, with_keys=True)
@@ -267,8 +267,8 @@ class TestTogether:
                     max_events = data.draw(st.none() | st.integers(0, 6))
                     chunk, run = chunk.after(cursor, max_events), run.after(cursor, max_events)
                 case "select":
-                    narrowed = data.draw(st.sampled_from(FILTERS))
-                    chunk, run = chunk.select(narrowed), run.select(narrowed)
+                    filter = data.draw(st.sampled_from(FILTERS))
+                    chunk, run = chunk.select(filter), run.select(filter)
                 case "merge":
                     seqs = [row.seq for row in run.rows[:-1]]
                     if seqs:
@@ -284,9 +284,9 @@ class TestTogether:
 class TestWire:
     @settings(max_examples=60)
     @given(runs(), st.sampled_from(FILTERS))
-    def test_it_is_http_chunked_coding_of_the_data(self, run: Run, narrowed: Filter) -> None:
+    def test_it_is_http_chunked_coding_of_the_data(self, run: Run, filter: Filter) -> None:
         whole = run.encode()
-        parts = [whole, whole.select(narrowed), whole.after((run.start + run.end) // 2)]
+        parts = [whole, whole.select(filter), whole.after((run.start + run.end) // 2)]
         for part in parts:
             assert unchunk(part.wire) == part.data
         # As a stream writes them: one after the other.

@@ -322,13 +322,13 @@ class Delivery(RuleBasedStateMachine):
         self.consumers.remove(old)
 
     def open_stream(self, cursor: int, filter_number: int, max_events: int) -> Consumer:
-        narrowed, wants = FILTERS[filter_number]
+        filter, wants = FILTERS[filter_number]
         outbox = Outbox(
             self.sequencer,
             self.pages,
             self.metrics,
             client=f"client {len(self.consumers) % 2}",
-            narrowed=narrowed,
+            filter=filter,
             page_max_events=self.page_max_events,
             max_events=max_events,
             heartbeat_seconds=HEARTBEAT_SECONDS,

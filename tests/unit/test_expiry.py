@@ -103,11 +103,11 @@ class Bench:
 class Consumer:
     """A live stream that takes whatever there is."""
 
-    def __init__(self, bench: Bench, since: float = inf, narrowed: Filter | None = None) -> None:
+    def __init__(self, bench: Bench, since: float = inf, filter: Filter | None = None) -> None:
         self.bench = bench
         self.since = min(since, bench.clock())
         self.told: list[tuple[float, int]] = []
-        self.reader = ExpiryReader(bench.expiry, "somebody", narrowed, since)
+        self.reader = ExpiryReader(bench.expiry, "somebody", filter, since)
         self.reader.begin(self.hear)
         self.hear()
 
@@ -159,7 +159,7 @@ class TestLive:
     @virtual_time
     async def test_each_sees_what_its_filter_lets_through(self) -> None:
         async with Bench() as bench:
-            everything, spam = Consumer(bench), Consumer(bench, narrowed=ONLY_SPAM)
+            everything, spam = Consumer(bench), Consumer(bench, filter=ONLY_SPAM)
             bench.publish("a", 5, val="rude")
             bench.publish("b", 6)
             await asyncio.sleep(10)

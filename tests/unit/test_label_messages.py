@@ -68,10 +68,10 @@ def test_an_event_is_encoded_once_for_all_filters_and_all_places() -> None:
     messages = Messages(PLENTY)
     with mock.patch.object(label_socket, "encode_labels", wraps=encode_labels) as encode:
         for number in range(50):
-            narrowed = Filter(values=frozenset({"spam", str(number)}))
+            filter = Filter(values=frozenset({"spam", str(number)}))
             messages.events(chunk.after(number))
-            messages.events(chunk.select(narrowed))
-            messages.events(chunk.after(number).select(narrowed).after(200))
+            messages.events(chunk.select(filter))
+            messages.events(chunk.after(number).select(filter).after(200))
         assert encode.call_count == 300
 
 

@@ -137,18 +137,18 @@ def test_page_cache_at_its_bound(held: Callable[[], int], value: str) -> None:
 @pytest.mark.parametrize("value", VALUES)
 def test_slices_whose_chunk_has_left(held: Callable[[], int], value: str) -> None:
     chunk = make_chunk(0, 2000)
-    narrowed = make_filter(value, 0)
-    parts = [chunk.after(1998), chunk.after(900, 20), chunk.after(500, 200).select(narrowed)]
+    filter = make_filter(value, 0)
+    parts = [chunk.after(1998), chunk.after(900, 20), chunk.after(500, 200).select(filter)]
     parts += [part.after(part.start + 1) for part in parts]
     del chunk
     assert held() <= FACTOR * sum(part.nbytes for part in parts) + ONCE
 
 
-async def lagging_outbox(sequencer: Sequencer, narrowed: Filter | None, max_events: int) -> Outbox:
+async def lagging_outbox(sequencer: Sequencer, filter: Filter | None, max_events: int) -> Outbox:
     """An outbox of a consumer that is live, and does not read."""
     pages: Any = None
     outbox = Outbox(
-        sequencer, pages, Metrics(), client="somebody", narrowed=narrowed, page_max_events=500,
+        sequencer, pages, Metrics(), client="somebody", filter=filter, page_max_events=500,
         max_events=max_events, heartbeat_seconds=15,
     )  # fmt: skip
     steps = outbox.events(sequencer.head)
@@ -189,8 +189,8 @@ async def test_what_a_filter_hides_takes_no_memory_behind_an_event_that_waits(
     sequencer = Sequencer(
         store, Metrics(), page_max_events=500, ring_max_bytes=1, poll_seconds=1, gather_seconds=0
     )
-    narrowed = Filter(values=frozenset({"rare"}))
-    outbox = await lagging_outbox(sequencer, narrowed, max_events=10)
+    filter = Filter(values=frozenset({"rare"}))
+    outbox = await lagging_outbox(sequencer, filter, max_events=10)
     sequencer.publish(make_chunk(0, 100))
     before = held()
     for _ in range(1000):

@@ -18,7 +18,7 @@ from sse_labels.config import Expected
 from sse_labels.errors import ConfigError
 from sse_labels.mirror.following import Waiting
 from sse_labels.mirror.storing import Aside
-from sse_labels.mirror.upstream import Connection, Labels, Upstream
+from sse_labels.mirror.upstream import Labels, Upstream, UpstreamConnection
 from sse_labels.protocol.label import Label
 from sse_labels.protocol.xrpc import SUBSCRIBE_PATH
 
@@ -85,7 +85,7 @@ class Saying:
 async def read(*payloads: bytes) -> list[Any]:
     upstream = Upstream("ws://a.example", message_max_bytes=1 << 20)
     socket = LabelSocket(Saying(*payloads), {})  # type: ignore[arg-type]
-    connection = Connection(upstream, socket)
+    connection = UpstreamConnection(upstream, socket)
     return [await connection.next() for _ in payloads]
 
 

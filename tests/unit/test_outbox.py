@@ -37,7 +37,7 @@ from sse_labels.feed.steps import (
     SnapshotComplete,
     Step,
 )
-from sse_labels.feed.store import Page, Snapshot, State
+from sse_labels.feed.store import Page, Snapshot, TableState
 from sse_labels.metrics import Metrics
 from sse_labels.protocol.filters import Filter
 from sse_labels.protocol.label import Row
@@ -108,7 +108,7 @@ class Bench:
             self.metrics,
             **{
                 "client": "somebody",
-                "narrowed": None,
+                "filter": None,
                 "page_max_events": self.page_max_events,
                 "max_events": 1000,
                 "heartbeat_seconds": HEARTBEAT_SECONDS,
@@ -131,13 +131,13 @@ class Bench:
         self.floor = floor
         self.table = [row for row in self.table if row.seq >= floor]
 
-    async def state(self) -> State:
+    async def state(self) -> TableState:
         """As `Store.state` does."""
         kept = [row.seq for row in self.table if row.seq >= self.floor]
-        return State(self.floor, None, kept[0] if kept else None)
+        return TableState(self.floor, None, kept[0] if kept else None)
 
     async def read(
-        self, client: str, cursor: int, narrowed: Filter | None, _snapshot: None = None
+        self, client: str, cursor: int, filter: Filter | None, _snapshot: None = None
     ) -> Page:
         """As `Pages.read` does, from the list."""
         self.reads.append(cursor)
@@ -153,7 +153,7 @@ class Bench:
         rows = [row for row in self.table if cursor < row.seq <= head][: self.page_max_events]
         full = len(rows) == self.page_max_events
         end = rows[-1][0] if full else head
-        chunk = encode_rows(rows, start=cursor, end=end, with_keys=True).select(narrowed)
+        chunk = encode_rows(rows, start=cursor, end=end, with_keys=True).select(filter)
         return Page(chunk, full, self.floor)
 
     @property
@@ -427,7 +427,7 @@ class TestACursorAheadOfTheHead:
     @virtual_time
     async def test_its_position_does_not_go_back(self) -> None:
         bench = Bench(history=10)
-        outbox = bench.outbox(narrowed=ONLY_SPAM)
+        outbox = bench.outbox(filter=ONLY_SPAM)
         steps = outbox.events(20)
         await until_caught_up(steps)
         # The first is hidden by the filter, the second is not.
@@ -511,7 +511,7 @@ class TestFilters:
         bench = Bench(history=10, page_max_events=4)
         bench.publish(11, 12)
         bench.publish(13, 14, 15)
-        outbox = bench.outbox(narrowed=ONLY_SPAM)
+        outbox = bench.outbox(filter=ONLY_SPAM)
         steps = outbox.events(0)
         assert await until_caught_up(steps) == [1, 3, 5, 7, 9, 11, 13, 15]
         bench.publish(16, 17, 18)
@@ -522,7 +522,7 @@ class TestFilters:
     @virtual_time
     async def test_hidden_live_events_move_the_position_and_wake_nobody(self) -> None:
         bench = Bench()
-        outbox = bench.outbox(narrowed=ONLY_SPAM)
+        outbox = bench.outbox(filter=ONLY_SPAM)
         steps = outbox.events(0)
         await until_caught_up(steps)
         reading = asyncio.ensure_future(anext(steps))
@@ -539,7 +539,7 @@ class TestFilters:
     @virtual_time
     async def test_hidden_events_do_not_pass_those_that_wait(self) -> None:
         bench = Bench()
-        outbox = bench.outbox(narrowed=ONLY_SPAM)
+        outbox = bench.outbox(filter=ONLY_SPAM)
         steps = outbox.events(0)
         await until_caught_up(steps)
         bench.publish(1)
@@ -553,7 +553,7 @@ class TestFilters:
     @virtual_time
     async def test_what_the_filter_hides_is_not_counted_as_waiting(self) -> None:
         bench = Bench()
-        outbox = bench.outbox(narrowed=ONLY_SPAM, max_events=2)
+        outbox = bench.outbox(filter=ONLY_SPAM, max_events=2)
         steps = outbox.events(0)
         await until_caught_up(steps)
         bench.publish(1)
@@ -567,7 +567,7 @@ class TestFilters:
     @virtual_time
     async def test_consumers_with_the_same_filter_share_one_chunk(self) -> None:
         bench = Bench()
-        one, other = bench.outbox(narrowed=ONLY_SPAM), bench.outbox(narrowed=ONLY_SPAM)
+        one, other = bench.outbox(filter=ONLY_SPAM), bench.outbox(filter=ONLY_SPAM)
         chunks = []
         both = [outbox.events(0) for outbox in (one, other)]
         for steps in both:
@@ -882,7 +882,7 @@ class TestSilence:
     @virtual_time
     async def test_hidden_events_do_not_put_it_off(self) -> None:
         bench = Bench()
-        outbox = bench.outbox(narrowed=ONLY_SPAM)
+        outbox = bench.outbox(filter=ONLY_SPAM)
         steps = outbox.events(0)
         await until_caught_up(steps)
         for seconds in range(1, 15):
@@ -1021,7 +1021,7 @@ class TestRetention:
     async def test_a_page_that_was_read_before_is_cut_off_below_the_floor(self) -> None:
         bench = Bench(history=20, page_max_events=8)
         bench.gate.clear()
-        steps = bench.outbox(narrowed=ONLY_SPAM).events(0)
+        steps = bench.outbox(filter=ONLY_SPAM).events(0)
         reading = asyncio.ensure_future(anext(steps))
         await bench.parked.wait()
         # The rows are still there, as after a sweep that was killed.
@@ -1290,7 +1290,7 @@ class Consumer:
     """What a client has received so far, and what it may hold against us."""
 
     cursor: int
-    narrowed: Filter | None
+    filter: Filter | None
     received: list[int] = field(default_factory=list)
     #: Told to be gone: (cursor, floor).
     outdated: list[tuple[int, int]] = field(default_factory=list)
@@ -1314,7 +1314,7 @@ class Consumer:
         known = [
             row.seq
             for row in published
-            if row.seq > self.cursor and (self.narrowed is None or row.val == "spam")
+            if row.seq > self.cursor and (self.filter is None or row.val == "spam")
         ]
         through = max(position, self.received[-1]) if self.received else position
         possible = [seq for seq in known if seq <= through]
@@ -1356,7 +1356,7 @@ class World(Bench):
             self.publish(*seqs, end=end)
 
     async def read(
-        self, client: str, cursor: int, narrowed: Filter | None, _snapshot: None = None
+        self, client: str, cursor: int, filter: Filter | None, _snapshot: None = None
     ) -> Page:
         if not self.open:
             gate = asyncio.Event()
@@ -1364,15 +1364,15 @@ class World(Bench):
             await gate.wait()
             if self.random.random() < 0.1:
                 raise DatabaseUnavailable("gone")
-        return await super().read(client, cursor, narrowed)
+        return await super().read(client, cursor, filter)
 
     async def run(self) -> None:
         random, head = self.random, self.sequencer.head
-        narrowed = random.choice([None, None, ONLY_SPAM])
+        filter = random.choice([None, None, ONLY_SPAM])
         outbox = self.outbox(
-            narrowed=narrowed, max_events=random.choice([1, 5, 30, 1000]), heartbeat_seconds=0.01
+            filter=filter, max_events=random.choice([1, 5, 30, 1000]), heartbeat_seconds=0.01
         )
-        consumer = Consumer(random.choice([0, random.randint(0, head + 3), head]), narrowed)
+        consumer = Consumer(random.choice([0, random.randint(0, head + 3), head]), filter)
         steps = outbox.events(consumer.cursor)
         reading: asyncio.Future[Step] | None = None
         retires = random.random() < 0.3

@@ -21,7 +21,7 @@ from sse_labels.errors import BrokenPromise, DatabaseUnavailable
 from sse_labels.feed.chunk import Chunk, encode_rows
 from sse_labels.feed.sequencer import Sequencer
 from sse_labels.feed.settled import SettledRule
-from sse_labels.feed.store import State
+from sse_labels.feed.store import TableState
 from sse_labels.metrics import Metrics
 from sse_labels.protocol.label import Row
 
@@ -72,18 +72,18 @@ class TestAHole:
         # 6 was taken by A, who is still at work; 7, 8 and 9 are there.
         assert take(rule, [7, 8, 9]) == []
         rule.open_hole(9, {"A"})
-        rule.narrow({"A"})
+        rule.drop_ended({"A"})
         assert take(rule, [7, 8, 9]) == []
         assert rule.head == 5
         # A has committed.
-        rule.narrow(set())
+        rule.drop_ended(set())
         assert take(rule, [6, 7, 8, 9]) == [6, 7, 8, 9]
         assert rule.head == 9
 
     def test_a_number_that_was_rolled_back_is_passed_over(self) -> None:
         rule = rule_at(5)
         rule.open_hole(9, {"A"})
-        rule.narrow(set())
+        rule.drop_ended(set())
         assert rule.hole is None
         assert take(rule, [7, 8, 9]) == [7, 8, 9]
 
@@ -110,25 +110,25 @@ class TestAHole:
     def test_it_waits_for_all_of_the_holders_and_for_nobody_who_came_later(self) -> None:
         rule = rule_at(0)
         rule.open_hole(3, {"A", "B"})
-        rule.narrow({"B", "C"})
+        rule.drop_ended({"B", "C"})
         assert rule.hole is not None
         assert rule.hole.waiting == {"B"}
-        rule.narrow({"C", "D"})
+        rule.drop_ended({"C", "D"})
         assert rule.hole is None
         assert take(rule, [2, 3]) == [2, 3]
 
     def test_a_name_that_left_and_is_seen_again_is_not_waited_for_again(self) -> None:
         rule = rule_at(0)
         rule.open_hole(3, {"A", "B"})
-        rule.narrow({"B"})
-        rule.narrow({"A", "B"})
+        rule.drop_ended({"B"})
+        rule.drop_ended({"A", "B"})
         assert rule.hole is not None
         assert rule.hole.waiting == {"B"}
 
     def test_what_lies_above_what_was_seen_is_not_settled_with_it(self) -> None:
         rule = rule_at(0)
         rule.open_hole(3, {"A"})
-        rule.narrow(set())
+        rule.drop_ended(set())
         # 5 came since; 4 may still come.
         assert take(rule, [2, 3, 5]) == [2, 3]
         assert rule.head == 3
@@ -144,19 +144,19 @@ class TestAHole:
     def test_two_holes_in_a_row_are_settled_one_after_the_other(self) -> None:
         rule = rule_at(0)
         rule.open_hole(2, {"A"})
-        rule.narrow(set())
+        rule.drop_ended(set())
         assert take(rule, [2, 4, 6]) == [2]
         rule.open_hole(6, {"B"})
         assert take(rule, [4, 6]) == []
-        rule.narrow({"C"})
+        rule.drop_ended({"C"})
         assert take(rule, [4, 5, 6]) == [4, 5, 6]
 
     def test_two_holes_below_what_was_seen_are_settled_together(self) -> None:
         rule = rule_at(0)
         rule.open_hole(6, {"A", "B"})
-        rule.narrow({"B"})
+        rule.drop_ended({"B"})
         assert take(rule, [2, 4, 6]) == []
-        rule.narrow(set())
+        rule.drop_ended(set())
         assert take(rule, [2, 4, 6]) == [2, 4, 6]
 
     def test_a_hole_larger_than_a_page_stays_settled_from_page_to_page(self) -> None:
@@ -189,7 +189,7 @@ class TestAHole:
         rule = rule_at(0, lambda: now)
         rule.open_hole(3, {"A"})
         now = 160.0
-        rule.narrow({"A"})
+        rule.drop_ended({"A"})
         assert rule.hole is not None
         assert rule.hole.since == 100.0
 
@@ -200,9 +200,9 @@ class TestAReconnect:
         rule.open_hole(3, {"3/17"})
         # A prepared transaction came back from the crash under another name.
         rule.renew({"-1/812"})
-        rule.narrow({"-1/812"})
+        rule.drop_ended({"-1/812"})
         assert take(rule, [2, 3]) == []
-        rule.narrow(set())
+        rule.drop_ended(set())
         assert take(rule, [1, 2, 3]) == [1, 2, 3]
 
     def test_a_crash_that_ended_all_of_them_settles_the_hole(self) -> None:
@@ -215,7 +215,7 @@ class TestAReconnect:
     def test_without_a_hole_there_is_nothing_to_wait_for(self) -> None:
         rule = rule_at(0)
         rule.renew({"A"})
-        rule.narrow({"A"})
+        rule.drop_ended({"A"})
         assert rule.hole is None
         assert take(rule, [1]) == [1]
 
@@ -409,7 +409,7 @@ def look(rule: SettledRule, world: World, limit: int) -> None:
         return rule.admit(ids, complete=len(ids) < limit)
 
     if rule.hole is not None:
-        rule.narrow(world.holders())
+        rule.drop_ended(world.holders())
     ids = world.rows_after(rule.head, limit)
     taken, head = admit(ids)
     if taken < len(ids) and rule.hole is None:
@@ -512,8 +512,8 @@ class WorldStore:
     async def check(self) -> None:
         self.world.pass_time()
 
-    async def state(self) -> State:
-        return State(floor=1, epoch=None)
+    async def state(self) -> TableState:
+        return TableState(floor=1, epoch=None)
 
     async def dedicated(self) -> Any:
         self.world.connected = True
@@ -719,9 +719,9 @@ class LastSeen(SettledRule):
 class SettlesWhatItHasNotSeen(SettledRule):
     """Holes above `hi` count as settled too."""
 
-    def narrow(self, holders: Iterable[str]) -> None:
+    def drop_ended(self, holders: Iterable[str]) -> None:
         if self.hole is not None:
-            super().narrow(holders)
+            super().drop_ended(holders)
             if self.hole is None:
                 self._settled_through += 1
 
@@ -729,12 +729,12 @@ class SettlesWhatItHasNotSeen(SettledRule):
 class FirstToLeave(SettledRule):
     """Does not wait for all of W."""
 
-    def narrow(self, holders: Iterable[str]) -> None:
+    def drop_ended(self, holders: Iterable[str]) -> None:
         if self.hole is not None and len(self.hole.waiting & frozenset(holders)) < len(
             self.hole.waiting
         ):
             holders = ()
-        super().narrow(holders)
+        super().drop_ended(holders)
 
 
 class ForgetsTheCut(SettledRule):
@@ -754,7 +754,7 @@ class NeverRenews(SettledRule):
 def settles_without_rereading(rule: SettledRule, world: World, limit: int) -> None:
     """Takes the page that showed the hole for what is there once the hole is settled."""
     if rule.hole is not None:
-        rule.narrow(world.holders())
+        rule.drop_ended(world.holders())
     ids = world.rows_after(rule.head, limit)
     taken, head = rule.admit(ids, complete=len(ids) < limit)
     if taken < len(ids) and rule.hole is None:
@@ -769,7 +769,7 @@ def narrows_after_the_page(rule: SettledRule, world: World, limit: int) -> None:
     """Asks who has ended only after it has read the rows."""
     ids = world.rows_after(rule.head, limit)
     if rule.hole is not None:
-        rule.narrow(world.holders())
+        rule.drop_ended(world.holders())
     taken, head = rule.admit(ids, complete=len(ids) < limit)
     if taken < len(ids) and rule.hole is None:
         rule.open_hole(ids[-1], world.holders())
@@ -782,7 +782,7 @@ def narrows_after_the_page(rule: SettledRule, world: World, limit: int) -> None:
 def asks_for_holders_before_the_page(rule: SettledRule, world: World, limit: int) -> None:
     """Who takes an id between the two statements is not waited for."""
     holders = world.holders()
-    rule.narrow(holders)
+    rule.drop_ended(holders)
     ids = world.rows_after(rule.head, limit)
     taken, head = rule.admit(ids, complete=len(ids) < limit)
     if taken < len(ids) and rule.hole is None:

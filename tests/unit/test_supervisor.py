@@ -24,8 +24,8 @@ from sse_labels.workers.supervisor import (
     LONGEST_WAIT_SECONDS,
     STEADY_SECONDS,
     End,
-    Process,
     Supervisor,
+    WorkerProcess,
 )
 
 from support.virtual_time import virtual_time
@@ -297,7 +297,7 @@ class Silent:
 @virtual_time
 async def test_worker_that_says_nothing_any_more_is_killed(heartbeat: float, seconds: int) -> None:
     fake = Silent()
-    process = Process(fake, Settings(heartbeat_seconds=heartbeat))  # type: ignore[arg-type]
+    process = WorkerProcess(fake, Settings(heartbeat_seconds=heartbeat))  # type: ignore[arg-type]
     ended = asyncio.ensure_future(process.ended(lambda: None))
     # Importing takes its time.
     await asyncio.sleep(IMPORT_SECONDS)
@@ -313,7 +313,7 @@ async def test_worker_that_says_nothing_any_more_is_killed(heartbeat: float, sec
 @virtual_time
 async def test_time_in_which_the_supervisor_is_suspended_makes_nobody_hang() -> None:
     fake = Silent()
-    process = Process(fake, Settings(heartbeat_seconds=1))  # type: ignore[arg-type]
+    process = WorkerProcess(fake, Settings(heartbeat_seconds=1))  # type: ignore[arg-type]
     ended = asyncio.ensure_future(process.ended(lambda: None))
     loop = asyncio.get_running_loop()
     for _ in range(10):

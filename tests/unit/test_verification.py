@@ -28,7 +28,7 @@ from sse_labels.verify.crosscheck import (
     Again,
     CrossCheck,
     NotCompared,
-    Page,
+    QueryPage,
 )
 from sse_labels.verify.findings import HOPELESS, SHOWN_MAX, Findings, Kind
 from sse_labels.verify.queries import query_url
@@ -77,16 +77,16 @@ class Server:
         self.parts = itertools.cycle(parts)
         self.asked = 0
 
-    def query(self, cursor: int, limit: int) -> Page:
+    def query(self, cursor: int, limit: int) -> QueryPage:
         self.asked += 1
         rest = [row for row in self.rows if row.seq > cursor]
         count = min(limit, next(self.parts))
         if count == 0 and rest and rest[0].seq - 1 > cursor:
             # It looked at rows that a filter hides.
-            return Page([], rest[0].seq - 1)
+            return QueryPage([], rest[0].seq - 1)
         count = max(count, 1)
         labels = [row.label for row in rest[:count]]
-        return Page(labels, rest[count - 1].seq if len(rest) > count else None)
+        return QueryPage(labels, rest[count - 1].seq if len(rest) > count else None)
 
     def again(self, cursor: int, until: int) -> Again:
         rows = self.rows if self.stream is None else self.stream
@@ -313,7 +313,7 @@ def test_a_hole_that_the_second_reading_fills_is_found() -> None:
 
 def test_a_reading_that_cannot_be_had_is_told_and_not_held_against_it() -> None:
     class Without(Server):
-        def query(self, cursor: int, limit: int) -> Page:
+        def query(self, cursor: int, limit: int) -> QueryPage:
             raise NotCompared("answered 404")
 
     findings = Findings()
@@ -353,8 +353,8 @@ def test_a_gap_of_any_width_takes_bounded_memory_and_time() -> None:
 
 def test_queries_that_never_get_there_are_given_up() -> None:
     class Endless(Server):
-        def query(self, cursor: int, limit: int) -> Page:
-            return Page([], cursor + 1)
+        def query(self, cursor: int, limit: int) -> QueryPage:
+            return QueryPage([], cursor + 1)
 
     findings = Findings()
     check = Endless([]).check(findings)

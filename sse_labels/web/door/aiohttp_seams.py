@@ -48,7 +48,7 @@ class Protocol(web.RequestHandler):
     `data_received` is also called by aiohttp itself, with nothing, to go on after a pause. If this
     changes, the check for it can go.
     `force_close` closes the transport and forgets it, although its client may not have read yet.
-    If this changes, the reference that `Connection` keeps can go.
+    If this changes, the reference that `ClientConnection` keeps can go.
     What is written to the transport follows what the response's `write` was awaited for. If this
     changes, events stand before the head of their stream.
     """

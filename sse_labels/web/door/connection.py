@@ -55,7 +55,7 @@ CHATTER_BYTES_PER_SECOND = 1024
 DEAD_MIN_SECONDS = 1.0
 
 
-class Connection(Protocol):
+class ClientConnection(Protocol):
     """aiohttp's protocol with manners."""
 
     __slots__ = (
@@ -278,34 +278,36 @@ class Terms:
         self.refused = refused
         self.ended = ended
         #: Since the connection was made, or since the first byte of a later head.
-        self.heads = Deadlines(request_seconds, Connection.head_is_late)
+        self.heads = Deadlines(request_seconds, ClientConnection.head_is_late)
         #: Since a handler ended. aiohttp ends idle connections by itself, after
         #: `keepalive_seconds`, so what is left then is a client that does not read.
-        self.answers = Deadlines(keepalive_seconds + request_seconds, Connection.answer_is_late)
+        self.answers = Deadlines(
+            keepalive_seconds + request_seconds, ClientConnection.answer_is_late
+        )
 
 
 class Deadlines:
     """Connections that must do something within the same time; one timer for all."""
 
-    def __init__(self, seconds: float, late: Callable[[Connection], None]) -> None:
+    def __init__(self, seconds: float, late: Callable[[ClientConnection], None]) -> None:
         self.seconds = seconds
         self._late = late
         # Every entry waits equally long, so the order of insertion is the order of time.
-        self._due: dict[Connection, float] = {}
+        self._due: dict[ClientConnection, float] = {}
         self._timer: asyncio.TimerHandle | None = None
 
     def __len__(self) -> int:
         """Return how many connections are waited for."""
         return len(self._due)
 
-    def start(self, connection: Connection) -> None:
+    def start(self, connection: ClientConnection) -> None:
         """Wait for `connection`; one that is waited for already keeps its time."""
         loop = asyncio.get_running_loop()
         self._due.setdefault(connection, loop.time() + self.seconds)
         if self._timer is None:
             self._timer = loop.call_later(self.seconds, self._sweep, loop)
 
-    def stop(self, connection: Connection) -> None:
+    def stop(self, connection: ClientConnection) -> None:
         """Wait no more."""
         self._due.pop(connection, None)
 

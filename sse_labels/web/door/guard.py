@@ -31,7 +31,7 @@ from sse_labels.errors import RequestError, TooManyConnections, TooManyFromAddre
 from sse_labels.metrics import Metrics
 from sse_labels.web.addresses import PerAddress, caused_by
 from sse_labels.web.door.aiohttp_seams import tell_of_requests
-from sse_labels.web.door.connection import Connection, Terms
+from sse_labels.web.door.connection import ClientConnection, Terms
 from sse_labels.web.door.refusal import Refusal, refuse_at_once
 from sse_labels.web.neighbours import Neighbours
 
@@ -248,7 +248,7 @@ class Door:
         except (TooManyConnections, TooManyFromAddress) as error:
             self._guard.refuse(raw, error)
         else:
-            connection = Connection(self._guard.terms, key, self._server, loop)
+            connection = ClientConnection(self._guard.terms, key, self._server, loop)
             task = loop.create_task(self._hand_over(loop, raw, connection, address))
             self._handing_over.add(task)
             task.add_done_callback(self._handing_over.discard)
@@ -257,7 +257,7 @@ class Door:
         self,
         loop: asyncio.AbstractEventLoop,
         raw: socket.socket,
-        connection: Connection,
+        connection: ClientConnection,
         address: Any,
     ) -> None:
         raw.setblocking(False)
