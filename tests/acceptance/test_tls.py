@@ -35,7 +35,9 @@ COMMANDS: dict[str, Callable[[str, Path], Sequence[str]]] = {
 @pytest.fixture
 def proxy(database: TestDatabase) -> Iterator[Nginx]:
     database.fill(3)
-    with running("serve", *QUICK_SERVER, "--dsn", database.dsn, env=TOKEN) as server:
+    # The doctor waits for a heartbeat.
+    arguments = ("--dsn", database.dsn, "--heartbeat-seconds=0.2")
+    with running("serve", *QUICK_SERVER, *arguments, env=TOKEN) as server:
         port = urlsplit(server.url()).port
         assert port is not None
         with nginx(port) as front:
