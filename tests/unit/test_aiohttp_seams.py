@@ -20,7 +20,7 @@ from sse_labels.web.door.aiohttp_seams import (
     LineTooLong,
     LongAnswer,
     Protocol,
-    tell_of_requests,
+    report_requests,
 )
 
 PATIENCE_SECONDS = 20.0
@@ -60,7 +60,7 @@ async def connected(
 ) -> AsyncIterator[tuple[Watched, asyncio.StreamReader, asyncio.StreamWriter]]:
     """One connection to a server whose requests `handler` answers."""
     server = web.Server(handler)
-    tell_of_requests(server)
+    report_requests(server)
     protocols: list[Watched] = []
 
     def make() -> Watched:

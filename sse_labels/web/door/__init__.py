@@ -1,1 +1,1 @@
-"""TCP connections: accepting, refusing, ending them; all of aiohttp's undocumented parts."""
+"""TCP connections: accept, refuse and end them. All undocumented uses of aiohttp are here."""

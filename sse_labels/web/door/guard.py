@@ -1,15 +1,14 @@
-"""The door: which TCP connections are let in.
+"""The guard decides which TCP connections are accepted.
 
-Promises: there are never more connections than allowed, in all and from one address,
-so that clients alone cannot use up the file descriptors; whoever is one too many is
-told so in HTTP; if descriptors run out all the same, clients are told that, too, and
-what is open lives on.
-Stands in front of the corridor's end, in the place of an aiohttp site.
-Does not belong here: what a connection does once it is in (`connection`).
+Promises: the number of connections never exceeds the limits, in total and per address, so
+clients alone cannot use up the file descriptors. A client over a limit gets an HTTP answer
+that says so. If file descriptors run out anyway, new clients get an answer too, and open
+connections continue.
+Does not belong here: what an accepted connection does (`connection`).
 
-aiohttp 3.14 has no limit of connections. asyncio accepts as many at a time as the
-backlog is long, before it asks anybody, and out of descriptors it logs a traceback for
-each place in the backlog, again and again.
+The guard replaces aiohttp's site, because aiohttp 3.14 has no limit of connections. asyncio
+accepts as many connections at once as the backlog holds, and asks nothing before. Without free
+descriptors asyncio logs a traceback for each place in the backlog, again and again.
 """
 
 from __future__ import annotations
@@ -30,34 +29,34 @@ from aiohttp import web
 from sse_labels.errors import RequestError, TooManyConnections, TooManyFromAddress
 from sse_labels.metrics import Metrics
 from sse_labels.web.addresses import PerAddress, caused_by
-from sse_labels.web.door.aiohttp_seams import tell_of_requests
+from sse_labels.web.door.aiohttp_seams import report_requests
 from sse_labels.web.door.connection import ClientConnection, Terms
 from sse_labels.web.door.refusal import Refusal, refuse_at_once
 from sse_labels.web.neighbours import Neighbours
 
 log = logging.getLogger(__name__)
 
-#: Connections accepted before the event loop does something else: a flood of connects
-#: must not hold up the streams.
+#: Connections accepted before the event loop does other work: a flood of new connections must
+#: not delay the streams.
 ACCEPTS_AT_ONCE = 64
-#: Refused clients that may read their answer in peace at the same time.
+#: Refused clients that the server waits for at the same time, until they have read their answer.
 MAX_REFUSALS = 256
-#: When nothing can be accepted: how long until the next try (asyncio waits as long).
+#: The wait until the next try when nothing can be accepted. asyncio waits equally long.
 ACCEPT_PAUSE_SECONDS = 1.0
-#: How long a worker that holds more than another lets that one accept, before it looks again:
-#: longer than a busy one takes for a round of accepting (about 20 ms; with 5 ms, of 509 clients
-#: that came back to a new worker it got 235, with 30 all).
+#: A worker with more connections pauses this long, so that a worker with fewer can accept. The
+#: pause is longer than a busy worker's round of accepting, which takes about 20 ms. Measured with
+#: 509 clients that reconnected to a new worker: it got 235 with 5 ms, and all with 30 ms.
 YIELD_SECONDS = 0.03
-#: Descriptors beside connections, pools and refusals: files being read, name look-ups, and …
+#: Descriptors beside connections, pools and refusals: files, name look-ups, and the kept ones.
 SPARE_DESCRIPTORS = 32
-#: … those that are kept to be given up, so that clients can be refused when there are no others.
+#: Descriptors kept in reserve. The guard frees one to refuse a client when no other is left.
 KEPT_DESCRIPTORS = 8
 
 _NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 class Guard:
-    """Counts connections, and lets them in or not."""
+    """Counts connections, and accepts or refuses each one."""
 
     def __init__(
         self,
@@ -72,10 +71,11 @@ class Guard:
         neighbours: Neighbours,
         streams_full: Callable[[], bool],
     ) -> None:
-        """Nothing is accepted before `serving`.
+        """Accept nothing before `serving`.
 
-        `busy_retry_ms` tells how long an `EventSource` that is refused shall wait, `head` where
-        it goes on when it says no position of its own. `neighbours` accept from the same sockets.
+        `busy_retry_ms` returns how long a refused `EventSource` waits. `head` returns where a
+        refused client continues when it sends no position. `neighbours` accept from the same
+        sockets.
         """
         self.open = 0
         self._accepting = False
@@ -94,7 +94,7 @@ class Guard:
         self._head = head
         self._refusals: set[Refusal] = set()
         self._kept: list[socket.socket] = []
-        self._complain_at = 0.0
+        self._next_log_at = 0.0
         metrics.gauges["connections"] = lambda: self.open
         metrics.gauges["connections_limit"] = lambda: max_connections
 
@@ -102,25 +102,25 @@ class Guard:
     async def serving(
         self, server: web.Server, listeners: Sequence[socket.socket]
     ) -> AsyncIterator[None]:
-        """Accept from `listeners`, which listen already, and hand over to `server`.
+        """Accept from `listeners`, which already listen, and pass connections to `server`.
 
-        When the block is left nothing more is accepted; what is open is `server`'s to end.
+        After the block nothing more is accepted. `server` ends the open connections.
         """
         loop = asyncio.get_running_loop()
-        tell_of_requests(server)
+        report_requests(server)
         self._keep_descriptors()
-        doors = [Door(self, server, listener) for listener in listeners]
+        acceptors = [Acceptor(self, server, listener) for listener in listeners]
         try:
-            for door in doors:
-                door.open(loop)
+            for acceptor in acceptors:
+                acceptor.open(loop)
             self._accepting = True
             self._count(0)
             yield
         finally:
             self._accepting = False
             self._count(0)
-            for door in doors:
-                await door.close(loop)
+            for acceptor in acceptors:
+                await acceptor.close(loop)
             for refusal in tuple(self._refusals):
                 refusal.end()
             for kept in self._kept:
@@ -135,12 +135,12 @@ class Guard:
         return key
 
     def yields(self) -> bool:
-        """Return whether another worker, which has less to do, should accept the next."""
+        """Return whether another worker with fewer connections should accept the next one."""
         full = self.open >= self._max_connections or self._streams_full()
         return self._neighbours.yields(full=full)
 
     def give_back(self, key: str | None) -> None:
-        """Count a connection that ended."""
+        """Stop counting a connection that ended."""
         self._count(-1)
         self.per_address.give_back(key)
 
@@ -149,9 +149,9 @@ class Guard:
         self._neighbours.hold(self.open if self._accepting else None)
 
     def refuse(self, raw: socket.socket, error: RequestError) -> None:
-        """Answer a connection that is one too many, and end it."""
+        """Answer a connection over the limit, and end it."""
         self._count_refused(error)
-        # None is kept: this one holds the last, and the next client needs it.
+        # Without a kept descriptor, this socket holds the last one. The next client needs it.
         if len(self._refusals) < MAX_REFUSALS and self._kept:
             self._refusals.add(
                 Refusal(raw, error, self._busy_retry_ms(), self._head(), self._refused)
@@ -160,13 +160,13 @@ class Guard:
             refuse_at_once(raw, error, self._busy_retry_ms(), self._head())
 
     def refuse_without_descriptor(self, listener: socket.socket) -> None:
-        """Answer one client although no descriptor is left; raise OSError as `accept` does.
+        """Answer one client although no descriptor is left. Raises OSError as `accept` does.
 
-        Otherwise clients would wait in the backlog, not knowing for what.
+        Without this, clients would wait in the backlog without an answer.
         """
         now = asyncio.get_running_loop().time()
-        if now >= self._complain_at:
-            self._complain_at = now + ACCEPT_PAUSE_SECONDS
+        if now >= self._next_log_at:
+            self._next_log_at = now + ACCEPT_PAUSE_SECONDS
             log.error("out of file descriptors", extra={"connections": self.open})
         if self._kept:
             self._kept.pop().close()
@@ -191,36 +191,36 @@ class Guard:
         self._metrics.requests_refused[error.name] += 1
 
 
-class Door:
-    """Takes connections from one listening socket."""
+class Acceptor:
+    """Accepts connections from one listening socket."""
 
     def __init__(self, guard: Guard, server: web.Server, listener: socket.socket) -> None:
         self._guard = guard
         self._server = server
         self._listener = listener
         self._pause: asyncio.TimerHandle | None = None
-        #: The tasks of connections that are on their way to their protocol.
+        #: Tasks that give each accepted connection its protocol.
         self._handing_over: set[asyncio.Task[None]] = set()
 
     def open(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Accept from now on."""
+        """Start to accept."""
         self._pause = None
         self._listener.setblocking(False)
         loop.add_reader(self._listener, self._accept, loop)
 
     async def close(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Accept no more; wait until all that was accepted has its protocol."""
+        """Stop accepting. Wait until each accepted connection has its protocol."""
         loop.remove_reader(self._listener)
         if self._pause is not None:
             self._pause.cancel()
-        # Now, not when all is drained: whoever comes meanwhile is refused, or goes to a neighbour.
+        # Before the drain: a client that connects meanwhile is refused, or reaches a neighbour.
         self._listener.close()
         await asyncio.gather(*self._handing_over)
 
     def _accept(self, loop: asyncio.AbstractEventLoop) -> None:
         for _ in range(ACCEPTS_AT_ONCE):
             if self._guard.yields():
-                self._rest(loop, YIELD_SECONDS)
+                self._pause_accepting(loop, YIELD_SECONDS)
                 return
             try:
                 self._accept_one(loop)
@@ -228,10 +228,10 @@ class Door:
                 return
             except OSError as error:
                 log.error("nothing is accepted for a while", extra={"error": error})
-                self._rest(loop, ACCEPT_PAUSE_SECONDS)
+                self._pause_accepting(loop, ACCEPT_PAUSE_SECONDS)
                 return
 
-    def _rest(self, loop: asyncio.AbstractEventLoop, seconds: float) -> None:
+    def _pause_accepting(self, loop: asyncio.AbstractEventLoop, seconds: float) -> None:
         loop.remove_reader(self._listener)
         self._pause = loop.call_later(seconds, self.open, loop)
 
@@ -264,7 +264,7 @@ class Door:
         try:
             await loop.connect_accepted_socket(lambda: connection, raw)
         except Exception as error:
-            # One client's trouble, and nobody else's.
+            # The error concerns one client only.
             peer = address[0] if address else ""
             log.warning(
                 "a connection could not be taken over",
@@ -278,16 +278,15 @@ class Door:
 
 
 def most_connections(wanted: int, others: int) -> int:
-    """Return how many connections fit the limit of open files, at most `wanted`.
+    """Return how many connections fit into the limit of open files, at most `wanted`.
 
-    `others` counts the descriptors that will be opened beside them: connections to the
-    database, above all.
+    `others` is the number of descriptors for other uses, mostly connections to the database.
     """
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if limit == resource.RLIM_INFINITY:
         return wanted
     free = limit - _open_descriptors() - others - SPARE_DESCRIPTORS
-    # Where there are few, refusals take a quarter: whoever then finds none is refused in haste.
+    # With few descriptors, refusals get a quarter of them. A client beyond that is refused at once.
     fit = max(1, free - min(MAX_REFUSALS, free // 4))
     if fit < wanted:
         log.warning(
@@ -298,9 +297,9 @@ def most_connections(wanted: int, others: int) -> int:
 
 
 def descriptors_needed(connections: int, others: int) -> int:
-    """Return the limit of open files at which `most_connections` takes nothing away."""
+    """Return the limit of open files at which `most_connections` allows all `connections`."""
     refusals = min(MAX_REFUSALS, math.ceil(connections / 3))
-    # Twice: some to spare, and what a process has open before the first connection.
+    # Twice: once to spare, and once for the files that are open before the first connection.
     return connections + refusals + others + 2 * SPARE_DESCRIPTORS
 
 

@@ -1,10 +1,9 @@
-"""How a client is refused before aiohttp knows it: plain bytes on a plain socket.
+"""Refuses a client before aiohttp knows the connection, with plain bytes on a plain socket.
 
-Promises: the client gets an HTTP answer and a proper end of the connection, not a
-reset; an `EventSource` gets one that lets it come back, and a WebSocket's handshake
-gets none, for the same reason; a refused client costs a socket for a second and
-nothing else.
-Does not belong here: who is refused.
+Promises: the client gets an HTTP answer and a normal end of the connection, not a reset. An
+`EventSource` gets an answer after which it reconnects. A WebSocket handshake gets no answer,
+because its client reconnects only then. A refused client costs one socket for one second.
+Does not belong here: which client is refused (`guard`).
 """
 
 from __future__ import annotations
@@ -21,16 +20,16 @@ from sse_labels.protocol.sse import encode_error
 from sse_labels.web.answers import SECURITY_HEADERS, error_response
 from sse_labels.web.parameters import position_asked
 
-#: How long a refused client may take to ask, and then to read its answer.
+#: How long a refused client may take to send its request, and to read the answer.
 REFUSAL_SECONDS = 1.0
-#: Read at once from a client whose request nobody needs.
+#: The most bytes that are read at once from a refused client.
 READ_BYTES = 64 * 1024
-#: Ends a request's head, and an answer's.
+#: The end of the head, in a request and in an answer.
 _HEAD_END = b"\r\n\r\n"
 
 
 class Refusal:
-    """One client that is told to come back later."""
+    """One client that gets the answer to reconnect later."""
 
     def __init__(
         self,
@@ -40,9 +39,9 @@ class Refusal:
         head: int | None,
         ended: Callable[[Refusal], None],
     ) -> None:
-        """Own the socket `raw`; call `ended` when it is closed.
+        """Own the socket `raw`, and call `ended` when the socket is closed.
 
-        `head` is where a client goes on that says no position; None: not known.
+        `head` is where a client without a position continues. None means not known.
         """
         self._raw = raw
         self._error = error
@@ -57,7 +56,7 @@ class Refusal:
         self._timer = self._loop.call_later(REFUSAL_SECONDS, self.end)
 
     def end(self) -> None:
-        """Close; whoever has not asked to the end so far is answered first."""
+        """Close the socket. A client whose request is incomplete gets its answer first."""
         if not self._answered:
             self._answer()
         self._timer.cancel()
@@ -66,8 +65,8 @@ class Refusal:
         self._ended(self)
 
     def _read(self) -> None:
-        # Read on after the answer, too: closing a socket with unread bytes in it sends a reset,
-        # and that may overtake the answer.
+        # Continue to read after the answer: closing a socket with unread bytes sends a reset, and
+        # the reset may overtake the answer.
         try:
             data = self._raw.recv(READ_BYTES)
         except (BlockingIOError, InterruptedError):
@@ -78,7 +77,7 @@ class Refusal:
             self.end()
         elif not self._answered:
             self._asked += data
-            # The position may stand in the last line, which comes in a segment of its own.
+            # The position may be in the last line, and that line may come in a later segment.
             if _HEAD_END in self._asked or len(self._asked) >= READ_BYTES:
                 self._answer()
 
@@ -93,7 +92,7 @@ class Refusal:
 def refuse_at_once(
     raw: socket.socket, error: RequestError, busy_retry_ms: int, head: int | None
 ) -> None:
-    """Answer and close, without waiting for anything, not even for what is asked."""
+    """Answer and close without waiting, not even for the request."""
     with contextlib.suppress(OSError):
         raw.setblocking(False)
         asked = b""
@@ -107,14 +106,17 @@ def refuse_at_once(
 def encode_refusal(
     asked: bytes, error: RequestError, busy_retry_ms: int, head: int | None
 ) -> bytes:
-    """Return what lets whoever sent `asked` come back later: a whole HTTP response, or nothing."""
-    # The AT Protocol's own client takes every answer to its handshake for final, but not a
-    # connection that breaks.
+    """Return the bytes after which the sender of `asked` reconnects later.
+
+    They are a complete HTTP response, or empty.
+    """
+    # The AT Protocol's own client treats every answer to its handshake as final. It reconnects
+    # when the connection breaks.
     if b"upgrade: websocket" in asked.lower():
         return b""
-    # A browser takes any other status than 200 for final, and never comes back.
+    # A browser treats every status except 200 as final, and never reconnects.
     if b"text/event-stream" in asked.lower():
-        # Of half a head nobody knows the position: a wrong one would lose labels.
+        # An incomplete head may lack the position. A wrong position would lose labels.
         position = position_asked(asked, head) if _HEAD_END in asked else None
         answer = encode_busy(error, busy_retry_ms, position)
     else:
@@ -123,12 +125,12 @@ def encode_refusal(
 
 
 def encode_answer(error: RequestError) -> bytes:
-    """Return a whole HTTP response with the error, after which the connection closes."""
+    """Return a complete HTTP response with the error. The connection closes after it."""
     return _encode(error_response(error))
 
 
 def encode_busy(error: RequestError, retry_ms: int, position: int | None) -> bytes:
-    """Return the same as an event stream that ends at once, for an `EventSource`."""
+    """Return the error as an event stream that ends at once, for an `EventSource`."""
     event = encode_error(error.name, str(error), cursor=position, retry_ms=retry_ms)
     return _encode(web.Response(body=event, content_type="text/event-stream", charset="utf-8"))
 
@@ -138,7 +140,7 @@ def _encode(answer: web.Response) -> bytes:
     headers = {
         hdrs.CONTENT_LENGTH: str(len(body)),
         hdrs.CACHE_CONTROL: "no-store",
-        # Nothing in it is anybody's secret, and a page of any origin shall know what to do.
+        # The answer contains no secret. A page of any origin may read why it was refused.
         hdrs.ACCESS_CONTROL_ALLOW_ORIGIN: "*",
         **SECURITY_HEADERS,
         **answer.headers,
