@@ -1,155 +1,44 @@
-"""Settings: read once, checked, frozen, passed in.
+"""The settings: read once, checked, and passed in as one frozen object.
 
-Promises: this is the only file that reads the environment; a wrong value is a
-`ConfigError` that names the key as the user wrote it, the value, and what was
-expected; every setting has a default, a unit in its name and a line of help.
-The command line is made from the fields below, and the README's table is checked against them.
-Does not belong here: acting on a setting.
+Promises: only this file reads the environment. A wrong value is a `ConfigError` that names the key
+as the user wrote it, the value, and what was expected. Every setting has a default, a unit in its
+name and a line of help. The command line is made from the fields of `Settings`; a test compares the
+README's table with them.
 """
 
 from __future__ import annotations
 
-import math
 import os
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Any
 
 from sse_labels.errors import ConfigError
-from sse_labels.protocol.formats import is_did
-from sse_labels.protocol.seq import number_in
+from sse_labels.setting_parsers import (
+    Expected,
+    Parse,
+    boolean,
+    did,
+    hosts,
+    integer,
+    networks,
+    one_of,
+    origins,
+    path,
+    seconds,
+    size,
+    words,
+)
 
 ENV_PREFIX = "SSE_LABELS_"
 
-Parse = Callable[[str], Any]
-
-#: Of these each of several workers gets its share.
+#: Limits of a whole server: each of several workers gets its share of them.
 SHARED = (
     "max_streams", "max_connections", "max_per_address", "backfill_max_reads",
     "publish_rate_labels", "log_lines_per_address",
 )  # fmt: skip
-
-_NUMBER = re.compile(r"([0-9]+(\.[0-9]*)?|\.[0-9]+)(e[+-]?[0-9]{1,3})?", re.ASCII | re.IGNORECASE)
-_ORIGIN = re.compile(
-    r"https?://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?", re.ASCII | re.IGNORECASE
-)
-
-
-class Expected(ValueError):
-    """Raised by a parser: the text says what was expected."""
-
-
-def integer(low: int, high: int) -> Parse:
-    """Return a parser for a whole number from `low` to `high`."""
-
-    def parse(text: str) -> int:
-        number = number_in(text, low, high)
-        if number is None:
-            raise Expected(f"a whole number from {low} to {high}")
-        return number
-
-    return parse
-
-
-def seconds(low: float, high: float) -> Parse:
-    """Return a parser for a number of seconds from `low` to `high`."""
-
-    def parse(text: str) -> float:
-        value = float(text) if _NUMBER.fullmatch(text) else math.nan
-        if low <= value <= high:
-            return value
-        raise Expected(f"seconds from {low:g} to {high:g}")
-
-    return parse
-
-
-def size(low: int, high: int) -> Parse:
-    """Return a parser for a number of bytes, written plainly or with KiB, MiB or GiB."""
-    units = {"KiB": 1024, "MiB": 1024**2, "GiB": 1024**3}
-
-    def parse(text: str) -> int:
-        digits, unit = (text[:-3].rstrip(), text[-3:]) if text[-3:] in units else (text, "")
-        number = number_in(digits)
-        value = None if number is None else number * units.get(unit, 1)
-        if value is None or not low <= value <= high:
-            raise Expected(f"bytes from {low} to {high}, e.g. 1048576 or 1MiB")
-        return value
-
-    return parse
-
-
-def boolean(text: str) -> bool:
-    """Read a switch the way shells write it."""
-    if text.lower() in ("1", "true", "yes", "on"):
-        return True
-    if text.lower() in ("0", "false", "no", "off"):
-        return False
-    raise Expected("true or false")
-
-
-def words(text: str) -> str:
-    """Read any text that is not empty."""
-    if text.strip():
-        return text.strip()
-    raise Expected("a value that is not empty")
-
-
-def hosts(text: str) -> tuple[str, ...]:
-    """Read a comma-separated list of addresses or host names."""
-    listed = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-    if not listed:
-        raise Expected("addresses such as 127.0.0.1 or ::, separated by commas")
-    return listed
-
-
-def path(text: str) -> Path:
-    """Read a file or folder name; `~` is the home."""
-    try:
-        return Path(words(text)).expanduser()
-    except RuntimeError:
-        raise Expected("a file or folder whose ~ is the home of a user") from None
-
-
-def did(text: str) -> str:
-    """Read a DID."""
-    if is_did(text):
-        return text
-    raise Expected("a DID such as did:plc:ewvi7nxzyoun6zhxrhs64oiz")
-
-
-def one_of(*choices: str) -> Parse:
-    """Return a parser for one word out of a list."""
-
-    def parse(text: str) -> str:
-        if text in choices:
-            return text
-        raise Expected(f"one of {', '.join(choices)}")
-
-    return parse
-
-
-def origins(text: str) -> tuple[str, ...]:
-    """Read a comma-separated list of web origins (RFC 6454), or `*`."""
-    listed = tuple(part.strip() for part in text.split(",") if part.strip())
-    for origin in listed:
-        if origin != "*" and not _ORIGIN.fullmatch(origin):
-            raise Expected("origins such as https://example.com, separated by commas, or *")
-    return listed
-
-
-def networks(text: str) -> tuple[IPv4Network | IPv6Network, ...]:
-    """Read a comma-separated list of IP addresses and networks, or `none`."""
-    if text.strip().lower() == "none":
-        return ()
-    try:
-        return tuple(ip_network(part.strip()) for part in text.split(",") if part.strip())
-    except ValueError as error:
-        raise Expected(
-            f"addresses or networks such as 10.0.0.0/8, separated by commas, or none ({error})"
-        ) from None
 
 
 def setting(
@@ -161,9 +50,9 @@ def setting(
     metavar: str | None = None,
     secret: bool = False,
 ) -> Any:
-    """Declare one setting; its name in `Settings` is its option and its environment variable.
+    """Declare one setting; its option and its environment variable are made from its field's name.
 
-    A `group` is a heading of the help: of this setting and of those that follow.
+    A `group` is a heading in the help. It stands above this setting and the settings that follow.
     """
     more = {"group": group, "metavar": metavar, "secret": secret}
     return field(default=default, metadata={"parse": parse, "help": text, **more})
@@ -171,16 +60,16 @@ def setting(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """All that `serve` can be told. `--poll-seconds` is also `SSE_LABELS_POLL_SECONDS`."""
+    """All settings of `serve`. `--poll-seconds` is also `SSE_LABELS_POLL_SECONDS`."""
 
     host: tuple[str, ...] = setting(
         ("127.0.0.1",),
         hosts,
-        "Addresses to listen on, separated by commas; :: is all, of both families.",
+        "Addresses to listen on, separated by commas; :: is every address, IPv4 and IPv6.",
         metavar="HOSTS",
         group="Where it listens",
     )
-    port: int = setting(8080, integer(0, 65535), "Port to listen on; 0: any.")
+    port: int = setting(8080, integer(0, 65535), "Port to listen on; 0: any free port.")
     workers: int = setting(
         1, integer(1, 64), "Processes that serve, each on a core of its own.", metavar="PROCESSES"
     )
@@ -198,12 +87,12 @@ class Settings:
     source: str = setting(
         "auto",
         one_of("auto", "own", "ozone"),
-        "Whose table is read: sse-labels' own or Ozone's; auto looks.",
+        "Whose table is read: sse-labels' own or Ozone's; auto finds out.",
     )
     unsigned: str = setting(
         "stream",
         one_of("stream", "withhold"),
-        "What happens to labels without a signature; those withheld are counted.",
+        "What happens to labels without a signature; withheld labels are counted.",
         metavar="WHAT",
     )
     migrate: bool = setting(True, boolean, "Bring the schema up to date at start.")
@@ -212,10 +101,10 @@ class Settings:
     )
     query_timeout_seconds: float = setting(30.0, seconds(0.1, 3600), "How long one query may take.")
     poll_seconds: float = setting(
-        1.0, seconds(0.01, 3600), "Longest time between two looks at the table."
+        1.0, seconds(0.01, 3600), "Longest time between two reads of new labels from the table."
     )
     gather_seconds: float = setting(
-        0.025, seconds(0, 10), "Shortest time between two chunks; a lone label goes at once."
+        0.025, seconds(0, 10), "Shortest time between two chunks; a single label is sent at once."
     )
     page_max_events: int = setting(
         500, integer(1, 100_000), "Events read from the database at once."
@@ -230,10 +119,10 @@ class Settings:
         15.0, seconds(0.05, 3600), "Silence after which a heartbeat is written."
     )
     retry_min_seconds: float = setting(
-        2.0, seconds(0.01, 3600), "Shortest wait a client is told before it reconnects."
+        2.0, seconds(0.01, 3600), "Shortest wait (retry:) before a client reconnects."
     )
     retry_max_seconds: float = setting(
-        5.0, seconds(0.01, 3600), "Longest such wait; each client gets its own in between."
+        5.0, seconds(0.01, 3600), "Longest such wait; each client is given a random one in between."
     )
     outbox_max_events: int = setting(
         10_000, integer(1, 10_000_000), "Events that may wait for one consumer."
@@ -242,20 +131,22 @@ class Settings:
         30.0, seconds(0.05, 3600), "How long one write may wait for a client that does not read."
     )
     slow_grace_seconds: float = setting(
-        5.0, seconds(0, 3600), "How long a consumer that is too slow has to take its last write."
+        5.0,
+        seconds(0, 3600),
+        "How long a consumer that is too slow may take to read the end of its stream.",
     )
     drain_seconds: float = setting(
-        3.0, seconds(0.1, 3600), "How long open requests have to end after SIGTERM."
+        3.0, seconds(0.1, 3600), "How long open requests may take to end after SIGTERM."
     )
     ring_max_bytes: int = setting(
         64 * 1024**2,
         size(0, 64 * 1024**3),
-        "Recent events kept in memory; beside them an eighth of it for parts cut out for readers, "
-        "and an eighth for WebSocket messages.",
+        "Recent events kept in memory. An eighth more may hold filtered parts of them, and another "
+        "eighth WebSocket messages.",
         group="Memory",
     )
     page_cache_max_bytes: int = setting(
-        32 * 1024**2, size(0, 64 * 1024**3), "Pages of history kept in memory for the next reader."
+        32 * 1024**2, size(0, 64 * 1024**3), "Pages of history kept in memory for later readers."
     )
     send_buffer_bytes: int = setting(
         64 * 1024, size(4096, 1024**3), "Kernel send buffer of each connection."
@@ -263,12 +154,12 @@ class Settings:
     publish_token: str | None = setting(
         None,
         words,
-        "Token that may publish; none with a DSN: no publishing.",
+        "Token that may publish; with a DSN and without a token, publishing is off.",
         secret=True,
         group="Publishing",
     )
     publish_tokens_file: Path | None = setting(
-        None, path, "File of more publish tokens, as digests; read again when changed."
+        None, path, "File with the digests of more publish tokens; read again when changed."
     )
     publish_max_labels: int = setting(10_000, integer(1, 1_000_000), "Most labels in one POST.")
     body_max_bytes: int = setting(1024**2, size(1, 1024**3), "Largest request body.")
@@ -278,7 +169,9 @@ class Settings:
         "Labels per second that one publisher may publish in the long run; none: no limit.",
     )
     publish_burst_labels: int = setting(
-        10_000, integer(1, 10_000_000), "Labels that it may publish at once, under that rate."
+        10_000,
+        integer(1, 10_000_000),
+        "Labels that one publisher may publish at once, when its rate is limited.",
     )
     signing_key_file: Path | None = setting(
         None,
@@ -287,35 +180,36 @@ class Settings:
         group="Signatures",
     )
     signing_did: str | None = setting(
-        None, did, "Source whose labels that key signs; none: every source's."
+        None, did, "Source whose labels the signing key signs; none: labels of every source."
     )
     source_keys_file: Path | None = setting(
         None,
         path,
-        "Public keys of sources (lines DID did:key:…): wrong signatures are refused or flagged; "
-        "read again when changed.",
+        "File with public keys of sources (lines DID did:key:…), read again when changed. Wrong "
+        "signatures are refused or flagged.",
     )
     jwt_secret: str | None = setting(
         None,
         words,
-        "Secret of the tokens that streams need (HS256); no key: streams are public.",
+        "Secret of the tokens that readers need (HS256); without any key, streams are public.",
         secret=True,
         group="Who may read",
     )
     jwt_secret_file: Path | None = setting(
-        None, path, "File with that secret; read again when changed."
+        None, path, "File with the secret of readers' tokens; read again when changed."
     )
     jwt_key_file: Path | None = setting(
         None,
         path,
-        "Public key (PEM: ES256, EdDSA) or keys (JWKS) of those tokens; read again when changed.",
+        "File with the public key (PEM: ES256, EdDSA) or keys (JWKS) of readers' tokens; "
+        "read again when changed.",
     )
     jwt_issuer: str | None = setting(None, words, "Issuer (iss) that tokens must have.")
     jwt_audience: str | None = setting(None, words, "Audience (aud) that tokens must have.")
     max_connections: int = setting(
         16_000,
         integer(1, 1_000_000),
-        "TCP connections open at the same time; fewer when fewer files may be open.",
+        "TCP connections open at the same time; fewer when the limit of open files is lower.",
         group="Limits of connections",
     )
     max_per_address: int = setting(
@@ -338,7 +232,7 @@ class Settings:
     keepalive_seconds: float = setting(
         75.0,
         seconds(0.05, 3600),
-        "How long a connection may be idle between requests; longer than a proxy keeps it.",
+        "How long a connection may be idle between requests; give more than a proxy's own limit.",
     )
     retention_max_age_seconds: float | None = setting(
         None,
@@ -347,7 +241,9 @@ class Settings:
         group="Retention",
     )
     retention_max_labels: int | None = setting(
-        None, integer(1, 10**15), "Labels beyond the newest so many are deleted; none: never."
+        None,
+        integer(1, 10**15),
+        "Number of newest labels that are kept; older labels are deleted; none: never.",
     )
     retention_sweep_seconds: float = setting(
         60.0, seconds(0.05, 86_400), "Time between two rounds of deleting."
@@ -360,7 +256,7 @@ class Settings:
         group="Logging",
     )
     log_format: str = setting(
-        "text", one_of("text", "json"), "How log lines look; json: one object a line."
+        "text", one_of("text", "json"), "Form of log lines; json: one object per line."
     )
     log_lines_per_address: int = setting(
         600,
@@ -378,9 +274,10 @@ class Settings:
             )
 
     def of_one_worker(self) -> Settings:
-        """Return what each of `workers` processes is started with: its share of the limits.
+        """Return the settings of one of `workers` processes, with its share of each limit.
 
-        It is rounded down, so that all together hold no more than the limit; and is at least 1.
+        A share is rounded down, so that all workers together do not exceed the limit. It is at
+        least 1.
         """
         limits = {name: getattr(self, name) for name in SHARED}
         shares = {
@@ -406,10 +303,10 @@ def load(
     environ: Mapping[str, str] | None = None,
     defaults: Mapping[str, Any] | None = None,
 ) -> Settings:
-    """Return the settings: a given option wins, then the environment, then the default.
+    """Return the settings. An option wins over the environment, and that over the default.
 
-    `options` maps field names to what stood on the command line; `defaults` are values other than
-    the fields' own. Raises `ConfigError` under the name that the user used.
+    `options` maps names of fields to texts from the command line. `defaults` replace defaults of
+    the fields. Raises `ConfigError`, which names the option or the variable that the user gave.
     """
     values = dict(defaults or {})
     for spec in fields(Settings):

@@ -24,10 +24,11 @@ from sse_labels.cli.place import Place, database_of
 from sse_labels.cli.serve import run
 from sse_labels.cli.signals import interruptible
 from sse_labels.cli.standard_streams import OutputLost
-from sse_labels.config import load, seconds
+from sse_labels.config import load
 from sse_labels.embedded import default_data_dir
 from sse_labels.logs import configure_logging
 from sse_labels.protocol.sse import dumps
+from sse_labels.setting_parsers import seconds
 from sse_labels.web.door.listening import base_url
 
 log = logging.getLogger(__name__)

@@ -28,9 +28,10 @@ from sse_labels.cli.options import (
 from sse_labels.cli.place import database_at
 from sse_labels.cli.signals import interruptible
 from sse_labels.cli.tls import tls_options
-from sse_labels.config import Settings, did, load
+from sse_labels.config import Settings, load
 from sse_labels.doctor import Finding, Target, Verdict, examine
 from sse_labels.embedded import EmbeddedPostgres, default_data_dir
+from sse_labels.setting_parsers import did
 
 #: How each verdict is coloured where colours are shown.
 COLOURS = {Verdict.OK: "green", Verdict.WARNING: "yellow", Verdict.FAILURE: "red"}

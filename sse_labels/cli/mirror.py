@@ -27,7 +27,7 @@ from sse_labels.cli.options import (
 from sse_labels.cli.place import database_at, database_of
 from sse_labels.cli.signals import Ready, interruptible, until_told
 from sse_labels.cli.tls import tls_options
-from sse_labels.config import Expected, Settings, did, integer, load, seconds, size
+from sse_labels.config import Settings, load
 from sse_labels.database import migrations
 from sse_labels.database.pool import Database
 from sse_labels.database.schema import Schema
@@ -39,6 +39,7 @@ from sse_labels.mirror.upstream import Upstream
 from sse_labels.protocol.seq import SEQ_MAX
 from sse_labels.protocol.xrpc import SUBSCRIBE_PATH
 from sse_labels.publishing.keys import source_keys_in
+from sse_labels.setting_parsers import Expected, did, integer, seconds, size
 
 PORTS = {"ws": 80, "wss": 443}
 #: What an address cannot say, and why.

@@ -18,18 +18,10 @@ import click
 from click.core import ParameterSource
 
 from sse_labels.cli.layout import Option
-from sse_labels.config import (
-    Expected,
-    Parse,
-    Settings,
-    boolean,
-    env_name,
-    option_name,
-    read,
-    words,
-)
+from sse_labels.config import Settings, env_name, option_name, read
 from sse_labels.embedded import default_data_dir
 from sse_labels.errors import ConfigError
+from sse_labels.setting_parsers import Expected, Parse, boolean, words
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 

@@ -33,11 +33,11 @@ from sse_labels.cli.standard_streams import tell_result
 from sse_labels.cli.tls import tls_options
 from sse_labels.client.answers import ERROR_MAX, object_in, words
 from sse_labels.client.retries import after_seconds
-from sse_labels.config import integer, path, seconds, size
 from sse_labels.embedded import default_data_dir
 from sse_labels.errors import ConfigError
 from sse_labels.protocol.seq import SEQ_MAX, number_in
 from sse_labels.publishing.own_token import FILE_NAME, read_token
+from sse_labels.setting_parsers import integer, path, seconds, size
 
 TIMEOUT_SECONDS = 60.0
 #: The server forgets a key after a day (`retention`); sent again later, a batch would be new.

@@ -16,12 +16,13 @@ from sse_labels.cli.options import key_of, named_as_given, option, settings_opti
 from sse_labels.cli.place import database_at, database_of
 from sse_labels.cli.signals import interruptible
 from sse_labels.cli.standard_streams import tell_result
-from sse_labels.config import Settings, integer, load
+from sse_labels.config import Settings, load
 from sse_labels.database import lives
 from sse_labels.database.schema import Schema
 from sse_labels.errors import ConfigError
 from sse_labels.logs import configure_logging
 from sse_labels.protocol.seq import SEQ_MAX
+from sse_labels.setting_parsers import integer
 
 #: The largest bigint is PostgreSQL's last id; a sequence that stands there has none left.
 ABOVE_MAX = SEQ_MAX - 1

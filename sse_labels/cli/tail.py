@@ -37,8 +37,8 @@ from sse_labels.cli.tls import tls_options
 from sse_labels.client.event_reader import EventReader, Opened, client_of
 from sse_labels.client.event_stream import Block
 from sse_labels.client.retries import Patience, Refused
-from sse_labels.config import Expected, integer, path
 from sse_labels.protocol.seq import SEQ_MAX, number_in
+from sse_labels.setting_parsers import Expected, integer, path
 
 
 class Tail:

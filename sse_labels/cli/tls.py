@@ -14,8 +14,8 @@ from typing import Any
 import httpx
 
 from sse_labels.cli.options import key_of, option, switch
-from sse_labels.config import Expected, path
 from sse_labels.errors import ConfigError
+from sse_labels.setting_parsers import Expected, path
 
 
 def tls_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -13,9 +13,9 @@ import click
 
 from sse_labels.cli.layout import Command
 from sse_labels.cli.options import option
-from sse_labels.config import Expected, path
 from sse_labels.errors import ConfigError
 from sse_labels.publishing.tokens import FILE_SETTING, PUBLISH, add_token, parse_rights
+from sse_labels.setting_parsers import Expected, path
 from sse_labels.watched_file import Unusable
 
 

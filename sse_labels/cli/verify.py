@@ -27,10 +27,10 @@ from sse_labels.cli.options import (
     url_parts,
 )
 from sse_labels.cli.tls import tls_options
-from sse_labels.config import Expected, integer, path, seconds
 from sse_labels.protocol.seq import SEQ_MAX
 from sse_labels.protocol.xrpc import SUBSCRIBE_PATH
 from sse_labels.publishing.keys import source_keys_in
+from sse_labels.setting_parsers import Expected, integer, path, seconds
 from sse_labels.verify import Report, SocketRun, StreamRun, Wanted
 
 #: Longer than that nobody waits for a report.

@@ -14,25 +14,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sse_labels import config
-from sse_labels.config import (
-    ENV_PREFIX,
+from sse_labels.config import ENV_PREFIX, Settings, env_name, load, option_name, read
+from sse_labels.errors import ConfigError
+from sse_labels.logs import configure_logging
+from sse_labels.setting_parsers import (
     Expected,
-    Settings,
     boolean,
-    env_name,
     integer,
-    load,
     one_of,
-    option_name,
     origins,
     path,
-    read,
     seconds,
     size,
     words,
 )
-from sse_labels.errors import ConfigError
-from sse_labels.logs import configure_logging
 
 
 class Sample(NamedTuple):

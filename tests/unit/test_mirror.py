@@ -14,13 +14,13 @@ from click.testing import CliRunner
 from sse_labels.cli.mirror import Wanted, mirror, upstream
 from sse_labels.client.label_socket import LabelSocket
 from sse_labels.client.retries import Lost
-from sse_labels.config import Expected
 from sse_labels.errors import ConfigError
 from sse_labels.mirror.following import Waiting
 from sse_labels.mirror.storing import Aside
 from sse_labels.mirror.upstream import Labels, Upstream, UpstreamConnection
 from sse_labels.protocol.label import Label
 from sse_labels.protocol.xrpc import SUBSCRIBE_PATH
+from sse_labels.setting_parsers import Expected
 
 from support.labeler import labels_message, wire_label
 
