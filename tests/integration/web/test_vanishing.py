@@ -32,7 +32,7 @@ KEPT = (Outbox, ChunkQueue, ClientConnection)
 
 UPGRADE = (
     "GET /xrpc/com.atproto.label.subscribeLabels HTTP/1.1\r\nHost: test\r\nUpgrade: websocket\r\n"
-    "ClientConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+    "Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
     "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
 )
 #: socket(7), asm-generic/socket.h.

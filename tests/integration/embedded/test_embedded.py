@@ -38,7 +38,7 @@ from support.database import NOT_DURABLE
 
 AS_ROOT = os.geteuid() == 0
 NOBODY = 65534
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 
 KEPT = ("CREATE TABLE kept (n int)", "INSERT INTO kept VALUES (1)")
 

@@ -25,7 +25,7 @@ from support.event_streams import CASES, CONTENT_TYPES
 from support.node import node_program
 from support.program import REPOSITORY
 
-SCRIPT = Path(__file__).parents[1] / "javascript/read.mjs"
+SCRIPT = Path(__file__).parents[2] / "javascript/read.mjs"
 PARSER = REPOSITORY / "sse_labels/web/page/reading/parser.js"
 
 

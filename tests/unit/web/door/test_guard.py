@@ -218,7 +218,7 @@ async def test_refused_websocket_handshake_is_broken_off() -> None:
         client = await site.connect()
         client.writer.write(
             b"GET /xrpc/com.atproto.label.subscribeLabels HTTP/1.1\r\nHost: test\r\n"
-            b"ClientConnection: Upgrade\r\nUpgrade: WebSocket\r\nSec-WebSocket-Version: 13\r\n\r\n"
+            b"Connection: Upgrade\r\nUpgrade: WebSocket\r\nSec-WebSocket-Version: 13\r\n\r\n"
         )
         assert await client.until_closed() == b""
         assert site.metrics.requests_refused["TooManyConnections"] == 1

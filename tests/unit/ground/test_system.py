@@ -10,7 +10,7 @@ from pathlib import Path
 from support import system
 from support.system import PACKAGES
 
-TESTS = Path(__file__).parents[1]
+TESTS = Path(__file__).parents[2]
 
 
 def test_every_program_that_a_test_asks_for_has_a_package() -> None:
