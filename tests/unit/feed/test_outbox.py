@@ -116,6 +116,13 @@ class Bench:
             },
         )
 
+    async def live(self, cursor: int, **options: Any) -> tuple[Outbox, Steps]:
+        """Return an outbox whose consumer stands at `cursor`, after which nothing is stored."""
+        outbox = self.outbox(**options)
+        steps = outbox.events(cursor)
+        assert await until_caught_up(steps) == []
+        return outbox, steps
+
     def publish(self, *seqs: int, end: int | None = None) -> Chunk:
         """Let the sequencer publish these seqs as one chunk that continues the head."""
         rows = [make_row(seq) for seq in seqs]
@@ -188,38 +195,31 @@ class TestLive:
     @virtual_time
     async def test_a_consumer_at_the_head_gets_what_is_published_from_then_on(self) -> None:
         bench = Bench(history=10)
-        outbox = bench.outbox()
-        steps = outbox.events(10)
-        assert await until_caught_up(steps) == []
+        outbox, steps = await bench.live(10)
         assert outbox.caught_up
         bench.publish(11, 12)
         bench.publish(14)
         assert await next_seqs(steps, 3) == [11, 12, 14]
         assert outbox.position == 14
         assert bench.reads == []
-        await steps.aclose()
 
     @virtual_time
     async def test_a_waiting_consumer_wakes_at_once(self) -> None:
         bench = Bench()
-        steps = bench.outbox().events(0)
-        await until_caught_up(steps)
+        _, steps = await bench.live(0)
         asyncio.get_running_loop().call_later(7, bench.publish, 1)
         assert seqs_of(await anext(steps)) == [1]
         assert now() == pytest.approx(7)
-        await steps.aclose()
 
     @virtual_time
     async def test_all_that_waits_comes_in_one_step_about_a_page_at_most(self) -> None:
         bench = Bench(page_max_events=4)
-        steps = bench.outbox().events(0)
-        await until_caught_up(steps)
+        _, steps = await bench.live(0)
         for seq in range(1, 41):
             bench.publish(seq)
         first = seqs_of(await anext(steps))
         assert 4 <= len(first) <= 8
         assert first + await next_seqs(steps, 40 - len(first)) == list(range(1, 41))
-        await steps.aclose()
 
     @virtual_time
     async def test_connections_share_the_chunk_itself(self) -> None:
@@ -237,15 +237,12 @@ class TestLive:
     @virtual_time
     async def test_holes_between_chunks_are_passed_over(self) -> None:
         bench = Bench()
-        outbox = bench.outbox()
-        steps = outbox.events(0)
-        await until_caught_up(steps)
+        outbox, steps = await bench.live(0)
         bench.publish(2, end=5)
         bench.publish(end=8)
         bench.publish(9)
         assert await next_seqs(steps, 2) == [2, 9]
         assert outbox.position == 9
-        await steps.aclose()
 
 
 class TestBackfill:
@@ -266,7 +263,6 @@ class TestBackfill:
         bench.publish(16)
         assert seqs_of(await anext(steps)) == [16]
         assert bench.metrics.count["ring_hits"] == 0
-        await steps.aclose()
 
     @virtual_time
     async def test_a_cursor_inside_the_ring_needs_no_database(self) -> None:
@@ -277,7 +273,6 @@ class TestBackfill:
         assert await until_caught_up(steps) == [13, 14]
         assert bench.reads == []
         assert bench.metrics.count["ring_hits"] == 1
-        await steps.aclose()
 
     @virtual_time
     async def test_a_long_way_through_the_ring_is_taken_in_pages(self) -> None:
@@ -294,7 +289,6 @@ class TestBackfill:
             assert bench.has_subscribers == (outbox.position == 30)
         assert sum(sizes) == 30
         assert max(sizes) <= 4
-        await steps.aclose()
 
     @virtual_time
     async def test_a_reader_whom_the_ring_left_behind_goes_on_from_the_database(self) -> None:
@@ -309,7 +303,6 @@ class TestBackfill:
         assert not bench.sequencer.ring.covers(got[-1])
         assert got + await until_caught_up(steps) == list(range(1, 30))
         assert bench.reads[0] == got[-1]
-        await steps.aclose()
 
     @virtual_time
     async def test_a_reader_whom_the_ring_leaves_behind_while_others_have_their_turn_goes_on(
@@ -336,7 +329,6 @@ class TestBackfill:
         await anext(steps)
         await asyncio.sleep(0)
         assert bench.reads == [0, 4]
-        await steps.aclose()
 
     @virtual_time
     async def test_pages_end_at_the_head_and_what_is_published_meanwhile_follows(self) -> None:
@@ -348,7 +340,6 @@ class TestBackfill:
         # The ring holds the last chunk alone: 7 and 8 are read from the database.
         assert await until_caught_up(steps) == [7, 8, 9]
         assert bench.reads == [0, 6]
-        await steps.aclose()
 
 
 class TestCutover:
@@ -368,7 +359,6 @@ class TestCutover:
         assert await until_caught_up(steps) == [6]
         bench.publish(7)
         assert seqs_of(await anext(steps)) == [7]
-        await steps.aclose()
 
     @pytest.mark.parametrize("steps_before", range(7))
     @virtual_time
@@ -392,7 +382,6 @@ class TestCutover:
             step = await anext(steps)
             got += seqs_of(step) if isinstance(step, Events) else []
         assert got == list(range(1, 15))
-        await steps.aclose()
 
     @virtual_time
     async def test_events_between_the_subscription_and_the_first_read_wait_in_the_queue(
@@ -408,28 +397,22 @@ class TestCutover:
         assert outbox.position == 1
         assert isinstance(await anext(steps), CaughtUp)
         assert seqs_of(await anext(steps)) == [2]
-        await steps.aclose()
 
 
 class TestACursorAheadOfTheHead:
     @virtual_time
     async def test_it_is_waited_for_and_nothing_before_it_is_delivered(self) -> None:
         bench = Bench(history=10)
-        outbox = bench.outbox()
-        steps = outbox.events(13)
-        assert await until_caught_up(steps) == []
+        _, steps = await bench.live(13)
         bench.publish(11, 12)
         bench.publish(13, 14)
         bench.publish(15)
         assert await next_seqs(steps, 2) == [14, 15]
-        await steps.aclose()
 
     @virtual_time
     async def test_its_position_does_not_go_back(self) -> None:
         bench = Bench(history=10)
-        outbox = bench.outbox(filter=ONLY_SPAM)
-        steps = outbox.events(20)
-        await until_caught_up(steps)
+        outbox, steps = await bench.live(20, filter=ONLY_SPAM)
         # The first is hidden by the filter, the second is not.
         for seq in (12, 13):
             bench.publish(seq)
@@ -438,7 +421,6 @@ class TestACursorAheadOfTheHead:
         assert outbox.position == 20
         bench.publish(22)
         assert outbox.position == 22
-        await steps.aclose()
 
 
 class TestOverflow:
@@ -486,14 +468,11 @@ class TestOverflow:
     @virtual_time
     async def test_a_consumer_that_reads_as_it_comes_never_overflows(self) -> None:
         bench = Bench()
-        outbox = bench.outbox(max_events=2)
-        steps = outbox.events(0)
-        await until_caught_up(steps)
+        outbox, steps = await bench.live(0, max_events=2)
         for seq in range(1, 50):
             bench.publish(seq)
             assert seqs_of(await anext(steps)) == [seq]
         assert outbox.closed is None
-        await steps.aclose()
 
     @virtual_time
     async def test_history_is_not_counted_against_the_queue(self) -> None:
@@ -502,7 +481,6 @@ class TestOverflow:
         steps = outbox.events(0)
         assert await until_caught_up(steps) == list(range(1, 51))
         assert outbox.closed is None
-        await steps.aclose()
 
 
 class TestFilters:
@@ -517,14 +495,11 @@ class TestFilters:
         bench.publish(16, 17, 18)
         assert seqs_of(await anext(steps)) == [17]
         assert outbox.position == 18
-        await steps.aclose()
 
     @virtual_time
     async def test_hidden_live_events_move_the_position_and_wake_nobody(self) -> None:
         bench = Bench()
-        outbox = bench.outbox(filter=ONLY_SPAM)
-        steps = outbox.events(0)
-        await until_caught_up(steps)
+        outbox, steps = await bench.live(0, filter=ONLY_SPAM)
         reading = asyncio.ensure_future(anext(steps))
         await asyncio.sleep(0)
         bench.publish(2)
@@ -534,35 +509,28 @@ class TestFilters:
         assert not reading.done()
         bench.publish(7)
         assert seqs_of(await reading) == [7]
-        await steps.aclose()
 
     @virtual_time
     async def test_hidden_events_do_not_pass_those_that_wait(self) -> None:
         bench = Bench()
-        outbox = bench.outbox(filter=ONLY_SPAM)
-        steps = outbox.events(0)
-        await until_caught_up(steps)
+        outbox, steps = await bench.live(0, filter=ONLY_SPAM)
         bench.publish(1)
         bench.publish(2)
         # The position is what a reconnect starts from: 1 has not been yielded.
         assert outbox.position == 0
         assert seqs_of(await anext(steps)) == [1]
         assert outbox.position == 2
-        await steps.aclose()
 
     @virtual_time
     async def test_what_the_filter_hides_is_not_counted_as_waiting(self) -> None:
         bench = Bench()
-        outbox = bench.outbox(filter=ONLY_SPAM, max_events=2)
-        steps = outbox.events(0)
-        await until_caught_up(steps)
+        outbox, steps = await bench.live(0, filter=ONLY_SPAM, max_events=2)
         bench.publish(1)
         for seq in range(2, 24, 2):
             bench.publish(seq)
         assert (outbox.queued, outbox.closed) == (1, None)
         assert await next_seqs(steps, 1) == [1]
         assert outbox.position == 22
-        await steps.aclose()
 
     @virtual_time
     async def test_consumers_with_the_same_filter_share_one_chunk(self) -> None:
@@ -612,7 +580,6 @@ class TestExpress:
         assert express.seqs == [1, 2, 4]
         waiting.cancel()
         await asyncio.gather(waiting, return_exceptions=True)
-        await steps.aclose()
 
     @virtual_time
     async def test_nothing_goes_express_while_the_consumer_writes(self) -> None:
@@ -626,7 +593,6 @@ class TestExpress:
         bench.publish(2)
         assert express.seqs == []
         assert await next_seqs(steps, 2) == [1, 2]
-        await steps.aclose()
 
     @virtual_time
     async def test_what_follows_a_full_socket_waits_in_the_queue(self) -> None:
@@ -650,7 +616,6 @@ class TestExpress:
         assert express.seqs == [1, 3]
         waiting.cancel()
         await asyncio.gather(waiting, return_exceptions=True)
-        await steps.aclose()
 
     @virtual_time
     async def test_a_full_socket_wakes_the_consumer_to_wait_for_it(self) -> None:
@@ -665,7 +630,6 @@ class TestExpress:
         bench.publish(1)
         assert await waiting == Events([])
         assert express.seqs == [1]
-        await steps.aclose()
 
     @virtual_time
     async def test_a_full_socket_that_stays_full_overflows_the_queue(self) -> None:
@@ -694,7 +658,6 @@ class TestExpress:
         assert isinstance(await anext(steps), Silence)
         assert now() == pytest.approx(20 + HEARTBEAT_SECONDS)
         assert express.seqs == [1, 2]
-        await steps.aclose()
 
     @virtual_time
     async def test_falling_back_ends_it_until_the_consumer_has_caught_up(self) -> None:
@@ -711,7 +674,6 @@ class TestExpress:
         assert seqs_of(await waiting) == [1]
         assert express.seqs == []
         assert await until_caught_up(steps) == []
-        await steps.aclose()
 
 
 class Told:
@@ -750,27 +712,22 @@ class TestExpiries:
     @virtual_time
     async def test_a_waiting_consumer_is_told_at_once_and_the_position_stays(self) -> None:
         bench, told = Bench(history=3), Told()
-        outbox = bench.outbox(expiries=told)
-        steps = outbox.events(3)
-        await until_caught_up(steps)
+        outbox, steps = await bench.live(3, expiries=told)
         asyncio.get_running_loop().call_later(7, told.expire, 1, 2)
         assert seqs_of(await anext(steps)) == []
         assert expired_in(await anext(steps)) == [1, 2]
         assert now() == pytest.approx(7)
         assert outbox.position == 3
-        await steps.aclose()
 
     @virtual_time
     async def test_labels_that_wait_come_first(self) -> None:
         bench, told = Bench(), Told()
-        steps = bench.outbox(expiries=told).events(0)
-        await until_caught_up(steps)
+        _, steps = await bench.live(0, expiries=told)
         bench.publish(1)
         told.expire(1)
         bench.publish(2)
         assert seqs_of(await anext(steps)) == [1, 2]
         assert expired_in(await anext(steps)) == [1]
-        await steps.aclose()
 
     @virtual_time
     async def test_history_comes_first(self) -> None:
@@ -780,16 +737,13 @@ class TestExpiries:
         told.expire(2)
         assert await until_caught_up(steps) == list(range(1, 11))
         assert expired_in(await anext(steps)) == [2]
-        await steps.aclose()
 
     @virtual_time
     async def test_they_come_about_a_page_at_a_time(self) -> None:
         bench, told = Bench(page_max_events=4), Told()
-        steps = bench.outbox(expiries=told).events(0)
-        await until_caught_up(steps)
+        _, steps = await bench.live(0, expiries=told)
         told.expire(*range(1, 11))
         assert [len(expired_in(await anext(steps))) for _ in range(3)] == [4, 4, 2]
-        await steps.aclose()
 
     @virtual_time
     async def test_after_them_labels_go_express_again(self) -> None:
@@ -817,9 +771,7 @@ class TestExpiries:
     @virtual_time
     async def test_events_and_expiries_that_wait_are_counted_together(self) -> None:
         bench, told = Bench(), Told()
-        outbox = bench.outbox(max_events=5, expiries=told)
-        steps = outbox.events(0)
-        await until_caught_up(steps)
+        outbox, steps = await bench.live(0, max_events=5, expiries=told)
         bench.publish(1, 2)
         told.expire(1, 2, 3)
         assert (outbox.queued, outbox.closed) == (5, None)
@@ -834,9 +786,7 @@ class TestExpiries:
     @virtual_time
     async def test_a_label_is_one_too_many_beside_expiries_that_wait(self) -> None:
         bench, told = Bench(), Told()
-        outbox = bench.outbox(max_events=5, expiries=told)
-        steps = outbox.events(0)
-        await until_caught_up(steps)
+        outbox, _ = await bench.live(0, max_events=5, expiries=told)
         told.expire(1, 2, 3, 4, 5)
         bench.publish(1)
         assert isinstance(outbox.closed, ConsumerTooSlow)
@@ -845,8 +795,7 @@ class TestExpiries:
     @virtual_time
     async def test_who_hangs_up_or_is_closed_asks_no_more(self) -> None:
         bench, gone, closed = Bench(), Told(), Told()
-        steps = bench.outbox(expiries=gone).events(0)
-        await until_caught_up(steps)
+        _, steps = await bench.live(0, expiries=gone)
         await steps.aclose()
         outbox = bench.outbox(expiries=closed)
         outbox.events(0)
@@ -857,19 +806,16 @@ class TestExpiries:
     @virtual_time
     async def test_silence_is_silence_although_it_asks(self) -> None:
         bench, told = Bench(), Told()
-        steps = bench.outbox(expiries=told).events(0)
-        await until_caught_up(steps)
+        _, steps = await bench.live(0, expiries=told)
         assert isinstance(await anext(steps), Silence)
         assert now() == pytest.approx(HEARTBEAT_SECONDS)
-        await steps.aclose()
 
 
 class TestSilence:
     @virtual_time
     async def test_it_is_reported_each_time_nothing_came_for_the_heartbeat(self) -> None:
         bench = Bench()
-        steps = bench.outbox().events(0)
-        await until_caught_up(steps)
+        _, steps = await bench.live(0)
         for count in (1, 2, 3):
             assert isinstance(await anext(steps), Silence)
             assert now() == pytest.approx(count * HEARTBEAT_SECONDS)
@@ -877,26 +823,21 @@ class TestSilence:
         assert seqs_of(await anext(steps)) == [1]
         assert isinstance(await anext(steps), Silence)
         assert now() == pytest.approx(4 * HEARTBEAT_SECONDS)
-        await steps.aclose()
 
     @virtual_time
     async def test_hidden_events_do_not_put_it_off(self) -> None:
         bench = Bench()
-        outbox = bench.outbox(filter=ONLY_SPAM)
-        steps = outbox.events(0)
-        await until_caught_up(steps)
+        outbox, steps = await bench.live(0, filter=ONLY_SPAM)
         for seconds in range(1, 15):
             asyncio.get_running_loop().call_later(seconds, bench.publish, 2 * seconds)
         assert isinstance(await anext(steps), Silence)
         assert now() == pytest.approx(HEARTBEAT_SECONDS)
         assert outbox.position == 28
-        await steps.aclose()
 
     @virtual_time
     async def test_an_event_that_comes_right_when_it_has_lasted_too_long_is_kept(self) -> None:
         bench = Bench()
-        steps = bench.outbox().events(0)
-        await until_caught_up(steps)
+        _, steps = await bench.live(0)
         reading = asyncio.ensure_future(anext(steps))
         await asyncio.sleep(0)
         # The timer of the silence, which was set before, expires in the same turn of the loop.
@@ -905,7 +846,6 @@ class TestSilence:
         assert isinstance(await reading, Silence)
         assert now() == pytest.approx(HEARTBEAT_SECONDS)
         assert seqs_of(await anext(steps)) == [1]
-        await steps.aclose()
 
     @virtual_time
     async def test_it_is_reported_while_a_page_is_being_read(self) -> None:
@@ -919,7 +859,6 @@ class TestSilence:
         assert seqs_of(await anext(steps)) == [1, 2, 3]
         # One read, however long it took.
         assert bench.reads == [0]
-        await steps.aclose()
 
 
 class TestRetention:
@@ -934,7 +873,6 @@ class TestRetention:
         assert await anext(steps) == Outdated(cursor=4, floor=11)
         assert seqs_of(await anext(steps)) == [11, 12, 13, 14]
         assert await until_caught_up(steps) == [15, 16, 17, 18, 19, 20]
-        await steps.aclose()
 
     @virtual_time
     async def test_a_cursor_below_the_floor_is_told_before_the_first_event(self) -> None:
@@ -943,7 +881,6 @@ class TestRetention:
         steps = bench.outbox().events(2)
         assert await anext(steps) == Outdated(cursor=2, floor=5)
         assert seqs_of(await anext(steps)) == [5, 6, 7, 8]
-        await steps.aclose()
 
     @virtual_time
     async def test_a_single_event_that_was_taken_is_told_too(self) -> None:
@@ -952,7 +889,6 @@ class TestRetention:
         steps = bench.outbox().events(3)
         assert await anext(steps) == Outdated(cursor=3, floor=5)
         assert await until_caught_up(steps) == [5, 6, 7, 8, 9, 10]
-        await steps.aclose()
 
     @virtual_time
     async def test_a_cursor_right_below_the_floor_has_lost_nothing(self) -> None:
@@ -960,7 +896,6 @@ class TestRetention:
         bench.retire(floor=5)
         steps = bench.outbox().events(4)
         assert await until_caught_up(steps) == [5, 6, 7, 8, 9, 10]
-        await steps.aclose()
 
     @virtual_time
     async def test_a_table_that_was_emptied_is_told_once_and_the_stream_goes_on(self) -> None:
@@ -971,7 +906,6 @@ class TestRetention:
         assert await until_caught_up(steps) == []
         bench.publish(11)
         assert seqs_of(await anext(steps)) == [11]
-        await steps.aclose()
 
     @virtual_time
     async def test_a_reader_of_the_ring_that_falls_below_the_floor_is_told(self) -> None:
@@ -985,7 +919,6 @@ class TestRetention:
         assert await anext(steps) == Outdated(cursor=4, floor=11)
         assert await until_caught_up(steps) == list(range(11, 31))
         assert bench.reads == []
-        await steps.aclose()
 
     @pytest.mark.parametrize("history", [0, 20])
     @virtual_time
@@ -1002,7 +935,6 @@ class TestRetention:
         bench.publish(33)
         await bench.sequencer.look_at_state()
         assert await next_seqs(steps, 2) == [31, 33]
-        await steps.aclose()
 
     @virtual_time
     async def test_where_nothing_is_kept_it_is_the_first_that_can_follow(self) -> None:
@@ -1015,7 +947,6 @@ class TestRetention:
         assert await until_caught_up(steps) == []
         bench.publish(9)
         assert seqs_of(await anext(steps)) == [9]
-        await steps.aclose()
 
     @virtual_time
     async def test_a_page_that_was_read_before_is_cut_off_below_the_floor(self) -> None:
@@ -1032,7 +963,6 @@ class TestRetention:
         assert await until_caught_up(steps) == [
             row.seq for row in bench.table if row.seq >= 6 and row.val == "spam"
         ]
-        await steps.aclose()
 
     @virtual_time
     async def test_a_page_that_lies_below_the_floor_is_not_read_on_from(self) -> None:
@@ -1044,7 +974,6 @@ class TestRetention:
         assert await anext(steps) == Outdated(cursor=4, floor=91)
         assert await until_caught_up(steps) == list(range(91, 101))
         assert [cursor for cursor in bench.reads if cursor > 4] == [90, 94, 98]
-        await steps.aclose()
 
     @virtual_time
     async def test_a_new_consumer_of_a_snapshot_starts_at_the_floor_and_is_not_told(self) -> None:
@@ -1055,7 +984,6 @@ class TestRetention:
         steps = outbox.events(0)
         assert await next_seqs(steps, 10) == list(range(11, 21))
         assert await anext(steps) == SnapshotComplete(20)
-        await steps.aclose()
 
     @virtual_time
     async def test_a_snapshot_that_the_floor_has_passed_is_complete_and_then_outdated(self) -> None:
@@ -1067,7 +995,6 @@ class TestRetention:
         assert await anext(steps) == SnapshotComplete(8)
         assert await anext(steps) == Outdated(cursor=8, floor=11)
         assert await until_caught_up(steps) == list(range(11, 21))
-        await steps.aclose()
 
 
 class TestALostDatabase:
@@ -1087,17 +1014,14 @@ class TestALostDatabase:
         assert bench.reads == [0] * 13
         # The waits grow: twelve failures take longer than a second each could explain at first.
         assert 15 < now() < 40
-        await steps.aclose()
 
     @virtual_time
     async def test_live_is_not_concerned(self) -> None:
         bench = Bench()
         bench.failures = [DatabaseUnavailable("gone")]
-        steps = bench.outbox().events(0)
-        await until_caught_up(steps)
+        _, steps = await bench.live(0)
         bench.publish(1)
         assert seqs_of(await anext(steps)) == [1]
-        await steps.aclose()
 
     @virtual_time
     async def test_any_other_error_ends_the_stream(self) -> None:
@@ -1138,9 +1062,7 @@ class TestClosing:
     @virtual_time
     async def test_closing_wakes_a_consumer_that_waits_for_the_next_event(self) -> None:
         bench = Bench()
-        outbox = bench.outbox()
-        steps = outbox.events(0)
-        await until_caught_up(steps)
+        outbox, steps = await bench.live(0)
         asyncio.get_running_loop().call_later(2, outbox.close, ServerStopping("stopping"))
         with pytest.raises(ServerStopping):
             await anext(steps)
@@ -1171,9 +1093,7 @@ class TestClosing:
     @virtual_time
     async def test_a_consumer_that_hangs_up_is_unsubscribed(self) -> None:
         bench = Bench()
-        outbox = bench.outbox()
-        steps = outbox.events(0)
-        await until_caught_up(steps)
+        outbox, steps = await bench.live(0)
         assert bench.has_subscribers
         await steps.aclose()
         assert not bench.has_subscribers
@@ -1217,9 +1137,7 @@ class TestBrokenPromises:
     async def test_a_live_chunk_that_leaves_a_hole_stops_the_stream(self, seqs: list[int]) -> None:
         bench = Bench()
         bench.publish(1)
-        outbox = bench.outbox()
-        steps = outbox.events(0)
-        await until_caught_up(steps)
+        outbox, steps = await bench.live(1)
         outbox.push(encode_rows([make_row(seq) for seq in seqs], start=5, end=7))
         with pytest.raises(BrokenPromise, match="does not continue position 1"):
             await anext(steps)
