@@ -1,1 +1,1 @@
-"""The HTTP side: each file answers one kind of request."""
+"""The HTTP side: each handler module answers one kind of request."""

@@ -1,14 +1,12 @@
-"""Who the client is, and how much one client may hold.
+"""Finds the client's address, and limits what one address may hold.
 
-Promises: `X-Forwarded-For` counts only as far as proxies that the operator trusts
-wrote it, so nobody chooses the address they are counted under; one address holds
-no more than it may, and what it held is free again when it ends.
-Stands at the edge of the corridor: the guard and the stream handler ask it.
-Does not belong here: sockets, answers.
+Promises: only entries of `X-Forwarded-For` that trusted proxies wrote are used, so no client can
+choose its own address. One address never holds more than its limit. A connection or stream that
+ends frees its share.
 
-Own code, not a library: aiohttp-remotes' `XForwardedFiltered` (1.4.0) never looks at
-the peer, so whoever connects directly chooses their address, and it answers 400 to
-the two header lines that HTTP allows in place of one (RFC 9110, section 5.3).
+This is own code, because the library aiohttp-remotes (`XForwardedFiltered`, 1.4.0) never checks
+the peer. So a client that connects directly could choose its address. It also answers 400 to two
+header lines, which HTTP allows in place of one (RFC 9110, section 5.3).
 """
 
 from __future__ import annotations
@@ -30,36 +28,37 @@ from sse_labels.errors import TooManyFromAddress
 
 Network = IPv4Network | IPv6Network
 
-#: What a household or an office gets: who has one address of it has all of them (RFC 6177).
+#: The IPv6 network of a household or an office. A client with one of its addresses has all of
+#: them (RFC 6177).
 IPV6_PREFIX = 64
-#: Longer is no address, whatever port and scope stand in it.
+#: No address is longer, even with a port and a scope.
 MAX_ADDRESS_CHARACTERS = 100
-#: Addresses of which it is remembered what they are: parsing one takes 10 µs.
+#: The number of parsed addresses in the cache: parsing one takes 10 µs.
 REMEMBERED = 4096
-#: When a client that holds too much may try again, in seconds.
+#: How long a client over its limit should wait, in seconds.
 RETRY_SECONDS = 30
 
 
 class TrustedProxies:
-    """Knows whose `X-Forwarded-For` to believe."""
+    """The proxies whose `X-Forwarded-For` is trusted."""
 
     def __init__(self, networks: Sequence[Network]) -> None:
         self._networks = tuple(networks)
 
     def trusts(self, address: str) -> bool:
-        """Tell whether `address` is one of the proxies."""
+        """Return whether `address` is one of the proxies."""
         parsed = parse_address(address)
         return parsed is not None and any(parsed in network for network in self._networks)
 
     def client(self, request: web.Request) -> str:
-        """Return the client's address: the last one that no trusted proxy stands behind.
+        """Return the client's address: from the right, the first address that is not trusted.
 
-        Every proxy adds its own peer on the right, so what stands left of the first
-        address that is not trusted may be anybody's invention. Empty for a Unix socket.
+        Every proxy appends the address of its own peer on the right. Everything left of the first
+        untrusted address may be forged. The result is empty for a Unix socket.
         """
         address = request.remote or ""
         if address.startswith("::ffff:"):
-            # A socket for both families.
+            # A socket for both families shows IPv4 peers like this.
             address = str(parse_address(address) or address)
         if not self.trusts(address):
             return address
@@ -67,7 +66,7 @@ class TrustedProxies:
         for entry in reversed(listed.split(",")):
             parsed = parse_address(entry)
             if parsed is None:
-                # Nothing, or `unknown`: no more is known than the proxy that wrote it.
+                # Empty, or `unknown`: only the proxy that wrote the entry is known.
                 return address
             address = str(parsed)
             if not self.trusts(address):
@@ -76,18 +75,18 @@ class TrustedProxies:
 
 
 def reader_of(address: str, subject: str | None) -> str:
-    """Return whom reads are shared among: whose token it is if it says, else the address.
+    """Return the name under which the reads of one reader are counted.
 
-    A proxy that nobody stands behind, as far as it says, is one as well.
+    The name is the subject of the reader's token, or else the address.
     """
     return f"address {group(address)}" if subject is None else f"subject {subject}"
 
 
 class PerAddress:
-    """Counts what addresses hold; an IPv6 network of 64 bits counts as one address."""
+    """Counts what each address holds. An IPv6 /64 network counts as one address."""
 
     def __init__(self, most: int, exempt: Callable[[str], bool]) -> None:
-        """`exempt` tells which addresses have no limit."""
+        """`exempt` returns whether an address has no limit."""
         self._most = most
         self._exempt = exempt
         self._held: dict[str, int] = {}
@@ -97,7 +96,7 @@ class PerAddress:
         return len(self._held)
 
     def take(self, address: str) -> str | None:
-        """Hold one more, and return what `give_back` takes; raise TooManyFromAddress."""
+        """Count one more, and return the key for `give_back`. Raises TooManyFromAddress."""
         if self._exempt(address):
             return None
         key = group(address)
@@ -111,19 +110,19 @@ class PerAddress:
         return key
 
     def give_back(self, key: str | None) -> None:
-        """Hold one less."""
+        """Count one less."""
         if key is None:
             return
-        # An address that holds nothing takes no memory.
+        # An address that holds nothing needs no memory.
         left = self._held.pop(key) - 1
         if left:
             self._held[key] = left
 
 
 def parse_address(text: str) -> IPv4Address | IPv6Address | None:
-    """Return the address that `text` is, also with a port, else None.
+    """Return the address in `text`, which may have a port. None: `text` is not an address.
 
-    `::ffff:192.0.2.1` is 192.0.2.1: that is how a socket for both families shows its peers.
+    `::ffff:192.0.2.1` is read as 192.0.2.1: a socket for both families shows IPv4 peers like this.
     """
     return _parse(text) if len(text) <= MAX_ADDRESS_CHARACTERS else None
 
@@ -136,7 +135,7 @@ def _parse(text: str) -> IPv4Address | IPv6Address | None:
     elif text.count(":") == 1:
         text = text.partition(":")[0]
     try:
-        # A scope (fe80::1%eth0) says which link, not who; in a header it is whatever was sent.
+        # A scope (fe80::1%eth0) names a link, not a client. In a header a scope may be forged.
         parsed = ip_address(text.partition("%")[0])
     except ValueError:
         return None
@@ -144,13 +143,13 @@ def _parse(text: str) -> IPv4Address | IPv6Address | None:
 
 
 def caused_by(address: str, **fields: object) -> dict[str, object]:
-    """Return the `extra` of a log line that whoever is at `address` can cause at will."""
+    """Return the `extra` of a log line that the client at `address` can cause at will."""
     return {"caused_by": group(address), "peer": address, **fields}
 
 
 @lru_cache(REMEMBERED)
 def group(address: str) -> str:
-    """Return what an address is counted under."""
+    """Return the key under which an address is counted."""
     parsed = parse_address(address)
     if isinstance(parsed, IPv6Address):
         return str(ip_network((parsed, IPV6_PREFIX), strict=False))

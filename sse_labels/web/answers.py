@@ -1,8 +1,7 @@
-"""How requests are answered when they are not streams: JSON, errors, CORS.
+"""Answers to requests that are not streams: JSON, errors, CORS.
 
-Promises: every error leaves as `{"error": Name, "message": …}` with the right
-status; nothing of the inside (a traceback, a DSN, a token) leaves with it.
-Does not belong here: what a handler does.
+Promises: every error is answered as `{"error": Name, "message": …}` with the right status. An
+answer never contains internal data, such as a traceback, a DSN or a token.
 """
 
 from __future__ import annotations
@@ -27,28 +26,29 @@ from sse_labels.web.parameters import check_encoding
 
 log = logging.getLogger(__name__)
 
-#: How long a client that was told "not now" should wait, in seconds.
+#: How long a client should wait after a 503, in seconds.
 RETRY_AFTER_SECONDS = 5
-#: What a page of another origin may read of our headers.
+#: The response headers that a page of another origin may read.
 EXPOSED_HEADERS = "Sse-Labels-Head, Sse-Labels-Epoch, Retry-After, WWW-Authenticate"
-#: How this server signs its answers; aiohttp would tell its version and Python's.
+#: The header Server of every answer. aiohttp's own value contains its version and Python's.
 SERVER = "sse_labels"
-#: On every answer: no other type than the one said, no frame around it, nothing loaded by it, and
-#: its address, in which a token may stand, is not told to others (OWASP Secure Headers Project).
+#: The headers of every answer. A browser must not guess another type, show the answer in a frame,
+#: load anything for it, or send its URL, which may contain a token, to other sites (OWASP Secure
+#: Headers Project).
 SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
     hdrs.SERVER: SERVER,
 }
-#: What such a page may send when it does not ask for particular headers.
+#: The request headers that such a page may send when its preflight names none.
 ALLOWED_HEADERS = "Authorization, Content-Type, Idempotency-Key, Last-Event-ID"
-#: What a browser may remember of a preflight, in seconds.
+#: How long a browser may remember a preflight, in seconds.
 PREFLIGHT_SECONDS = 86_400
 
 
 def json_response(value: object, *, status: int = 200) -> web.Response:
-    """Return `value` as compact JSON on a line: a shell's prompt comes below it."""
+    """Return `value` as compact JSON with a line end, for clients in a shell."""
     return web.Response(
         text=f"{dumps(value)}\n",
         status=status,
@@ -67,9 +67,9 @@ def error_response(error: RequestError) -> web.Response:
 
 
 def errors_as_json(metrics: Metrics, client: Callable[[web.Request], str]) -> Middleware:
-    """Return the middleware that turns every error into its answer, and counts it.
+    """Return the middleware that turns every error into an answer, and counts the error.
 
-    `client` tells whose request it is.
+    `client` returns the client's address.
     """
 
     @web.middleware
@@ -81,7 +81,7 @@ def errors_as_json(metrics: Metrics, client: Callable[[web.Request], str]) -> Mi
             answer = error_response(error)
             name = error.name
         except ConnectionResetError:
-            # The client left while it was answered: nobody reads this, and nothing is wrong here.
+            # The client left during the answer. Nobody reads this answer, and it is not an error.
             return web.Response(status=400)
         except DatabaseUnavailable as error:
             log.warning(
@@ -91,7 +91,7 @@ def errors_as_json(metrics: Metrics, client: Callable[[web.Request], str]) -> Mi
             answer = error_response(NotReady("the database is away; try again soon"))
             name = NotReady.name
         except DatabaseRefused as error:
-            # What it is about is the operator's to know, and no business of who asked.
+            # Only the operator may know the details, not the client.
             log.error(
                 "the database refuses a request",
                 extra=caused_by(client(request), path=request.path, error=error),
@@ -131,7 +131,7 @@ def _from_aiohttp(error: web.HTTPException) -> tuple[web.Response, str]:
 
 
 async def add_security_headers(request: web.Request, response: web.StreamResponse) -> None:
-    """Add what every answer carries; a handler may have a policy of its own."""
+    """Add the security headers. A handler may set its own Content-Security-Policy."""
     own = response.headers.get("Content-Security-Policy")
     response.headers.update(SECURITY_HEADERS)
     if own is not None:
@@ -139,7 +139,7 @@ async def add_security_headers(request: web.Request, response: web.StreamRespons
 
 
 def allow_origins(app: web.Application, origins: tuple[str, ...]) -> None:
-    """Let pages of `origins` read (Fetch standard, CORS protocol); `*` is every origin."""
+    """Let pages of `origins` read (Fetch standard, CORS protocol). `*` means every origin."""
     if not origins:
         return
 
@@ -153,13 +153,13 @@ def allow_origins(app: web.Application, origins: tuple[str, ...]) -> None:
         response.headers[hdrs.ACCESS_CONTROL_EXPOSE_HEADERS] = EXPOSED_HEADERS
 
     app.on_response_prepare.append(add_headers)
-    # A middleware and no route: a route for every path would make each 404 a 405.
+    # A middleware in place of a route: a route for every path would turn each 404 into a 405.
     app.middlewares.insert(0, preflight)
 
 
 @web.middleware
 async def preflight(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Answer a browser's question whether it may ask; `add_headers` says for whom."""
+    """Answer a browser's preflight. `add_headers` adds the allowed origin."""
     if (
         request.method != hdrs.METH_OPTIONS
         or hdrs.ACCESS_CONTROL_REQUEST_METHOD not in request.headers
@@ -168,8 +168,8 @@ async def preflight(request: web.Request, handler: Handler) -> web.StreamRespons
     response = await handler(request)
     if response.status == 204:
         response.headers[hdrs.ACCESS_CONTROL_ALLOW_METHODS] = response.headers[hdrs.ALLOW]
-        # What it asks for: clients of the protocol add headers of their own
-        # (`atproto-accept-labelers`). What is not ASCII is no header's name, nor can be sent.
+        # Allow all headers that the preflight names: clients of the protocol send their own
+        # (`atproto-accept-labelers`). A text that is not ASCII is not a header's name.
         asked = request.headers.get(hdrs.ACCESS_CONTROL_REQUEST_HEADERS, "")
         allowed = asked if asked and asked.isascii() else ALLOWED_HEADERS
         response.headers[hdrs.ACCESS_CONTROL_ALLOW_HEADERS] = allowed

@@ -1,10 +1,10 @@
-"""Who may read a stream: everybody, or whoever brings a JSON Web Token (RFC 7519).
+"""Decides who may read a stream: everybody, or holders of a JSON Web Token (RFC 7519).
 
-Promises: a token is taken only when its signature, its times, its issuer, its
-audience and the shape of its claims are right; the key alone says the algorithm;
-no token, nor any part of one, is in a message, in a log line or in a repr.
-Does not belong here: ending a stream when its token expires (`web.stream`), who
-may publish (`publish_tokens`), making tokens.
+Promises: a token is accepted only when its signature, times, issuer and audience are right and
+its claims have the right types. Only the key decides the algorithm. No token, and no part of a
+token, is in a message, in a log line or in a repr.
+Does not belong here: ending a stream when its token expires (`web.streams`), who may publish
+(`publishing.tokens`).
 
 Sources: RFC 6750 (bearer tokens), RFC 7519 (claims), RFC 8725 (best practice).
 """
@@ -34,26 +34,27 @@ from sse_labels.web.bearer import bearer_tokens, challenged
 COOKIE = "sse_labels_token"
 QUERY = "access_token"
 SOURCES_CLAIM = "sources"
-#: The longest life (exp - iat) of a token in a URL. URLs end up in logs, in histories and in what
-#: people paste: what is found there must be of no use any more. A page needs it for one connect.
+#: The longest validity (exp - iat) of a token in a URL. URLs end up in logs, in histories and in
+#: pasted texts, and a token that is found there must have expired. A page needs the token for one
+#: connect only.
 QUERY_TOKEN_MAX_SECONDS = 300
-#: How far the issuer's clock may be off. RFC 7519, 4.1.4: "usually no more than a few minutes";
-#: clocks are kept by NTP now.
+#: The allowed error of the issuer's clock. RFC 7519, 4.1.4: "usually no more than a few minutes";
+#: today NTP keeps clocks more exact.
 LEEWAY_SECONDS = 10
 #: RFC 7518, 3.2: an HS256 key has at least the size of the hash.
 SECRET_MIN_BYTES = 32
-#: 9999-12-31T23:59:59Z. A time beyond it is a mistake (milliseconds), not a plan.
+#: 9999-12-31T23:59:59Z. A later time is a mistake, such as milliseconds in place of seconds.
 TIME_MAX = 253_402_300_799
 
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """What a request may see: labels of `sources` (None: of all) until `expires_at`."""
+    """What a request may read: labels of `sources` (None: all sources) until `expires_at`."""
 
     sources: frozenset[str] | None = None
-    #: Epoch seconds from which on the same token would be refused; None: never.
+    #: When the token begins to be refused, in seconds since 1970. None: never.
     expires_at: float | None = None
-    #: The claim `sub`: chosen by others, log it with %r.
+    #: The claim `sub`. The token's issuer chose the text: log it with %r.
     subject: str | None = None
 
 
@@ -61,13 +62,13 @@ PUBLIC = Grant()
 
 
 class StreamAuth:
-    """Tells what a request may read; without a key everybody may read everything."""
+    """Decides what a request may read. Without a key everybody may read everything."""
 
     def __init__(self, settings: Settings, clock: Callable[[], float] = time.time) -> None:
-        """Read the key: one secret (HS256), or one file with a public key (PEM) or several (JWKS).
+        """Read the key: one secret (HS256), or one file with public keys (PEM or JWKS).
 
-        Raises ConfigError when there are two, when one cannot be used, and when an issuer or an
-        audience is given without one: who set it thinks that streams are protected.
+        Raises ConfigError for two keys, for an unusable key, and for an issuer or an audience
+        without a key: the operator then believes that streams are protected.
         """
         self._issuer = settings.jwt_issuer
         self._audience = settings.jwt_audience
@@ -103,37 +104,37 @@ class StreamAuth:
         return self._keys is not None
 
     def authorize(self, request: web.Request, *, by_cookie: bool = True) -> Grant:
-        """Return what `request` may read; without `by_cookie` a cookie says nothing.
+        """Return what `request` may read. Without `by_cookie`, cookies are ignored.
 
-        Raises AuthRequired without a token or with one that does not hold, InvalidRequest when
-        the request carries two (RFC 6750, 2).
+        Raises AuthRequired without a valid token, and InvalidRequest for two tokens
+        (RFC 6750, 2).
         """
         if self._keys is None:
             return PUBLIC
         token, in_query = _token_of(request, by_cookie)
         if token is None:
-            # RFC 6750, 3.1: without any token, no error code.
+            # RFC 6750, 3.1: the answer to a request without a token has no error code.
             raise AuthRequired(
                 f"expected a token: Authorization: Bearer, the cookie {COOKIE}, or {QUERY}"
             )
         return self._grant(self._claims(token, self._keys()), in_query)
 
     def _claims(self, token: str, keys: Keys) -> Mapping[str, object]:
-        """Return what the token says, once its signature, issuer and audience are right."""
+        """Return the claims of a token whose signature, issuer and audience are right."""
         if not token.isascii():
-            # aiohttp reads headers with surrogateescape, and PyJWT cannot encode what comes of it.
+            # aiohttp decodes headers with surrogateescape, and PyJWT cannot encode the result.
             raise _refused("the token is malformed")
         try:
             key = keys if isinstance(keys, TokenKey) else _named(keys, token)
             claims: Mapping[str, object] = jwt.decode(
                 token,
                 key.material,
-                # Of the key, never of the token's header: a public key would else serve as an
-                # HMAC secret that everybody knows, or "none" as a signature (RFC 8725, 3.1).
+                # The key's algorithm, never that of the token's header. Otherwise a token could
+                # use the public key as an HMAC secret, or "none" as its signature (RFC 8725, 3.1).
                 algorithms=[key.algorithm],
                 options={
                     "require": ["exp"],
-                    # PyJWT asks the system's clock, and takes true and "1" for times.
+                    # PyJWT uses the system's clock, and accepts true and "1" as times.
                     "verify_exp": False,
                     "verify_nbf": False,
                     "verify_iat": False,
@@ -145,7 +146,7 @@ class StreamAuth:
         except jwt.MissingRequiredClaimError as error:
             raise _refused(f"the claim {error.claim} is missing") from None
         except jwt.PyJWTError as error:
-            # PyJWT's messages may quote the token; `from None` keeps them out of tracebacks too.
+            # PyJWT's messages may quote the token. `from None` keeps them out of tracebacks.
             raise _refused(_REASONS.get(type(error), "the token is malformed")) from None
         return claims
 
@@ -161,17 +162,17 @@ class StreamAuth:
             raise _refused("the token is not valid yet")
         if in_query and issued is None:
             raise _refused("the claim iat is missing: a token in the URL needs it")
-        # A second more: whoever asks the clock twice is not to be refused for it.
+        # One second more, for an issuer that reads the clock once for iat and once for exp.
         if in_query and expires - (issued or 0) > QUERY_TOKEN_MAX_SECONDS + 1:
             raise _refused(
-                f"a token in the URL may live {QUERY_TOKEN_MAX_SECONDS} seconds at most, "
+                f"a token in the URL may be valid for {QUERY_TOKEN_MAX_SECONDS} seconds at most, "
                 "from iat to exp"
             )
         subject = claims.get("sub")
         return Grant(
             _sources(claims),
-            # From here on the token would be refused: not earlier, or a stream that the leeway
-            # let in would end at once.
+            # Not earlier than the token is refused: otherwise a stream that opens within the
+            # leeway would end at once.
             expires + LEEWAY_SECONDS,
             subject if isinstance(subject, str) else None,
         )
@@ -179,7 +180,7 @@ class StreamAuth:
 
 @dataclass(frozen=True, slots=True)
 class TokenKey:
-    """A key, and the one algorithm that it is for."""
+    """A key with its only algorithm."""
 
     algorithm: str
     material: bytes | EllipticCurvePublicKey | Ed25519PublicKey = field(repr=False)
@@ -190,7 +191,7 @@ Keys = TokenKey | Mapping[str, TokenKey]
 
 
 def within_grant(asked: Filter | None, grant: Grant) -> Filter | None:
-    """Return the filter for what was asked and may be seen; raise Forbidden when asked for more."""
+    """Return `asked` limited to the grant. Raises Forbidden when `asked` exceeds the grant."""
     if grant.sources is None:
         return asked
     if asked is None or not asked.sources:
@@ -206,26 +207,26 @@ def within_grant(asked: Filter | None, grant: Grant) -> Filter | None:
 
 
 def parse_secret(content: bytes) -> TokenKey:
-    """Return the HS256 key that is `content` without line ends; raise Unusable."""
+    """Return the HS256 key in `content`, without line ends. Raises Unusable."""
     secret = content.strip(b"\r\n")
     if len(secret) < SECRET_MIN_BYTES:
         raise Unusable(f"a secret of at least {SECRET_MIN_BYTES} bytes (RFC 7518, 3.2)")
     try:
         HMACAlgorithm(HMACAlgorithm.SHA256).prepare_key(secret)
     except jwt.InvalidKeyError:
-        # A public key taken for a secret is a secret that everybody has.
-        raise Unusable("a secret, not a PEM, SSH or JWK key; those go to --jwt-key-file") from None
+        # Everybody has the public key. As a secret it would protect nothing.
+        raise Unusable("a secret, not a PEM, SSH or JWK key (--jwt-key-file takes these)") from None
     return TokenKey("HS256", secret)
 
 
 def parse_keys(content: bytes) -> Keys:
-    """Return the public key of a PEM file, or those of a JWKS file (RFC 7517); raise Unusable."""
+    """Return the public keys of a PEM file or a JWKS file (RFC 7517). Raises Unusable."""
     if content.lstrip().startswith(b"{"):
         return _parse_key_set(content)
     expected = "one public key, PEM, P-256 (ES256) or Ed25519 (EdDSA), or a JWKS"
     if b"PRIVATE KEY-----" in content:
         raise Unusable(f"{expected}; the private key is the issuer's alone")
-    # Of several, the first would be taken and the others silently left.
+    # `load_pem_public_key` would read the first of several keys and silently ignore the others.
     if content.count(b"-----BEGIN ") != 1:
         raise Unusable(expected)
     try:
@@ -253,7 +254,7 @@ def _parse_key_set(content: bytes) -> Mapping[str, TokenKey]:
             raise Unusable(f"keys[{place}] to be a public key; the secret is the issuer's alone")
         key = _parse_jwk(member)
         if key is None:
-            # RFC 7517, 5: keys of a kind that is not understood should be ignored.
+            # RFC 7517, 5: keys of an unknown type should be ignored.
             continue
         kid = member.get("kid")
         if not isinstance(kid, str) or not kid or kid in keys:
@@ -265,7 +266,7 @@ def _parse_key_set(content: bytes) -> Mapping[str, TokenKey]:
 
 
 def _parse_jwk(member: Mapping[str, object]) -> TokenKey | None:
-    """Return the key, None when it is of another kind or for another purpose."""
+    """Return the key. None: the key has another type or another purpose."""
     algorithm = {"P-256": "ES256", "Ed25519": "EdDSA"}.get(str(member.get("crv")))
     operations = member.get("key_ops", ["verify"])
     if (
@@ -282,7 +283,7 @@ def _parse_jwk(member: Mapping[str, object]) -> TokenKey | None:
 
 
 def _key(material: object) -> TokenKey | None:
-    """Return a public key with the algorithm of its type, None when we take none such."""
+    """Return a public key with the algorithm of its type. None: the type is not supported."""
     if isinstance(material, Ed25519PublicKey):
         return TokenKey("EdDSA", material)
     if isinstance(material, EllipticCurvePublicKey) and isinstance(material.curve, SECP256R1):
@@ -291,7 +292,7 @@ def _key(material: object) -> TokenKey | None:
 
 
 def _named(keys: Mapping[str, TokenKey], token: str) -> TokenKey:
-    """Return the key that the token's header names; the header is not to be trusted beyond."""
+    """Return the key that the token's header names. Nothing else of the header is trusted."""
     kid = jwt.get_unverified_header(token).get("kid")
     key = keys.get(kid) if isinstance(kid, str) else None
     if key is None:
@@ -300,10 +301,11 @@ def _named(keys: Mapping[str, TokenKey], token: str) -> TokenKey:
 
 
 def _token_of(request: web.Request, by_cookie: bool) -> tuple[str | None, bool]:
-    """Return the token and whether it stood in the URL.
+    """Return the token, and whether the URL contains it.
 
-    What the client put there itself wins over the cookie, which a browser sends unasked and a
-    page may not be able to delete. Two that were put there are refused: neither is meant less.
+    A token in the header or in the URL wins over the cookie: a browser sends cookies by itself,
+    and a page may be unable to delete them. Two tokens outside cookies are refused, because the
+    server cannot know which one to use.
     """
     queries = request.query.getall(QUERY, [])
     given = bearer_tokens(request) + queries
@@ -319,16 +321,16 @@ def _token_of(request: web.Request, by_cookie: bool) -> tuple[str | None, bool]:
         if not given[0]:
             raise challenged(InvalidRequest("the token is empty"), "invalid_request", "no token")
         return given[0], bool(queries)
-    # Emptied is how a cookie is often deleted.
+    # A deleted cookie is often sent with an empty value.
     return (request.cookies.get(COOKIE) or None) if by_cookie else None, False
 
 
 def _time(claims: Mapping[str, object], name: str) -> float | None:
-    """Return a NumericDate (RFC 7519, 2), None when there is none."""
+    """Return a NumericDate (RFC 7519, 2). None: the claim is absent."""
     if name not in claims:
         return None
     value = claims[name]
-    # bool is an int, and Python's JSON knows NaN and Infinity: none of them is a time.
+    # In Python a bool is an int, and JSON may contain NaN and Infinity. None of them is a time.
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= TIME_MAX:
         raise _refused(f"the claim {name} is not a time in seconds")
     return value
@@ -338,7 +340,7 @@ def _sources(claims: Mapping[str, object]) -> frozenset[str] | None:
     if SOURCES_CLAIM not in claims:
         return None
     value = claims[SOURCES_CLAIM]
-    # An empty array must not pass: a filter without sources lets all of them through.
+    # An empty array is refused: a filter without sources would pass all sources.
     if (
         not isinstance(value, list)
         or not value
@@ -348,7 +350,7 @@ def _sources(claims: Mapping[str, object]) -> frozenset[str] | None:
     return frozenset(value)
 
 
-#: Why PyJWT refused a token, in words that quote nothing of it.
+#: The reason of each PyJWT error, in a text that does not quote the token.
 _REASONS: dict[type[jwt.PyJWTError], str] = {
     jwt.InvalidSignatureError: "the signature does not fit the key",
     jwt.InvalidAlgorithmError: "the algorithm is not the one of the key",

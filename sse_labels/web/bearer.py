@@ -1,7 +1,7 @@
-"""Bearer tokens (RFC 6750): where one stands in a request, and what a refusal says.
+"""Bearer tokens (RFC 6750): find them in a request, check publish tokens, and refuse.
 
-Promises: a publish token is compared in constant time; no token is logged.
-Does not belong here: what a right opens; what a reader's token says (`auth`).
+Promises: a publish token is compared in constant time. No token is logged.
+Does not belong here: a reader's token (`auth`).
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ Error = TypeVar("Error", bound=RequestError)
 
 
 def bearer_tokens(request: web.Request) -> list[str]:
-    """Return the tokens of all headers `Authorization: Bearer …`; an empty one too."""
+    """Return the tokens of all headers `Authorization: Bearer …`, also empty tokens."""
     given = (value.partition(" ") for value in request.headers.getall(hdrs.AUTHORIZATION, []))
     return [token.strip() for scheme, _, token in given if scheme.lower() == "bearer"]
 
 
 def challenged(error: Error, code: str, description: str) -> Error:
-    """Return `error` with the challenge of RFC 6750, 3; `description` is ASCII without quotes."""
+    """Return `error` with the challenge of RFC 6750, 3. `description` is ASCII without quotes."""
     error.headers = {
         hdrs.WWW_AUTHENTICATE: f'Bearer realm="sse-labels", error="{code}", '
         f'error_description="{description}"'
@@ -32,9 +32,9 @@ def challenged(error: Error, code: str, description: str) -> Error:
 
 
 def holder_of(request: web.Request, tokens: PublishTokens, right: str, off: str) -> str:
-    """Return the name of the token's holder; raise AuthRequired or Forbidden.
+    """Return the name of the token's holder. Raises AuthRequired or Forbidden.
 
-    `off` says why it is closed to everybody, when no token is known.
+    `off` is the message for a server that knows no token.
     """
     if tokens.empty:
         raise Forbidden(off)

@@ -1,9 +1,9 @@
-"""The delivery: what one outbox yields, written to one socket, in the words of one wire.
+"""The delivery writes what one outbox yields to one socket, encoded by one wire.
 
-Promises: each event reaches the socket once and in order, written by nobody but the
-one task of this request, or for it while it waits; a client that does not read is cut
-in bounded time. The same for every wire: encoding is the only difference.
-Does not belong here: which events there are, how they are encoded, who may read them.
+Promises: each event reaches the socket once and in order. Only the task of this request writes,
+or the sequencer's step while that task waits. A client that does not read is cut off in bounded
+time. Every wire has the same delivery, and only the encoding differs.
+Does not belong here: which events exist, their encoding, who may read them.
 """
 
 from __future__ import annotations
@@ -37,37 +37,37 @@ log = logging.getLogger(__name__)
 
 
 class Wire(Protocol):
-    """How a transport says things: bytes as its socket takes them."""
+    """The encoding of a stream, as bytes for the socket."""
 
     def events(self, chunk: Chunk) -> bytes:
-        """Return all events of a chunk; encoded once for all who read it."""
+        """Return all events of a chunk, encoded once for all consumers."""
 
     def position(self, seq: int) -> bytes:
-        """Return what moves the client's cursor without an event; empty: there is no such thing."""
+        """Return bytes that move the client's cursor without an event. Empty: impossible here."""
 
     def heartbeat(self) -> bytes:
-        """Return what keeps a silent connection open."""
+        """Return bytes that keep a silent connection open."""
 
     def info(
         self, name: str, message: str, *, position: int | None = None, **more: object
     ) -> bytes:
-        """Return news about the stream, which goes on, and move the client's cursor if given."""
+        """Return news about a stream that continues. A `position` moves the client's cursor."""
 
     def notice(self, notice: Notice) -> bytes:
-        """Return that a label has expired; encoded once for all who are told."""
+        """Return the notice of an expired label, encoded once for all consumers."""
 
 
 class Answer(Protocol):
-    """The response that a delivery is the body of."""
+    """The response whose body a delivery writes."""
 
     async def begin(self) -> int:
-        """Write what comes before the first event; return its bytes."""
+        """Write the bytes before the first event. Return their number."""
 
     async def finish(self, name: str, message: str) -> None:
-        """Write why it ends, and the end; the time for it is bounded by the caller."""
+        """Write the reason for the end, and the end. The caller bounds the time."""
 
     def force_close(self) -> None:
-        """Let no other request come on this connection."""
+        """Close the connection after this answer."""
 
 
 class Delivery:
@@ -75,7 +75,7 @@ class Delivery:
 
     __slots__ = (
         "_deadline", "_ended", "_events", "_metrics", "_now", "_outbox", "_settings", "_transport",
-        "_wire", "_wrote", "told", "writer",
+        "_wire", "_wrote", "sent_seq", "writer",
     )  # fmt: skip
 
     def __init__(
@@ -89,9 +89,9 @@ class Delivery:
         start: int,
         ended: Callable[[str], None],
     ) -> None:
-        """Deliver from cursor `start`; `ended` will be called with how `run` ended."""
+        """Deliver from cursor `start`. `run` calls `ended` with the reason for the end."""
         self._transport = transport
-        #: aiohttp's for the same transport, which knows when that is drained; set before `run`.
+        #: aiohttp's writer for the same transport, which can wait for its drain. Set before `run`.
         self.writer: AbstractStreamWriter
         self._outbox = outbox
         self._wire = wire
@@ -102,20 +102,20 @@ class Delivery:
         self._deadline: asyncio.Timeout | None = None
         self._now = asyncio.get_running_loop().time
         self._wrote = self._now()
-        #: The last seq that the client was told.
-        self.told = start
+        #: The client's cursor: the last seq that was sent, with or without an event.
+        self.sent_seq = start
 
     async def run(self, answer: Answer) -> None:
-        """Deliver to the end, whatever it is; `answer` begins and finishes it."""
+        """Deliver until any end. `answer` begins and finishes the body."""
         how = "ClientGone"
         try:
-            # Any byte that the kernel does not take pauses the writer: backpressure begins at once.
+            # One byte that the kernel does not take pauses the writer: backpressure starts at once.
             self._transport.set_write_buffer_limits(high=0)
             self._outbox.on_close = self._hurry
             self._outbox.express = self._express
             self._metrics.bytes_delivered += await answer.begin()
             await self._drain()
-            async for step in self._outbox.events(self.told):
+            async for step in self._outbox.events(self.sent_seq):
                 self._write(step)
                 await self._drain()
         except StreamClosed as closed:
@@ -134,17 +134,17 @@ class Delivery:
             name = "InternalServerError"
             how = await self._end(answer, name, name, "see the server's log")
         finally:
-            # Whatever came after it was not read: no other request on this connection.
+            # Input after this request was not read: no other request may use this connection.
             answer.force_close()
             await self._outbox.aclose()
             self._ended(how)
 
     def send(self, wire: bytes) -> None:
-        """Write bytes as they are; raise ConnectionResetError when the client has left."""
+        """Write bytes unchanged. Raises ConnectionResetError when the client has left."""
         if self._transport.is_closing():
             raise ConnectionResetError("the client left")
-        # Straight to the transport: the chunk carries its framing already, and aiohttp's own
-        # write would copy it once per connection.
+        # Directly to the transport: the chunk already has its framing, and aiohttp's own write
+        # would copy the chunk for each connection.
         self._transport.write(wire)
         self._wrote = self._now()
         self._metrics.bytes_delivered += len(wire)
@@ -156,21 +156,21 @@ class Delivery:
             case Silence():
                 self._beat()
             case CaughtUp():
-                self._tell_end_of_history()
+                self._write_caught_up()
             case SnapshotComplete(seq):
-                message = f"this was in force as of seq {seq}; all that comes after it follows"
+                message = f"these labels were in force as of seq {seq}; all later events follow"
                 self.send(self._wire.info("SnapshotComplete", message, position=seq, seq=seq))
-                self.told = seq
+                self.sent_seq = seq
             case Expired(notices):
-                # The position stays: a client that comes back with it has missed no label.
+                # The position stays the same: a client that resumes from it has missed no label.
                 self.send(b"".join(map(self._wire.notice, notices)))
                 self._metrics.count["expiries_told"] += len(notices)
             case Outdated(cursor, floor):
                 message = f"cursor {cursor} is below the floor: going on from seq {floor}"
-                # The position moves with it: a client that comes back is not told again.
+                # The event moves the position: a client that resumes does not get it again.
                 news = self._wire.info("OutdatedCursor", message, position=floor - 1, floor=floor)
                 self.send(news)
-                self.told = floor - 1
+                self.sent_seq = floor - 1
 
     def _write_chunks(self, chunks: list[Chunk]) -> None:
         if not chunks:
@@ -179,12 +179,12 @@ class Delivery:
         wire = [self._events(chunk) for chunk in chunks]
         self.send(wire[0] if len(wire) == 1 else b"".join(wire))
         self._metrics.events_delivered += sum(map(len, chunks))
-        self.told = chunks[-1].seqs[-1]
+        self.sent_seq = chunks[-1].seqs[-1]
 
     def _express(self, chunk: Chunk) -> bool:
-        """Write a live chunk from the sequencer's step; say whether the kernel took all of it.
+        """Write a live chunk inside the sequencer's step. Return whether the kernel took all of it.
 
-        Everybody waits while this runs for each consumer: what it calls, it calls itself.
+        All streams wait while this runs for each consumer. So `send` is inlined here.
         """
         transport = self._transport
         if transport.is_closing():
@@ -192,40 +192,40 @@ class Delivery:
         wire = self._events(chunk)
         transport.write(wire)
         seqs = chunk.seqs
-        self.told = seqs[-1]
+        self.sent_seq = seqs[-1]
         metrics = self._metrics
         metrics.events_delivered += len(seqs)
         metrics.bytes_delivered += len(wire)
         return not transport.get_write_buffer_size()
 
     def _break_silence(self) -> None:
-        """Write a heartbeat when it is due although events come: the filter hides them all."""
+        """Write a heartbeat if one is due: events come, but the filter hides all of them."""
         if self._now() - self._wrote >= self._settings.heartbeat_seconds:
             self._beat()
 
-    def _tell_end_of_history(self) -> None:
-        """Say where history ends when it is not at an event: readers wait for the head they saw."""
-        if self._outbox.position > self.told:
-            seq = self.told = self._outbox.position
+    def _write_caught_up(self) -> None:
+        """Write the end of history if it is not an event: readers wait for the head they saw."""
+        if self._outbox.position > self.sent_seq:
+            seq = self.sent_seq = self._outbox.position
             if self._wire.position(seq):
                 message = f"this is all up to seq {seq}; what follows is live"
                 self.send(self._wire.info("CaughtUp", message, position=seq, seq=seq))
 
     def _beat(self) -> None:
-        """Write a heartbeat: the position when a filter hid events since the last write.
+        """Write a heartbeat, or the position when a filter hid events since the last write.
 
-        Only then: many clients hand out an empty message for a block without data, and of a
-        position that moved over unused seqs alone there is nothing to keep.
+        Many clients dispatch an empty message for a block without data. So a position that moved
+        over unused seqs only is not worth such a block.
         """
         block = b""
         hides = self._outbox.filtered or self._settings.unsigned == "withhold"
-        if hides and self._outbox.position > self.told:
-            self.told = self._outbox.position
-            block = self._wire.position(self.told)
+        if hides and self._outbox.position > self.sent_seq:
+            self.sent_seq = self._outbox.position
+            block = self._wire.position(self.sent_seq)
         self.send(block or self._wire.heartbeat())
 
     async def _drain(self) -> None:
-        """Wait until the kernel has taken everything; raise TimeoutError when it does not."""
+        """Wait until the kernel has taken all bytes. Raises TimeoutError."""
         if self._transport.get_write_buffer_size() == 0:
             return
         seconds = self._settings.send_timeout_seconds
@@ -238,17 +238,17 @@ class Delivery:
             self._deadline = None
 
     def _hurry(self) -> None:
-        """The outbox closed: the write that may be stuck gets its grace and no more."""
-        # An expiring time-out cannot be moved any more, and need not be.
+        """Shorten the time of a stuck write to its grace, because the outbox closed."""
+        # An expired time-out cannot be moved.
         if self._deadline is not None and not self._deadline.expired():
             grace = self._now() + self._grace_seconds()
             when = self._deadline.when()
             self._deadline.reschedule(grace if when is None else min(when, grace))
 
     async def _end(self, answer: Answer, how: str, name: str, message: str) -> str:
-        """Write the last event, and return how the stream ended: as said, if it could be."""
+        """Write the last event. Return `how`, or ClientGone when the client has left."""
         try:
-            # One bound for all of it; aiohttp's own ends wait without one.
+            # One time limit for all of it: aiohttp's own ends wait without a limit.
             async with asyncio.timeout(self._grace_seconds()):
                 await self.writer.drain()
                 await answer.finish(name, message)
@@ -260,15 +260,15 @@ class Delivery:
         return how
 
     def _grace_seconds(self) -> float:
-        """Return how long the last bytes may wait: when the server stops, others wait for it."""
+        """Return how long the last bytes may wait. A stopping server has less time for them."""
         grace = self._settings.slow_grace_seconds
         if isinstance(self._outbox.closed, ServerStopping):
-            # A write that is stuck now and the last event after it share what draining has.
+            # A stuck write and the last event after it share the time for draining.
             return min(grace, self._settings.drain_seconds / 2)
         return grace
 
 
 def retry_ms(settings: Settings) -> int:
-    """Return how long a client shall wait before it reconnects; each gets another time."""
+    """Return how long a client waits before it reconnects: a random time for each client."""
     low, high = settings.retry_min_seconds, settings.retry_max_seconds
     return round(1000 * random.uniform(low, high))  # noqa: S311 - spreads load, keeps no secret

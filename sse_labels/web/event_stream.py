@@ -1,8 +1,8 @@
-"""The answer to `GET /stream`: Server-Sent Events, a body that does not end.
+"""The answer to `GET /stream`: Server-Sent Events in a body without an end.
 
-Promises: what the HTML standard calls an event stream, in HTTP/1.1's chunked coding or, for
-HTTP/1.0, without; its first bytes leave with the head.
-Does not belong here: when something is written (`delivery`), how an event looks (`sse`).
+Promises: the body is an event stream as in the HTML standard. HTTP/1.1 gets the chunked coding,
+HTTP/1.0 gets plain bytes. The first bytes of the body are sent together with the head.
+Does not belong here: when something is written (`delivery`), the format of an event (`sse`).
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from sse_labels.web.door.aiohttp_seams import HeadWithBody
 HEADERS = {
     hdrs.CONTENT_TYPE: "text/event-stream; charset=utf-8",
     hdrs.CACHE_CONTROL: "no-cache, no-transform",
-    # nginx: do not gather the response into blocks (ngx_http_proxy_module).
+    # Turns off nginx's buffering of the response (ngx_http_proxy_module).
     "X-Accel-Buffering": "no",
 }
 
 
 class Plain:
-    """Blocks as they are, for HTTP/1.0: the body ends with the connection."""
+    """Blocks without coding, for HTTP/1.0: the end of the connection ends the body."""
 
     def events(self, chunk: Chunk) -> bytes:
         """Return the frames."""
@@ -56,7 +56,7 @@ class Plain:
         return notice.block
 
     def block(self, block: bytes) -> bytes:
-        """Return what stands for `block` in the body."""
+        """Return `block` as the body contains it."""
         return block
 
 
@@ -64,11 +64,11 @@ class Chunked(Plain):
     """Blocks in HTTP/1.1's chunked coding."""
 
     def events(self, chunk: Chunk) -> bytes:
-        """Return the frames, whose coding was made with the chunk."""
+        """Return the frames in the coding that the chunk already has."""
         return chunk.wire
 
     def notice(self, notice: Notice) -> bytes:
-        """Return its `info` event, whose coding was made with it."""
+        """Return its `info` event in the coding that the notice already has."""
         return notice.wire
 
     def block(self, block: bytes) -> bytes:
@@ -95,10 +95,10 @@ class EventStream(HeadWithBody):
         opening: bytes,
         ended: Callable[[str], None],
     ) -> None:
-        """Stream from cursor `start`; `opening` is the first block.
+        """Stream from cursor `start`, with `opening` as the first block.
 
-        Once aiohttp has asked for the body, `ended` will be called with how it ended. Raises
-        ConnectionResetError when the client has left.
+        After aiohttp has called `write_eof`, `ended` is called with the reason for the end.
+        Raises ConnectionResetError when the client has left.
         """
         super().__init__(headers=HEADERS)
         self._wire = PLAIN
@@ -114,7 +114,7 @@ class EventStream(HeadWithBody):
         )
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
-        """Encode the head, and forget what it was made of."""
+        """Encode the head, and free its headers."""
         writer = await super().prepare(request)
         if writer is not None:
             self.delivery.writer = writer
@@ -122,19 +122,19 @@ class EventStream(HeadWithBody):
         return writer
 
     def write_eof(self, data: bytes = b"") -> Coroutine[Any, Any, None]:
-        """Return the delivery itself: a coroutine around it would cost each stream its frame."""
+        """Return the delivery's own coroutine: one around it would cost memory in each stream."""
         return self.delivery.run(self)
 
     async def begin(self) -> int:
         """Write the opening."""
         opening, self._opening = self._opening, b""
-        # By aiohttp: the head of the response goes with it.
+        # aiohttp's own write sends the head of the response too.
         await self.write(opening)
         return len(opening)
 
     async def finish(self, name: str, message: str) -> None:
         """Write an `error` event, and the end of the body."""
         retry = retry_ms(self._settings)
-        last = encode_error(name, message, cursor=self.delivery.told, retry_ms=retry)
+        last = encode_error(name, message, cursor=self.delivery.sent_seq, retry_ms=retry)
         self.delivery.send(self._wire.block(last))
         await super().write_eof()

@@ -1,8 +1,7 @@
-"""`/health/live`, `/health/ready` and `/metrics`: what an operator's machinery asks.
+"""`/health/live`, `/health/ready` and `/metrics`, for the operator's monitoring.
 
-Promises: live answers as long as the event loop turns; ready is 200 only while
-the sequencer follows the table and notifications arrive.
-Does not belong here: counting.
+Promises: live answers as long as the event loop runs. Ready is 200 only while the sequencer
+follows the table and notifications arrive.
 """
 
 from __future__ import annotations
@@ -21,22 +20,22 @@ from sse_labels.web.neighbours import Neighbours
 
 
 class HealthHandlers:
-    """Answers the three operator's questions."""
+    """Answers the three paths."""
 
     def __init__(self, sequencer: Sequencer, listener: Listener, neighbours: Neighbours) -> None:
-        """`neighbours` are asked for the workers' `numbers`."""
+        """`neighbours` answer the question `numbers`."""
         self._sequencer = sequencer
         self._listener = listener
         self._neighbours = neighbours
         self._one_scrape = asyncio.Lock()
         self._text = b""
-        #: When the workers were asked for what `_text` says.
+        #: When the workers were asked for the numbers in `_text`.
         self._asked_at = 0.0
-        #: Set by the app when it drains: a load balancer should send nobody here.
+        #: True while the server drains: a load balancer should send no clients here.
         self.stopping = False
 
     async def live(self, request: web.Request) -> web.Response:
-        """Answer 200: this process is not stuck."""
+        """Answer 200: the event loop runs."""
         return json_response({"status": "live"})
 
     async def ready(self, request: web.Request) -> web.Response:
@@ -55,11 +54,12 @@ class HealthHandlers:
         return json_response({"status": "ready", "head": self._sequencer.head})
 
     async def metrics(self, request: web.Request) -> web.Response:
-        """Answer Prometheus' text format."""
+        """Answer in Prometheus' text format."""
         clock = asyncio.get_running_loop().time
         came_at = clock()
-        # Anybody may ask: a flood opens no more than one socket to each worker, and those who wait
-        # share what is asked next (test_a_flood_of_scrapes_asks_each_worker_once_at_a_time).
+        # Everybody may scrape. A flood of scrapes opens at most one socket to each worker. Waiting
+        # scrapes share the next answer
+        # (test_a_flood_of_scrapes_asks_each_worker_once_at_a_time).
         async with self._one_scrape:
             if self._asked_at <= came_at:
                 self._asked_at = clock()

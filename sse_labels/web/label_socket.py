@@ -1,13 +1,13 @@
 """The answer to `subscribeLabels` with a WebSocket upgrade.
 
 Promises: the lexicon's messages, in the same order and from the same outbox as the event
-stream; a client that shall come back is not told that all is over.
-Does not belong here: when something is written (`delivery`), how a message looks (`xrpc`).
+stream. A client that should reconnect gets no answer that its software treats as final.
+Does not belong here: when something is written (`delivery`), the format of a message (`xrpc`).
 
-How a stream ends decides whether a client comes back. `@atproto/xrpc-server` (0.10) reconnects
-when the connection breaks without a close frame, and takes any close for the end;
-the Python SDK (0.0.73) takes 1000 and 1001 for the end. So a server that stops breaks off, and
-what the client has to know comes as an error message and a close with 1008.
+The end of a stream decides whether a client reconnects. `@atproto/xrpc-server` (0.10) reconnects
+when the connection breaks without a close frame, and treats every close frame as final. The
+Python SDK (0.0.73) treats 1000 and 1001 as final. So a stopping server breaks the connection
+without a close frame. Every other end is an error message and a close frame with 1008.
 """
 
 from __future__ import annotations
@@ -39,28 +39,29 @@ from sse_labels.web.delivery import Delivery
 from sse_labels.web.door.aiohttp_seams import LongAnswer
 from sse_labels.web.door.connection import ClientConnection
 
-#: Clients have nothing to say; a control frame has 125 bytes at most (RFC 6455, 5.5).
+#: Clients send control frames only, of at most 125 bytes (RFC 6455, 5.5).
 MAX_MESSAGE_BYTES = 4096
-#: aiohttp (3.14) refuses a message of as many bytes as its `max_msg_size`, too.
+#: aiohttp (3.14) also refuses a message of exactly `max_msg_size` bytes.
 _OVER = MAX_MESSAGE_BYTES + 1
-#: How long a client has to answer a close with its own.
+#: How long the server waits for the client's close frame.
 CLOSE_SECONDS = 5.0
-#: What one entry takes beside its bytes: its place, references, and a number.
+#: The memory of one entry besides its bytes: its place, references, and a number.
 ENTRY_BYTES = 200
 
 
 class Messages:
-    """The wire: one message for each event, pings while all is quiet.
+    """The wire for WebSockets: one message for each event, and pings as heartbeats.
 
-    Messages are encoded out of the frames when the first consumer asks: whoever reads
-    Server-Sent Events alone pays nothing, and both carry the same. Those of a chunk are kept for
-    its other consumers, and those of each event for other filters and other places in the chunk:
-    the newest ones up to `max_bytes`, or one chunk's when that alone is more.
+    Messages are encoded from the frames when the first consumer needs them. So a server whose
+    consumers all read Server-Sent Events pays nothing, and both wires carry the same labels.
+    The messages of a chunk are kept for its other consumers. The message of each event is kept
+    for consumers with other filters or other chunk bounds. The newest messages are kept, up to
+    `max_bytes`. The messages of the newest chunk are kept even when they alone exceed that.
     """
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
-        #: By the frame of an event, and by the wire of a chunk.
+        #: Messages by the frame of an event, or by the wire bytes of a chunk.
         self._kept: dict[bytes, bytes] = {}
         self.nbytes = 0
 
@@ -84,7 +85,7 @@ class Messages:
         return messages
 
     def position(self, seq: int) -> bytes:
-        """Return nothing: the lexicon's cursor moves by events alone."""
+        """Return nothing: only events move the cursor of the lexicon."""
         return b""
 
     def heartbeat(self) -> bytes:
@@ -94,7 +95,7 @@ class Messages:
     def info(
         self, name: str, message: str, *, position: int | None = None, **more: object
     ) -> bytes:
-        """Return an `#info` message; the lexicon gives it no seq."""
+        """Return an `#info` message. The lexicon gives it no seq."""
         return encode_info(name, message, **more)
 
     def notice(self, notice: Notice) -> bytes:
@@ -120,7 +121,7 @@ class LabelSocket(web.WebSocketResponse, LongAnswer):
         start: int,
         ended: Callable[[str], None],
     ) -> None:
-        """Stream from cursor `start` by `messages`; `ended` as for an event stream."""
+        """Stream from cursor `start` with `messages`. `ended` as in `EventStream`."""
         super().__init__(timeout=CLOSE_SECONDS, autoping=True, compress=False, max_msg_size=_OVER)
         if request.transport is None:
             raise ConnectionResetError("the client left")
@@ -131,7 +132,7 @@ class LabelSocket(web.WebSocketResponse, LongAnswer):
         )
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter:
-        """Shake hands."""
+        """Answer the handshake."""
         writer = await super().prepare(request)
         if isinstance(request.protocol, ClientConnection):
             request.protocol.upgraded()
@@ -139,11 +140,11 @@ class LabelSocket(web.WebSocketResponse, LongAnswer):
         return writer
 
     def write_eof(self) -> Coroutine[Any, Any, None]:  # type: ignore[override]
-        """Return the delivery, as an event stream does."""
+        """Return the coroutine that delivers."""
         return self._deliver()
 
     async def _deliver(self) -> None:
-        # The one owner of this task is this answer: it ends with it.
+        # This answer alone owns the task, and ends it.
         self._listening = asyncio.create_task(self._listen(), name="listening to a consumer")
         try:
             await self.delivery.run(self)
@@ -151,7 +152,7 @@ class LabelSocket(web.WebSocketResponse, LongAnswer):
             self._listening.cancel()
 
     async def _listen(self) -> None:
-        """Answer pings and a close (aiohttp does, while this waits); ignore all else."""
+        """Receive, so that aiohttp answers pings and a close. All other messages are ignored."""
         async for message in self:
             if message.type is WSMsgType.ERROR:
                 break
@@ -163,7 +164,7 @@ class LabelSocket(web.WebSocketResponse, LongAnswer):
         return 0
 
     async def finish(self, name: str, message: str) -> None:
-        """Say why it ends and close, or break off when the client shall come back."""
+        """Send the error and close, or break the connection when the client should reconnect."""
         if name == ServerStopping.name:
             self._transport.close()
             return
@@ -172,7 +173,10 @@ class LabelSocket(web.WebSocketResponse, LongAnswer):
 
 
 def wants_socket(request: web.Request) -> bool:
-    """Say whether it asks for a WebSocket; raise InvalidRequest when it does so wrongly."""
+    """Return whether the request is a WebSocket handshake.
+
+    Raises InvalidRequest or UpgradeRequired for a wrong handshake.
+    """
     if request.headers.get("Upgrade", "").strip().lower() != "websocket":
         return False
     if request.version < (1, 1):
@@ -185,9 +189,9 @@ def wants_socket(request: web.Request) -> bool:
 
 
 def page_elsewhere(request: web.Request) -> str | None:
-    """Return the origin of a page that is not of this host; None for one that is, and others.
+    """Return the origin of a page of another host. None for this host, or without an origin.
 
-    Ports are not compared: cookies know none, and proxies leave them out.
+    Ports are not compared: cookies are not bound to a port, and proxies leave the port out.
     """
     origin = request.headers.get(hdrs.ORIGIN)
     if origin is None:
@@ -200,9 +204,10 @@ def page_elsewhere(request: web.Request) -> str | None:
 
 
 async def refuse(request: web.Request, error: RequestError, *, final: bool) -> web.StreamResponse:
-    """Shake hands and say why not; unless that is `final`, break off, so that it comes back.
+    """Answer the handshake, then send the error when it is `final`, or break the connection.
 
-    A client that is answered 503 before the handshake never comes back: `ws` gives no code.
+    After a broken connection the client reconnects. After a 503 in place of the handshake it would
+    never reconnect, because `ws` does not report the status code.
     """
     socket = web.WebSocketResponse(timeout=CLOSE_SECONDS, compress=False, max_msg_size=_OVER)
     writer = await socket.prepare(request)

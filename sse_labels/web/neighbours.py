@@ -1,7 +1,7 @@
-"""The other workers of this server, as the rooms of one process ask them.
+"""The interface for questions to the other workers of this server.
 
-Promises: a server of one process is asked in the same way; it has no neighbours.
-Does not belong here: how workers reach each other (`workers.neighbours`).
+Promises: a server with one process has the same interface, and no neighbours.
+Does not belong here: the communication between workers (`workers.neighbours`).
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import Any
 
 
 class Neighbours:
-    """What a process knows that has none."""
+    """The neighbours of a process that has none."""
 
-    #: Which worker this process is, from 1; None: the server is one process.
+    #: The number of this worker, from 1. None: the server has one process.
     number: int | None = None
 
     def __init__(self) -> None:
-        #: What answers a question, by its name; whoever knows the answer sets it.
+        #: The functions that answer questions, by the name of the question. Handlers add theirs.
         self.answers: dict[str, Callable[..., Any]] = {}
 
     async def ask(self, name: str, *arguments: Any) -> tuple[list[Any], list[int]]:
@@ -31,7 +31,7 @@ class Neighbours:
         yield
 
     def hold(self, connections: int | None) -> None:
-        """Tell the others how many connections are open here; None: no more are accepted."""
+        """Report the open connections of this worker. None: it accepts no more connections."""
 
     def yields(self, *, full: bool) -> bool:
         """Return whether another worker should accept the next connection."""

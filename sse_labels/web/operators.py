@@ -1,9 +1,7 @@
-"""`GET /streams` and `DELETE /streams/{id}`: who is connected, and cutting one.
+"""`GET /streams` and `DELETE /streams/{id}`: list the open streams, and end one.
 
-Promises: only holders of a token with the right `admin` are answered; the answer is bounded,
-covers every worker, and says which of them did not answer.
-Stands beside the corridor.
-Does not belong here: what a stream is (`streams`), how workers talk (`workers.neighbours`).
+Promises: only a token with the right `admin` gets an answer. The answer is bounded, covers every
+worker, and names the workers that did not answer.
 """
 
 from __future__ import annotations
@@ -24,14 +22,14 @@ from sse_labels.web.neighbours import Neighbours
 from sse_labels.web.parameters import STREAMS_PARAMETERS, check_parameters, whole_number
 from sse_labels.web.streams import OpenStream, Streams
 
-#: What streams may be sorted by; the first unless the request says.
+#: The accepted values of `sort`. The first is the default.
 SORTS = ("lag", "since")
 DEFAULT_LIMIT, MAX_LIMIT = 100, 1000
 OFF = "/streams is closed: this server was started without tokens (--publish-tokens-file)"
 
 
 class OperatorHandlers:
-    """Answers operators."""
+    """Answers the requests of operators."""
 
     def __init__(
         self,
@@ -47,7 +45,7 @@ class OperatorHandlers:
         neighbours.answers |= {"list": self.streams_here, "cut": streams.cut}
 
     async def listed(self, request: web.Request) -> web.Response:
-        """Answer the streams that lag most, or are oldest: `limit` of them, and how many match."""
+        """Answer with up to `limit` streams, by lag or age, and the number of all matches."""
         holder_of(request, self._tokens, ADMIN, OFF)
         check_parameters(request, STREAMS_PARAMETERS)
         sort = request.query.get("sort", SORTS[0])
@@ -63,7 +61,7 @@ class OperatorHandlers:
         return json_response(shown)
 
     async def cut(self, request: web.Request) -> web.Response:
-        """End one stream with `StreamCut`; answer 204, or raise NoSuchStream."""
+        """End one stream with `StreamCut`, and answer 204. Raises NoSuchStream or NotReady."""
         by = holder_of(request, self._tokens, ADMIN, OFF)
         wanted = request.match_info["id"]
         answers, silent = await self._neighbours.ask("cut", wanted, by)
@@ -71,11 +69,13 @@ class OperatorHandlers:
             return web.Response(status=204)
         if silent:
             named = ", ".join(map(str, silent))
-            raise NotReady(f"no stream {wanted[:60]!r} was found, but worker {named} is silent")
+            raise NotReady(
+                f"no stream {wanted[:60]!r} was found, but worker {named} did not answer"
+            )
         raise NoSuchStream(f"no stream {wanted[:60]!r} is open")
 
     def streams_here(self, peer: str | None, sort: str, limit: int) -> dict[str, Any]:
-        """Return the `limit` streams here that lag most, or are oldest, and how many there are."""
+        """Return up to `limit` streams of this process, by lag or age, and their total."""
         found = [stream for stream in self._streams.open.values() if peer in (None, stream.client)]
         if sort == "since":
             first = nsmallest(limit, found, key=lambda stream: stream.opened)

@@ -1,8 +1,7 @@
-"""The page that shows the stream, and `labels.js`, which reads it: the folder `page`, as it is.
+"""Serves the files of the folder `page`: the page that shows the stream, and `labels.js`.
 
-Promises: the folder's tree is the URLs' tree; a page that loads nothing from elsewhere, and a
-policy that holds it to that.
-Does not belong here: what the page does (`page/`).
+Promises: the URLs follow the folder's tree. The page loads nothing from other servers, and its
+Content-Security-Policy enforces this.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ CONTENT_TYPES = {
     ".css": "text/css",
     ".svg": "image/svg+xml",
 }
-#: Files of this server, the stream of this server, and nothing else.
+#: The page may load files and the stream of this server, and nothing else.
 POLICY = (
     "default-src 'none'; script-src 'self'; worker-src 'self'; style-src 'self'; img-src 'self'; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -28,7 +27,7 @@ POLICY = (
 
 
 class PageFile:
-    """Answers with one file, which is read once."""
+    """Answers with one file. The server reads the file once, at its start."""
 
     def __init__(self, path: Path) -> None:
         self._content = path.read_bytes()
@@ -36,8 +35,8 @@ class PageFile:
         self._etag = hashlib.sha256(self._content).hexdigest()[:32]
 
     async def handle(self, request: web.Request) -> web.Response:
-        """Answer the file, or 304 to whoever has it."""
-        # Asked for each time: after an update no page mixes files of two versions.
+        """Answer with the file, or with 304 when the client already has it."""
+        # A browser asks again each time, so after an update no page mixes files of two versions.
         headers = {hdrs.CACHE_CONTROL: "no-cache", "Content-Security-Policy": POLICY}
         if any(etag.value == self._etag for etag in request.if_none_match or ()):
             response = web.Response(status=304, headers=headers)
@@ -51,7 +50,7 @@ class PageFile:
 
 
 def page_files() -> Iterator[tuple[str, PageFile]]:
-    """Yield each file of the page with its URL's path; `index.html` is at `/`."""
+    """Yield each file of the page with its URL's path. The path of `index.html` is `/`."""
     for path in sorted(FOLDER.rglob("*")):
         if path.suffix in CONTENT_TYPES:
             name = path.relative_to(FOLDER).as_posix()

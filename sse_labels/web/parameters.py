@@ -1,10 +1,9 @@
-"""What a request asks for: its cursor, its filter, and more than events.
+"""Parses the parameters of a request: cursor, filter, snapshot and expiries.
 
-Promises: either a value that can be used as it is, or an `InvalidRequest` that
-names the parameter, what stood there and what was expected. Nothing is guessed:
-a parameter that is almost a known one is refused, because ignoring it would stream
-other labels than the ones asked for.
-Does not belong here: whether the cursor exists (that needs the database).
+Promises: each function returns a usable value, or raises an `InvalidRequest` that names the
+parameter, its value and what was expected. A parameter that is almost a known one is refused:
+if the server ignored the parameter, it would stream other labels than the client wants.
+Does not belong here: whether the cursor exists (only the database knows).
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ from sse_labels.protocol.filters import Filter, parse_filter
 from sse_labels.protocol.formats import expires_at, is_datetime, shown
 from sse_labels.protocol.seq import number_in
 
-#: A head, or None while it is not known.
+#: A head, or None while the head is not known.
 H = TypeVar("H", int, int | None)
 
 LAST_EVENT_ID = "Last-Event-ID"
-#: The same in the query: how EventSource polyfills that cannot send the header come back.
+#: The same in the query, for EventSource polyfills that cannot send the header.
 LAST_EVENT_ID_PARAMETER = "lastEventId"
 _FILTER = ("sources", "uriPatterns", "values", "access_token")
 STREAM_PARAMETERS = (
@@ -36,37 +35,38 @@ STREAM_PARAMETERS = (
 )  # fmt: skip
 QUERY_PARAMETERS = ("cursor", "limit", "snapshot", *_FILTER)
 STREAMS_PARAMETERS = ("peer", "sort", "limit")
-#: Names of a label's fields, which are easily taken for the filters of them.
+#: Names of a label's fields, which clients confuse with the filters for these fields.
 _FIELDS = {"src": "sources", "uri": "uriPatterns", "uris": "uriPatterns", "val": "values"}
-#: How alike two names are (`difflib`), and how far apart in length, for one to be meant: `curser`
-#: is `cursor` (0.83), `utm_source` is not `sources`.
+#: A name counts as a misspelled one from this similarity (`difflib`) and within this difference
+#: in length: `curser` is `cursor` (0.83), and `utm_source` is not `sources`.
 _ALIKE = 0.8
 _LENGTHS_APART = 2
-#: Unknown parameters that are compared: a URL holds 1,500, which would take 50 ms.
+#: The most unknown parameters that are compared. A URL can hold 1,500, which would take 50 ms.
 COMPARED_MAX = 32
-#: How far a client's clock may be ahead: it asks for what expires after its own now.
+#: How far a client's clock may be ahead. A client may ask for expiries after its own current time.
 AHEAD_SECONDS = 10.0
 
 
 class Asked(NamedTuple):
-    """What a request for a stream asks for."""
+    """The parameters of a request for a stream."""
 
-    #: Where the stream starts; None: live only.
+    #: Where the stream starts. None: live only.
     cursor: int | None
-    #: Whether what is in force comes first.
+    #: Whether the stream begins with the labels in force.
     state: bool
-    #: After what time to tell of expiries, in seconds since 1970; None: not asked for.
+    #: The stream reports labels that expire after this time, in seconds since 1970. None: it
+    #: reports no expiries.
     expired_since: float | None
     filter: Filter | None
     epoch: str | None
 
     def position(self, head: H) -> int | H:
-        """Return where the stream starts while the head is `head`."""
+        """Return where the stream starts when the head is `head`."""
         return position_of(self.cursor, head, state=self.state)
 
 
 def stream_asked(request: web.Request, now: float) -> Asked:
-    """Return what a request for a stream asks for at the time `now`; raise InvalidRequest."""
+    """Return the parameters of a request at the time `now`. Raises InvalidRequest."""
     check_parameters(request, STREAM_PARAMETERS)
     return Asked(
         stream_cursor(request),
@@ -78,7 +78,7 @@ def stream_asked(request: web.Request, now: float) -> Asked:
 
 
 def parse_cursor(text: str, name: str) -> int:
-    """Return a cursor written as a decimal integer, 0 … 2^63-1."""
+    """Return a cursor from a decimal integer, 0 … 2^63-1. Raises InvalidRequest."""
     number = number_in(text)
     if number is None:
         raise InvalidRequest(f"{name}: got {text[:60]!r}, expected a decimal integer 0 … 2^63-1")
@@ -86,9 +86,9 @@ def parse_cursor(text: str, name: str) -> int:
 
 
 def check_parameters(request: web.Request, known: tuple[str, ...]) -> None:
-    """Raise InvalidRequest when a parameter is almost one of `known`.
+    """Raise InvalidRequest when the name of a parameter is almost one of `known`.
 
-    What is plainly something else (`_=1700000000`, to keep caches out) is ignored.
+    A clearly different name is ignored, such as `_=1700000000` against caches.
     """
     unknown = (name for name in request.query if name not in known)
     for name in islice(unknown, COMPARED_MAX):
@@ -98,12 +98,12 @@ def check_parameters(request: web.Request, known: tuple[str, ...]) -> None:
 
 @lru_cache(1024)
 def _meant(name: str, known: tuple[str, ...]) -> str | None:
-    """Return which of the known parameters `name` is most likely meant for."""
+    """Return the known parameter that `name` most likely means."""
     folded = {_folded(each): each for each in known}
     folded |= {field: meant for field, meant in _FIELDS.items() if meant in known}
     short = _folded(name)
     near = [each for each in folded if abs(len(each) - len(short)) <= _LENGTHS_APART]
-    # Of two or three letters any others would be alike.
+    # Names of two or three letters are similar to too many others.
     cutoff = _ALIKE if len(short) > 3 else 1.0
     found = get_close_matches(short, near, n=1, cutoff=cutoff)
     return folded[found[0]] if found else None
@@ -114,9 +114,9 @@ def _folded(name: str) -> str:
 
 
 def check_encoding(request: web.Request) -> None:
-    """Raise InvalidRequest when the URL has a percent-encoding that stands for no text.
+    """Raise InvalidRequest when a percent-encoding in the URL is not UTF-8.
 
-    Read leniently, `caf%E9` would be a value that no label has: nothing would ever match.
+    A lenient parser would read `caf%E9` as a value that no label has, and nothing would match.
     """
     raw = request.raw_path
     if "%" not in raw and raw.isascii():
@@ -130,10 +130,10 @@ def check_encoding(request: web.Request) -> None:
 
 
 def stream_cursor(request: web.Request) -> int | None:
-    """Return where the stream starts; None for live only.
+    """Return where the stream starts. None: live only.
 
-    Where a client resumes (the header, else `lastEventId`) wins over the `cursor` of its URL: one
-    that reconnects sends both.
+    A reconnecting client sends its last id and also the `cursor` of its URL. The last id (from the
+    header, else from `lastEventId`) wins.
     """
     query = request.query
     return _cursor_in(
@@ -157,10 +157,9 @@ def _cursor_in(
 
 
 def position_asked(asked: bytes, head: int | None) -> int | None:
-    """Return the position of a client that is refused, from the bytes of its request.
+    """Return the position of a refused client from the bytes of its request.
 
-    `head` for one that would have streamed from now on. None: it says none that can be read, or
-    none is known.
+    A client without a cursor gets `head`. None: the cursor is unreadable, or the head not known.
     """
     lines = asked.split(b"\r\n\r\n", 1)[0].decode("latin-1").split("\r\n")
     target = lines[0].partition(" ")[2].partition(" ")[0]
@@ -175,15 +174,15 @@ def position_asked(asked: bytes, head: int | None) -> int | None:
 
 
 def position_of(cursor: int | None, head: H, *, state: bool) -> int | H:
-    """Return where a client stands that has not been let in, or None when that is not known."""
+    """Return the position of a client before its stream opens. None: not known."""
     if cursor is not None:
         return cursor
-    # Nothing of a state has been received yet.
+    # The client has not received any part of the state.
     return 0 if state else head
 
 
 def request_filter(request: web.Request) -> Filter | None:
-    """Return the filter of `sources`, `uriPatterns` and `values`, each as often as one likes."""
+    """Return the filter of `sources`, `uriPatterns` and `values`. Each may be repeated."""
     query = request.query
     return parse_filter(
         query.getall("sources", []), query.getall("uriPatterns", []), query.getall("values", [])
@@ -191,7 +190,7 @@ def request_filter(request: web.Request) -> Filter | None:
 
 
 def wants_state(request: web.Request) -> bool:
-    """Return whether `snapshot=active` asks for what is in force, and not for all events."""
+    """Return whether `snapshot=active` asks for the labels in force, in place of all events."""
     text = _single(request.query.getall("snapshot", []), "snapshot")
     if text not in (None, "active"):
         raise InvalidRequest(f"snapshot: got {text[:60]!r}, expected 'active'")
@@ -199,9 +198,9 @@ def wants_state(request: web.Request) -> bool:
 
 
 def expired_since(request: web.Request, now: float) -> float | None:
-    """Return after what time to tell of expiries, in seconds since 1970; None: not asked for.
+    """Return the time after which expiries are reported, in seconds since 1970. None: not at all.
 
-    Infinity for `expired=live`: what expires from whenever the stream begins.
+    Infinity stands for `expired=live`: expiries after the stream's begin are reported.
     """
     text = _single(request.query.getall("expired", []), "expired")
     if text is None:
@@ -215,12 +214,12 @@ def expired_since(request: web.Request, now: float) -> float | None:
             "'2024-05-01T12:00:00.000Z' (in a URL a + is written %2B)"
         )
     if since > now + AHEAD_SECONDS:
-        raise InvalidRequest(f"expired: got {shown(text)}, expected a time that is not to come")
+        raise InvalidRequest(f"expired: got {shown(text)}, expected a time in the past")
     return since
 
 
 def whole_number(request: web.Request, name: str, default: int, low: int, high: int) -> int:
-    """Return an integer parameter within its bounds."""
+    """Return an integer parameter within its bounds. Raises InvalidRequest."""
     text = _single(request.query.getall(name, []), name)
     if text is None:
         return default

@@ -1,9 +1,8 @@
-"""`POST /labels`: who may publish, and what a publish request looks like.
+"""`POST /labels`: who may publish, and the format of the request.
 
-Promises: an answer of 4xx has stored nothing, one of 201 everything; a token is compared in
-constant time and never logged; however many publish at once, streams have their turn in between,
-and memory is bounded.
-Does not belong here: what makes a label valid (`labels`), SQL.
+Promises: after a 4xx answer nothing is stored, after 201 everything. A token is compared in
+constant time and never logged. Streams continue while many clients publish, and memory is bounded.
+Does not belong here: the rules for a valid label (`protocol.label`), SQL.
 """
 
 from __future__ import annotations
@@ -24,21 +23,22 @@ from sse_labels.web.strict_json import parse_json
 
 IDEMPOTENCY_KEY = "Idempotency-Key"
 KEY_MAX_CHARS = 255
-#: A body of so many bytes is read at once: aiohttp keeps as much of it unasked.
+#: Bodies up to this size are read before they wait: aiohttp buffers as much of a body anyway.
 SMALL_BODY_BYTES = 64 * 1024
-#: Labels take about ten times their body's size while they are checked and stored. So many bodies
-#: of each size are at it at the same time, and no more of the large ones are read; the rest waits.
+#: Labels take about ten times their body's size while they are checked and stored. So the number
+#: of bodies in work at the same time is limited for each size. Large bodies wait before they are
+#: read.
 SMALL_AT_ONCE = 64
 LARGE_AT_ONCE = 4
-#: Of one publisher: whoever sends many leaves the others their share.
+#: For one publisher, so that a publisher with many large bodies leaves room for others.
 LARGE_OF_ONE_AT_ONCE = 2
-#: Codings of a body (RFC 9110, section 8.4.1), one at a time.
+#: Accepted codings of a body, not combined (RFC 9110, section 8.4.1).
 CODINGS = ("", "identity", "gzip", "x-gzip", "deflate")
 OFF = "publishing is off: this server was started without a publish token"
 
 
 class PublishHandler:
-    """Answers `POST /labels`; without a token publishing is off."""
+    """Answers `POST /labels`. Without a publish token publishing is off."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class PublishHandler:
         self._body_seconds = body_seconds
         self._small = asyncio.Semaphore(SMALL_AT_ONCE)
         self._large = asyncio.Semaphore(LARGE_AT_ONCE)
-        #: By publisher, of which there are as many as tokens.
+        #: By publisher. There are at most as many publishers as tokens.
         self._of_publisher: dict[str, asyncio.Semaphore] = defaultdict(
             lambda: asyncio.Semaphore(LARGE_OF_ONE_AT_ONCE)
         )
@@ -71,7 +71,7 @@ class PublishHandler:
             async with self._small:
                 seqs = await self._publish(body, publisher, key)
         else:
-            # What waits here stays with its sender, but for what the kernel and aiohttp take.
+            # A body that waits here stays at its sender, except what the kernel and aiohttp buffer.
             async with self._of_publisher[publisher], self._large:
                 body = await read_body(request, self._body_seconds)
                 seqs = await self._publish(body, publisher, key)
@@ -85,7 +85,7 @@ class PublishHandler:
 
     def _labels(self, body: bytes) -> list[object]:
         try:
-            # A byte order mark may be there (RFC 8259, section 8.1); it says nothing.
+            # A byte order mark is ignored (RFC 8259, section 8.1).
             text = body.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise InvalidRequest(f"the body is not UTF-8: byte {error.start}") from None
@@ -104,9 +104,9 @@ class PublishHandler:
 
 
 async def read_body(request: web.Request, seconds: float) -> bytes:
-    """Return the body; raise RequestTimeout when it is not whole in time.
+    """Return the body. Raises RequestTimeout when the body is incomplete after `seconds`.
 
-    aiohttp waits for a body as long as its sender likes; over `client_max_size` it
+    aiohttp itself waits for a body without a time limit. For a body over `client_max_size` aiohttp
     raises HTTPRequestEntityTooLarge.
     """
     try:
@@ -119,7 +119,7 @@ async def read_body(request: web.Request, seconds: float) -> bytes:
 
 
 def check_coding(request: web.Request) -> None:
-    """Raise UnsupportedMediaType when the body comes in a coding that is not decoded."""
+    """Raise UnsupportedMediaType when the body has a coding that is not accepted."""
     given = ", ".join(request.headers.getall(hdrs.CONTENT_ENCODING, [])).strip().lower()
     if given not in CODINGS:
         raise UnsupportedMediaType(
@@ -128,7 +128,7 @@ def check_coding(request: web.Request) -> None:
 
 
 def is_small(request: web.Request) -> bool:
-    """Say whether the body is known to be small, also when it is decoded."""
+    """Return whether the body is surely small, and not compressed."""
     length = request.content_length
     return (
         length is not None
@@ -138,9 +138,9 @@ def is_small(request: web.Request) -> bool:
 
 
 def idempotency_key(request: web.Request, publisher: str) -> bytes | None:
-    """Return what stands for the request's Idempotency-Key, if it has one.
+    """Return a hash of the request's Idempotency-Key and its publisher. None: no such header.
 
-    Bound to who publishes: two publishers may choose the same key.
+    Two publishers may choose the same key, so the hash includes the publisher.
     """
     given = request.headers.getall(IDEMPOTENCY_KEY, [])
     if not given:

@@ -1,8 +1,8 @@
-"""`GET /xrpc/com.atproto.label.queryLabels`, as the lexicon describes it.
+"""`GET /xrpc/com.atproto.label.queryLabels`, as in its lexicon.
 
-Promises: ordered by seq, so that following `cursor` reaches every match once. A request looks at so
-many rows and no more: an answer may hold fewer labels than were asked for, or none, and a cursor.
-Does not belong here: streams.
+Promises: labels are ordered by seq, so a client that follows `cursor` gets every match once. Each
+request reads a bounded number of rows. So an answer may contain fewer labels than `limit`, or
+none, and still a cursor.
 """
 
 from __future__ import annotations
@@ -34,15 +34,13 @@ from sse_labels.web.parameters import (
 #: The lexicon's bounds of `limit`.
 LIMIT_MAX = 250
 LIMIT_DEFAULT = 50
-
-
-#: Queries that read at the same time, fewer than the pool has connections for requests: however
-#: many ask, publishing finds one. Backfills have others, and never wait for queries.
+#: Queries that read at the same time. The pool has more connections for requests than this, so
+#: publishing always finds one. Backfills use other connections, and never wait for queries.
 QUERIES_AT_ONCE = 4
 
 
 class QueryHandler:
-    """Answers with labels whose URI matches; `sources` and `values` narrow further."""
+    """Answers with the labels that match `uriPatterns`, and also `sources` and `values`."""
 
     def __init__(
         self, store: Store, sequencer: Sequencer, auth: StreamAuth, proxies: TrustedProxies
@@ -54,7 +52,7 @@ class QueryHandler:
         self._reads = Reads(QUERIES_AT_ONCE)
 
     async def handle(self, request: web.Request) -> web.Response:
-        """Answer `{"cursor": "…", "labels": […]}`; no cursor when there is nothing more."""
+        """Answer `{"cursor": "…", "labels": […]}`. The last answer has no cursor."""
         grant = self._auth.authorize(request)
         check_parameters(request, QUERY_PARAMETERS)
         if "uriPatterns" not in request.query:
@@ -62,7 +60,7 @@ class QueryHandler:
         filter = within_grant(request_filter(request), grant)
         limit = whole_number(request, "limit", LIMIT_DEFAULT, 1, LIMIT_MAX)
         if not self._sequencer.started.is_set():
-            # Nothing is known to be settled yet: an empty answer would be a wrong one.
+            # No seq is known to be settled yet: an empty answer would be wrong.
             raise NotReady("the sequencer has no head yet")
         cursor = whole_number(request, "cursor", 0, 0, SEQ_MAX)
         in_force = wants_state(request)
@@ -74,13 +72,13 @@ class QueryHandler:
         self, filter: Filter | None, cursor: int, limit: int, in_force: bool
     ) -> dict[str, object]:
         head = self._sequencer.head
-        # Rows below the floor stay for as long as a sweep takes, or until the next one.
+        # Rows below the floor stay in the table until a sweep deletes them.
         cursor = max(cursor, self._sequencer.floor - 1)
-        # One more than asked for says whether there is a next page.
+        # One row more than `limit` shows whether there is a next page.
         found = await self._store.query(filter, cursor, head, limit + 1, in_force=in_force)
         rows, end, now = found.rows[:limit], found.end, time.time()
         if len(found.rows) > limit or (len(rows) == limit and end < head):
-            # Behind as many labels as were asked for, the cursor is the last one's seq.
+            # After a full page the cursor is the seq of the page's last label.
             end = rows[-1].seq
         shown = [row for row in rows if not (in_force and is_expired(row.exp, now))]
         answer: dict[str, object] = {"labels": [label_json(*row.columns) for row in shown]}
@@ -89,5 +87,5 @@ class QueryHandler:
         return answer
 
     async def close(self) -> None:
-        """End the queries that are under way; called when no request is left."""
+        """End the running queries. Called when no request is left."""
         await self._reads.close()

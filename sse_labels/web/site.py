@@ -1,7 +1,4 @@
-"""The HTTP side of a server: every handler made once, and the routes to them.
-
-Does not belong here: what a handler does; tasks (`app`).
-"""
+"""The HTTP side of a server: creates every handler once, and routes requests to the handlers."""
 
 from __future__ import annotations
 
@@ -69,7 +66,7 @@ class Site:
         )
 
     def routes(self) -> web.Application:
-        """Return the HTTP side."""
+        """Return the application with all routes."""
         app = web.Application(
             middlewares=[errors_as_json(self._metrics, self.proxies.client)],
             client_max_size=self._settings.body_max_bytes,
@@ -93,13 +90,13 @@ class Site:
     async def serving(
         self, sockets: Sequence[socket.socket], other_descriptors: int
     ) -> AsyncIterator[None]:
-        """Answer requests inside the block; drain when it is left.
+        """Answer requests inside the block, and drain after it.
 
-        `other_descriptors` is how many the rest of the process will need at most.
+        `other_descriptors` is the most file descriptors that the rest of the process needs.
         """
         runner = web.AppRunner(
             self.routes(),
-            # Off by default in aiohttp: 10,000 clients that hung up left 10,000 handlers.
+            # aiohttp's default is off: 10,000 clients that disconnected left 10,000 handlers.
             handler_cancellation=True,
             shutdown_timeout=self._settings.drain_seconds,
         )

@@ -1,8 +1,8 @@
-"""`GET /stream` and `subscribeLabels`: who may read, from where, and what is answered.
+"""`GET /stream` and `subscribeLabels`: check the request, and open the stream.
 
-Promises: whatever is wrong with a request is answered before the status line; a client that shall
-come back is answered in a way that lets it.
-Does not belong here: which streams are open (`streams`), what an open one writes (`delivery`).
+Promises: an error in a request is found before the status line is sent. A client that should
+reconnect later gets an answer after which its software does reconnect.
+Does not belong here: the registry of streams (`streams`), what a stream writes (`delivery`).
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ from sse_labels.web.streams import OpenStream, Streams
 
 log = logging.getLogger(__name__)
 
-#: How long a stream that opens before the sequencer's start waits for it, in seconds.
+#: How long a request waits for the sequencer's start, in seconds.
 START_WAIT_SECONDS = 5.0
-#: What a client that came to a full server waits, as a multiple of the usual retry.
+#: How long a client waits after a refusal by a full server, as a multiple of the usual retry.
 BUSY_RETRY_FACTOR = 10
-#: What share of `ring_max_bytes` events may hold that were encoded for WebSockets.
+#: Messages for WebSockets may hold `ring_max_bytes` divided by this number.
 MESSAGES_SHARE = 8
 
 
@@ -82,8 +82,8 @@ class StreamHandler:
         self._snapshots = Snapshots(feed.sequencer)
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
-        """Return the event stream that was asked for; raise what is wrong with the request."""
-        # A grant before all else: 401 and 403 are final for a browser too.
+        """Return the requested event stream. Raises RequestError."""
+        # The grant comes first: 401 and 403 are final for a browser too.
         grant = self._auth.authorize(request)
         asked = stream_asked(request, self._expiry.clock())
         try:
@@ -92,7 +92,7 @@ class StreamHandler:
                 return await self._head(request)
             stream = self._let_in(request, grant, asked, start)
         except (TooManyConnections, TooManyFromAddress, NotReady, EpochChanged) as error:
-            # A browser takes any other status than 200 for final, and never comes back.
+            # A browser treats every status except 200 as final, and never reconnects.
             if "text/event-stream" in request.headers.get(hdrs.ACCEPT, ""):
                 return await self._busy(request, error, asked)
             raise
@@ -100,10 +100,10 @@ class StreamHandler:
         return await self._answer(request, stream, start, answer)
 
     async def subscribe(self, request: web.Request) -> web.StreamResponse:
-        """Return the WebSocket that was asked for, or the event stream without an upgrade."""
+        """Return the requested WebSocket, or the event stream when there is no upgrade."""
         if request.method == hdrs.METH_HEAD or not wants_socket(request):
             return await self.handle(request)
-        # A browser lets every page open WebSockets, and sends the cookies along.
+        # A browser lets every page open WebSockets, and sends this host's cookies.
         elsewhere = page_elsewhere(request)
         if elsewhere and not {"*", elsewhere} & set(self._settings.cors_origins):
             raise Forbidden("pages of this origin may not read here")
@@ -120,7 +120,10 @@ class StreamHandler:
         return await self._answer(request, stream, start, answer)
 
     async def _start(self, asked: Asked) -> int:
-        """Return the cursor to start from; raise FutureCursor, EpochChanged or NotReady."""
+        """Return the start cursor.
+
+        Raises FutureCursor, EpochChanged, NotReady or TooManyConnections.
+        """
         self._streams.check_room()
         if not self._sequencer.started.is_set():
             try:
@@ -129,14 +132,14 @@ class StreamHandler:
             except TimeoutError:
                 raise NotReady("the sequencer has no head yet") from None
         if asked.epoch is not None and asked.epoch != self._sequencer.epoch:
-            # Its cursor may well exist here, and stand for another label: never guess.
+            # The cursor may exist in this epoch too, but as the seq of another label: never guess.
             raise EpochChanged(
-                f"epoch {asked.epoch[:60]!r} is over, this is {self._sequencer.epoch}: seqs name "
-                "other labels now; start anew, from cursor 0 or live"
+                f"epoch {asked.epoch[:60]!r} has ended, the epoch is now {self._sequencer.epoch}. "
+                "The same seqs now mean other labels. Start again from cursor 0 or live"
             )
         cursor = asked.position(self._sequencer.head)
         if cursor > self._sequencer.head:
-            # From a neighbour that is ahead of this process? Then the database knows it already.
+            # A neighbour that is ahead may have sent this cursor. Then the database has its seq.
             try:
                 newest = await self._store.newest()
             except DatabaseUnavailable as error:
@@ -146,7 +149,7 @@ class StreamHandler:
         return cursor
 
     def _let_in(self, request: web.Request, grant: Grant, asked: Asked, start: int) -> OpenStream:
-        """Return one more stream, which has a place; raise what keeps it from opening."""
+        """Register and return a new stream. Raises RequestError."""
         client = self._proxies.client(request)
         reader = reader_of(client, grant.subject)
         filter = within_grant(asked.filter, grant)
@@ -177,7 +180,7 @@ class StreamHandler:
         start: int,
         answer: Callable[..., EventStream | LabelSocket],
     ) -> web.StreamResponse:
-        """Begin the answer; from then on it ends the stream itself."""
+        """Begin the answer. A begun answer itself reports the end of the stream."""
         ended = partial(self._streams.ended, stream)
         try:
             response = answer(
@@ -188,18 +191,18 @@ class StreamHandler:
         except BaseException:
             ended("ClientGone")
             raise
-        # Nothing awaits from here until aiohttp asks it for its body.
+        # From here on nothing awaits until aiohttp calls `write_eof`.
         return response
 
     def _add_headers(self, answer: web.StreamResponse) -> None:
         answer.headers["Sse-Labels-Head"] = str(self._sequencer.head)
         answer.headers["Sse-Labels-Epoch"] = self._sequencer.epoch or ""
         if self._auth.protected:
-            # A shared cache must not keep what came by cookie or URL.
+            # A shared cache must not keep an answer whose token was in a cookie or URL.
             answer.headers[hdrs.CACHE_CONTROL] = "no-store, no-transform"
 
     def _opening(self, start: int) -> bytes:
-        """Return the first block; it has what `EventSource` hides of the headers from a page."""
+        """Return the first block. It repeats headers, which `EventSource` hides from a page."""
         return encode_opening(
             retry_ms(self._settings),
             start,
@@ -211,7 +214,7 @@ class StreamHandler:
         )
 
     async def _head(self, request: web.Request) -> web.StreamResponse:
-        """Answer as a stream begins, without its body, and hold nothing."""
+        """Answer HEAD with the headers of a stream, without opening one."""
         response = web.StreamResponse(headers=HEADERS)
         self._add_headers(response)
         await response.prepare(request)
@@ -227,9 +230,9 @@ class StreamHandler:
     async def _busy(
         self, request: web.Request, error: RequestError, asked: Asked
     ) -> web.StreamResponse:
-        """Answer with a stream that ends at once, and says when and with which id to come back."""
+        """Answer with a stream that ends at once, with the time and the id for the reconnect."""
         self._metrics.requests_refused[error.name] += 1
-        # The head of another life means nothing to a client of this one.
+        # After EpochChanged the head belongs to an epoch that the client does not have.
         known = self._sequencer.started.is_set() and not isinstance(error, EpochChanged)
         position = asked.position(self._sequencer.head if known else None)
         response = web.StreamResponse(headers=HEADERS)

@@ -1,8 +1,8 @@
-"""The streams that are open: how many there may be, and how each of them ends.
+"""The registry of open streams: it limits their number, and ends them.
 
-Promises: what a stream holds (a place, its address's share) is free again when it ends, however
-it does; a stream never outlives the token that opened it.
-Does not belong here: who may open one (`stream`), what it writes (`delivery`).
+Promises: every end of a stream frees what the stream holds: a place, and its address's share. A
+stream ends when the token that opened it expires.
+Does not belong here: who may open a stream (`stream`), what a stream writes (`delivery`).
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True, eq=False)
 class OpenStream:
-    """An open stream, and what it holds."""
+    """One open stream."""
 
     outbox: Outbox
     client: str
     filter: Filter | None
-    #: Whose token opened it (`sub`), if it says; chosen by others.
+    #: The claim `sub` of the token that opened the stream. The token's issuer chose the text.
     subject: str | None
-    #: What its address holds by it.
+    #: The key under which `PerAddress` counts the stream.
     share: str | None
-    #: 64 random bits: unique over workers and restarts, and nobody guesses it.
+    #: 64 random bits: unique across workers and restarts, and hard to guess.
     id: str = field(default_factory=lambda: secrets.token_hex(8))
     opened: float = field(default_factory=time.monotonic)
-    #: When to look whether its token has expired.
+    #: The timer that checks whether the token has expired.
     expiry: asyncio.TimerHandle | None = None
 
 
 class Streams:
-    """Knows all streams that are open in this process."""
+    """All streams that are open in this process."""
 
     def __init__(
         self,
@@ -58,10 +58,10 @@ class Streams:
         exempt: Callable[[str], bool],
         token_clock: Callable[[], float],
     ) -> None:
-        """`exempt` tells which addresses have no limit; `token_clock` what tokens expire by."""
+        """`exempt` returns whether an address has no limit. Tokens expire by `token_clock`."""
         self._metrics = metrics
         self._most = settings.max_streams
-        self._look_seconds = settings.heartbeat_seconds
+        self._recheck_seconds = settings.heartbeat_seconds
         self._per_address = PerAddress(settings.max_per_address, exempt)
         self._token_clock = token_clock
         self._stopping = False
@@ -74,7 +74,7 @@ class Streams:
         )
 
     def full(self) -> bool:
-        """Tell whether as many streams are open as may be."""
+        """Return whether the number of open streams has reached its limit."""
         return len(self.open) >= self._most
 
     def check_room(self) -> None:
@@ -92,7 +92,10 @@ class Streams:
         subject: str | None,
         token_expires_at: float | None,
     ) -> OpenStream:
-        """Return one more stream; raise as `check_room` does, or TooManyFromAddress."""
+        """Register and return a new stream.
+
+        Raises the errors of `check_room`, and TooManyFromAddress.
+        """
         self.check_room()
         share = self._per_address.take(client)
         stream = OpenStream(outbox, client, filter, subject, share)
@@ -102,7 +105,7 @@ class Streams:
         return stream
 
     def ended(self, stream: OpenStream, how: str) -> None:
-        """Take back what the stream had."""
+        """Remove a stream that ended, and free its place and its address's share."""
         if stream.expiry is not None:
             stream.expiry.cancel()
         del self.open[stream.id]
@@ -121,7 +124,7 @@ class Streams:
         )
 
     def cut(self, stream_id: str, by: str) -> bool:
-        """End one stream for the operator `by`; return whether it is here."""
+        """End one stream for the operator `by`. Return whether this process has the stream."""
         stream = self.open.get(stream_id)
         if stream is None:
             return False
@@ -137,14 +140,14 @@ class Streams:
             stream.outbox.close(ServerStopping(message))
 
     def _end_at(self, stream: OpenStream, expires_at: float) -> None:
-        """End the stream when its token does, by the clock that the token was made by."""
+        """End the stream when its token expires, by the clock of the token's times."""
         left = expires_at - self._token_clock()
         if left <= 0:
             message = "the token has expired; reconnect with a new one and the last id"
             stream.outbox.close(TokenExpired(message))
             return
-        # Timers do not see that clock being set: look again at each heartbeat, whether events
-        # come or not (test_token_that_the_clock_passes_by_ends_its_stream).
+        # Timers do not notice when that clock is set. So check again after each heartbeat time,
+        # with or without events (test_token_that_the_clock_passes_by_ends_its_stream).
         stream.expiry = asyncio.get_running_loop().call_later(
-            min(left, self._look_seconds), self._end_at, stream, expires_at
+            min(left, self._recheck_seconds), self._end_at, stream, expires_at
         )
