@@ -291,7 +291,8 @@ class TestExpired:
 
     @pytest.mark.parametrize("text", ["2026-06-01T12:00:11Z", "9999-12-31T00:00:00Z"])
     def test_a_time_to_come_is_refused(self, text: str) -> None:
-        with pytest.raises(InvalidRequest, match=f"expired: got '{text}', expected a time in the past"):
+        expected = f"expired: got '{text}', expected a time in the past"
+        with pytest.raises(InvalidRequest, match=expected):
             expired_since(request(f"expired={text}"), self.NOW)
 
     def test_given_twice_is_refused(self) -> None:
