@@ -1,10 +1,9 @@
-"""The backfill: one consumer's way through history, from its cursor to the ring.
+"""The backfill: takes one consumer through history, from its cursor to the ring.
 
-Promises: `next` returns every settled event after the position that the filter lets through, once,
-in order, at the consumer's pace: from the ring where it reaches so far, else from pages of the
-table, one of them read ahead. It waits for a database that is away. With a snapshot it returns that
-state first. It ends where the ring holds less than a page.
-Does not belong here: what is live; what a consumer waits for (`outbox`).
+Promises: `next` returns every settled event after the position that matches the filter, once, in
+order, at the consumer's pace. Events come from the ring if the ring still has them, else from pages
+of the table. One page is read ahead. With a snapshot, the state comes first. While the database is
+away, the backfill waits. It is done when the ring holds the rest, and the rest is one page at most.
 """
 
 from __future__ import annotations
@@ -26,13 +25,13 @@ log = logging.getLogger(__name__)
 
 
 class Backfill:
-    """Reads history for one consumer; to be closed by `close`."""
+    """Reads history for one consumer. The caller must `close` it."""
 
     __slots__ = (
-        "_behind",
         "_client",
         "_filter",
         "_heartbeat_seconds",
+        "_next_chunk",
         "_page_max_events",
         "_pages",
         "_reading",
@@ -54,7 +53,7 @@ class Backfill:
         page_max_events: int,
         heartbeat_seconds: float,
     ) -> None:
-        """`client` is who reads: reads of history are shared by turns among clients."""
+        """`client` names the reader: clients take turns at reading history."""
         self._sequencer = sequencer
         self._pages = pages
         self._client = client
@@ -64,47 +63,47 @@ class Backfill:
         self._heartbeat_seconds = heartbeat_seconds
         #: The next page, while it is being read.
         self._reading: asyncio.Task[Page] | None = None
-        #: A page that was read already, and belongs behind the step that was returned.
-        self._behind: Chunk | None = None
-        #: Every event up to here was returned, or is hidden by the filter.
+        #: A page that was read already, and follows the step that was returned.
+        self._next_chunk: Chunk | None = None
+        #: Every event up to this seq was returned, or the filter hides it.
         self.position = position
-        #: Whether the ring had all of it.
+        #: Whether all events came from the ring so far.
         self.from_ring = True
 
-    def is_over(self) -> bool:
-        """Say whether the ring holds what is left, and that is a page at most."""
+    def is_done(self) -> bool:
+        """Return whether the ring holds the rest, and the rest is one page at most."""
         ring, most = self._sequencer.ring, self._page_max_events
         return (
             self._snapshot is None
-            and self._behind is None
+            and self._next_chunk is None
             and self.position + 1 >= self._sequencer.floor
             and ring.covers(self.position)
             and ring.count_after(self.position, most) <= most
         )
 
     async def next(self) -> Step | None:
-        """Return the next step; None when there is none and `is_over` should be asked again.
+        """Return the next step, or None: then the caller must ask `is_done` again.
 
         Raises HistoryRefused.
         """
-        if self._behind is not None:
-            chunk, self._behind = self._behind, None
+        if self._next_chunk is not None:
+            chunk, self._next_chunk = self._next_chunk, None
             return self._events(chunk)
-        if (outdated := self._skip_what_is_gone()) is not None:
+        if (outdated := self._skip_deleted()) is not None:
             return outdated
         if self._snapshot is not None:
             if self.position >= self._snapshot.until:
                 self._snapshot = None
                 return SnapshotComplete(self.position)
         elif self._sequencer.ring.covers(self.position):
-            # Others get their turn, also when the filter hides all.
-            cut = partial(self._cut, self.position)
-            page = await self._pages.turn(self._client, (self.position, self._filter), cut)
+            # Even if the filter hides every event, the other clients must get their turn.
+            ring_page = partial(self._ring_page, self.position)
+            page = await self._pages.turn(self._client, (self.position, self._filter), ring_page)
             return None if page is None else self._events(page)
         return await self._page()
 
     def close(self) -> None:
-        """End what is being read; `next` then returns None."""
+        """Cancel the read in progress; a `next` that waits for it then returns None."""
         reading, self._reading = self._reading, None
         if reading is not None:
             reading.cancel()
@@ -115,50 +114,53 @@ class Backfill:
             self.position = chunks[-1].end
         return Events(chunks)
 
-    def _cut(self, cursor: int) -> Chunk | None:
-        """Return the page of the ring after `cursor`, None when it reaches no longer so far."""
+    def _ring_page(self, cursor: int) -> Chunk | None:
+        """Return the ring's page after `cursor`, None when the ring no longer covers `cursor`."""
         ring = self._sequencer.ring
         if not ring.covers(cursor):
             return None
         return ring.page(cursor, self._page_max_events, self._filter)
 
-    def _skip_what_is_gone(self) -> Outdated | None:
-        """Go on from the floor when the position is below it; return what to say, if anything."""
+    def _skip_deleted(self) -> Outdated | None:
+        """Move a position below the floor up to the floor.
+
+        Returns the step that reports deleted events; None when there is nothing to report.
+        """
         cursor, floor = self.position, self._sequencer.floor
         if cursor + 1 >= floor:
             return None
         self.close()
         if self._snapshot is not None and not self._snapshot.resumed:
-            # What a new consumer does not get is not missing.
+            # A new consumer misses nothing: the state does not contain deleted labels.
             self.position = min(floor - 1, self._snapshot.until)
             return None
         self.position = self._sequencer.oldest - 1
         return Outdated(cursor, self._sequencer.oldest)
 
     async def _page(self) -> Step | None:
-        """Return the next page of the table, or Silence while it takes long."""
+        """Return the next page of the table, or Silence when the read takes too long."""
         self.from_ring = False
         reading = self._reading
         if reading is None:
             reading = self._reading = self._read(self.position)
         await asyncio.wait({reading}, timeout=self._heartbeat_seconds)
         if self._reading is not reading:
-            # Closed meanwhile.
+            # The backfill was closed during the wait.
             return None
         if not reading.done():
             return Silence()
         self._reading = None
         page = reading.result()
-        # The floor may have risen since it was asked for; what is below it is cut off then.
-        outdated = self._skip_what_is_gone()
+        # The floor may have risen during the read. Then the events below the floor are cut off.
+        outdated = self._skip_deleted()
         self._read_ahead(page)
         if outdated is None:
             return self._events(page.chunk)
-        self._behind = page.chunk
+        self._next_chunk = page.chunk
         return outdated
 
     def _read_ahead(self, page: Page) -> None:
-        """Read the next page while this one is being written."""
+        """Start reading the page after `page`, while `page` is being written."""
         cursor = max(page.chunk.end, self.position)
         if self._snapshot is None:
             more = page.full and not self._sequencer.ring.covers(cursor)
@@ -168,21 +170,21 @@ class Backfill:
             self._reading = self._read(cursor)
 
     def _read(self, cursor: int) -> asyncio.Task[Page]:
-        task = asyncio.create_task(self._read_patiently(cursor), name=f"backfill after {cursor}")
-        # When it fails the consumer may be gone; then nobody else would look at the error.
+        task = asyncio.create_task(self._read_page(cursor), name=f"backfill after {cursor}")
+        # If the consumer is gone, nobody else retrieves the error of a failed read.
         task.add_done_callback(lambda done: done.cancelled() or done.exception())
         return task
 
-    async def _read_patiently(self, cursor: int) -> Page:
-        """Read one page, as often as it takes: the stream outlives its database."""
+    async def _read_page(self, cursor: int) -> Page:
+        """Read one page. While the database is away, try again: the stream must survive this."""
         backoff = Backoff()
         while True:
             try:
                 page = await self._pages.read(self._client, cursor, self._filter, self._snapshot)
                 if page.floor > self._sequencer.floor:
-                    await self._sequencer.look_at_state()
+                    await self._sequencer.read_state()
             except DatabaseRefused as error:
-                # Each of 15,000 streams may cause such a line: they are limited together.
+                # Each of 15,000 streams may log this line. `caused_by` limits them together.
                 log.error("a backfill is refused", extra={"error": error, "caused_by": "backfills"})
                 raise HistoryRefused from error
             except DatabaseUnavailable as error:

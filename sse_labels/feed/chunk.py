@@ -1,13 +1,10 @@
 """A chunk: a run of consecutive events, encoded once and shared by all connections.
 
-Promises: immutable; its bytes are the frames of exactly the events with
-`start < seq <= end`, increasing, each whole; `after(cursor)` is a slice, never
-a new encoding; `select(filter)` keeps `start` and `end`, because a filter
-hides events and not positions. A chunk made of another one owns all that it
-needs: it does not keep the other one in memory, and `nbytes` is what it holds.
-Stands in the corridor between the store, which makes chunks out of rows, and
-everything behind it, which only hands them on.
-Does not belong here: where rows come from, who receives a chunk and when.
+Promises: a chunk is immutable. Its bytes are the whole frames of exactly the events with
+`start < seq <= end`, in increasing order. `after(cursor)` is a slice, never a new encoding.
+`select(filter)` keeps `start` and `end`, because a filter hides events and not positions. A chunk
+made from another chunk owns its bytes: it does not keep the other chunk in memory, and `nbytes`
+counts all memory that it holds.
 """
 
 from __future__ import annotations
@@ -24,18 +21,19 @@ from sse_labels.protocol.filters import Filter
 from sse_labels.protocol.label import Row, label_json
 from sse_labels.protocol.sse import chunked, encode_frame, unchunked
 
-#: What a chunk takes beside its events: itself, two arrays, two numbers, the headers of its bytes
-#: and of its list; and an event beside its bytes: seq and offset, and for `select` the key's tuple
-#: and its place in the list. Measured on CPython 3.11 by `tracemalloc`, as the tests do.
+#: Sizes in memory, measured on CPython 3.11 by `tracemalloc`, as the tests do.
+#: A chunk without its events: the object, two arrays, two numbers, the headers of bytes and list.
 CHUNK_BYTES = 448
+#: An event without its bytes: seq and offset.
 EVENT_BYTES = 16
+#: What `select` needs of an event, without its texts: the key's tuple and its place in the list.
 KEY_BYTES = 72
-#: What a cache spends on an entry beside the chunk and the filter: the key and its place.
+#: A cache entry without the chunk and the filter: the cache's key and its place.
 KEPT_BYTES = 512
 
 
 class FilterKey(NamedTuple):
-    """What a filter looks at."""
+    """The three fields that a filter compares."""
 
     src: str
     uri: str
@@ -45,8 +43,8 @@ class FilterKey(NamedTuple):
 class Chunk:
     """Consecutive events with `start < seq <= end`, each encoded once.
 
-    `start` is exclusive like every cursor: the chunk continues whoever stands at
-    `start`, and moves them to `end`. Between the two may be seqs without an event.
+    `start` is exclusive like every cursor: the chunk takes a consumer from position `start` to
+    position `end`. Some seqs between the two may have no event.
     """
 
     __slots__ = (
@@ -66,9 +64,9 @@ class Chunk:
         self.seqs = seqs
         self._keys = keys
         self._nbytes = 0
-        #: Where each frame begins, and where the last one ends; the first need not be at 0.
+        #: The offset of each frame's start, and of the last frame's end. May start above 0.
         self._offsets = array("q", list(accumulate(map(len, frames), initial=0)))
-        # HTTP's chunked coding is made here, once, not per connection.
+        # HTTP's chunked coding is added here, once, and not for each connection.
         if frames and isinstance(frames[0], str):
             data = "".join(frames).encode("ascii")  # type: ignore[arg-type]
         else:
@@ -83,26 +81,27 @@ class Chunk:
 
     @property
     def data(self) -> bytes:
-        """The frames without HTTP's chunked coding around them."""
+        """The frames without HTTP's chunked coding."""
         return bytes(self._view())
 
     @property
     def nbytes(self) -> int:
-        """The memory that this chunk holds, in bytes, near enough to bound a ring by it."""
+        """The memory that this chunk holds, in bytes, exact enough for the bound of a ring."""
         if not self._nbytes:
-            # Once: a string grows when it is wanted in UTF-8, and a ring's sum must stay right.
+            # Computed once: a string grows when it is encoded, and a ring's sum must stay right.
             keys = self._keys or ()
             texts = [key.uri for key in keys]
-            # As `_keys_of` makes them: one object for all events of a source, or of a value.
+            # `_keys_of` keeps one string for all events of a source, and one for each value.
             texts += {key.src for key in keys} | {key.val for key in keys}
             each = EVENT_BYTES * len(self) + KEY_BYTES * len(keys)
             self._nbytes = CHUNK_BYTES + len(self.wire) + each + sum(map(getsizeof, texts))
         return self._nbytes
 
     def after(self, cursor: int, max_events: int | None = None) -> Chunk:
-        """Return the part that a consumer at `cursor` has not seen, its first `max_events`.
+        """Return the events after `cursor`, at most `max_events` of them.
 
-        Returns self when that is all of it; a part that is cut short ends at its last event.
+        Returns self when the part is the whole chunk. A part that `max_events` cuts short ends at
+        its last event.
         """
         first = bisect_right(self.seqs, cursor)
         last = len(self) if max_events is None else min(len(self), first + max_events)
@@ -113,22 +112,22 @@ class Chunk:
         part.start = start = min(max(cursor, self.start), self.end)
         part.end = self.end
         if last < len(self):
-            # Of no events at all there is no last one, and nothing may be passed over.
+            # Without events there is no last event, and no seq may be skipped.
             part.end = self.seqs[last - 1] if last > first else start
         part.seqs = self.seqs[first:last]
         part._keys = None if self._keys is None else self._keys[first:last]
-        # Slices alone: 10,000 clients come back at once, each from another place.
+        # Only slices: 10,000 clients may reconnect at once, each with another cursor.
         part._offsets = offsets = self._offsets[first : last + 1]
         base = self._offsets[0]
         part.wire = chunked(self._view()[offsets[0] - base : offsets[-1] - base])
         return part
 
     def count_after(self, cursor: int) -> int:
-        """Return how many events a consumer at `cursor` has not seen."""
+        """Return the number of events after `cursor`."""
         return len(self) - bisect_right(self.seqs, cursor)
 
     def select(self, filter: Filter | None) -> Chunk:
-        """Return the events that `filter` lets through, over the same positions."""
+        """Return the chunk of the events that match `filter`, with the same `start` and `end`."""
         if filter is None:
             return self
         if self._keys is None:
@@ -162,10 +161,10 @@ def encode_rows(
     end: int,
     with_keys: bool = False,
 ) -> Chunk:
-    """Return the chunk of `rows`, which must be all of the settled rows in `(start, end]`, by id.
+    """Return the chunk of `rows`, which must be all settled rows in `(start, end]`, by id.
 
-    `with_keys` keeps what `select` needs; pages of a backfill are made for one filter and do
-    without. Such a filter has left rows out before.
+    `with_keys` keeps the fields that `select` needs. Pages of a backfill do not need them: their
+    rows were filtered before.
     """
     return Chunk(
         start,
@@ -177,7 +176,7 @@ def encode_rows(
 
 
 def merge(chunks: Sequence[Chunk]) -> Chunk:
-    """Return one chunk of several that follow each other, so that few objects hold many events."""
+    """Merge chunks that continue each other into one, so that few objects hold many events."""
     if len(chunks) == 1:
         return chunks[0]
     for left, right in pairwise(chunks):
@@ -197,9 +196,9 @@ def merge(chunks: Sequence[Chunk]) -> Chunk:
 
 
 def after_position(chunks: Sequence[Chunk], position: int) -> list[Chunk]:
-    """Return what of `chunks` comes after `position`: a cursor may have been ahead of them.
+    """Return the part of `chunks` after `position`, which may be ahead of some of them.
 
-    Raises BrokenPromise when they do not continue it, or each other.
+    Raises BrokenPromise when the chunks do not continue `position`, or each other.
     """
     kept = []
     for chunk in chunks:
@@ -215,17 +214,17 @@ def after_position(chunks: Sequence[Chunk], position: int) -> list[Chunk]:
 
 
 def _keys_of(columns: Iterable[tuple[str, str, str]]) -> list[FilterKey]:
-    """Return keys of (src, uri, val) that share one object for each source and value.
+    """Return keys of (src, uri, val) that share one string for each source and each value.
 
-    Not interned: CPython 3.12 never frees interned strings, and these are strangers'.
+    Not interned: CPython 3.12 never frees interned strings, and anybody may send new ones.
     """
-    one: dict[str, str] = {}
+    shared: dict[str, str] = {}
     return [
-        FilterKey(one.setdefault(src, src), uri, one.setdefault(val, val))
+        FilterKey(shared.setdefault(src, src), uri, shared.setdefault(val, val))
         for src, uri, val in columns
     ]
 
 
 def kept_nbytes(chunk: Chunk, filter: Filter | None) -> int:
-    """Return about how much memory a cache spends that keeps `chunk` for those who ask for it."""
+    """Return about how many bytes a cache spends on `chunk` for this `filter`."""
     return KEPT_BYTES + chunk.nbytes + (0 if filter is None else filter.nbytes)

@@ -1,6 +1,6 @@
-"""A queue of chunks whose bound is counted in events.
+"""The queue of an outbox: holds live chunks, and its bound is a number of events.
 
-With chunks, a bound that counts items would never be reached.
+A bound in chunks would never be reached, because one chunk may hold many events.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from sse_labels.feed.chunk import Chunk, merge
 class ChunkQueue(asyncio.Queue[Chunk]):
     """An `asyncio.Queue` of chunks whose size and bound are counted in events.
 
-    A put that finds it full raises QueueFull, so it holds less than `maxsize` events plus one
-    chunk. Chunks without events become one, else a filter that hides all made them unbounded.
+    Putting a chunk into a full queue raises QueueFull. So the queue holds fewer than `maxsize`
+    events plus one chunk. Chunks without events are merged into one: otherwise a filter that hides
+    every event would fill the queue without bound.
     """
 
     _queue: deque[Chunk]
@@ -38,5 +39,5 @@ class ChunkQueue(asyncio.Queue[Chunk]):
         return item
 
     def qsize(self) -> int:
-        """Return the number of events that wait."""
+        """Return the number of waiting events."""
         return self._events

@@ -1,4 +1,4 @@
-"""The corridor of one process, wired: from the label table to what an outbox subscribes to."""
+"""The feed: creates and connects the parts of the corridor that a process has once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sse_labels.metrics import Metrics
 
 
 class Feed:
-    """Follows the table once for all consumers; nothing runs before its `tasks` do."""
+    """Follows the table once for all consumers. Nothing runs before `tasks` are started."""
 
     def __init__(
         self, database: Database, schema: Schema, metrics: Metrics, settings: Settings
@@ -46,7 +46,7 @@ class Feed:
             database,
             schema,
             self.head,
-            self.sequencer.look_at_state,
+            self.sequencer.read_state,
             metrics,
             max_age_seconds=settings.retention_max_age_seconds,
             max_labels=settings.retention_max_labels,
@@ -63,7 +63,7 @@ class Feed:
         return self.sequencer.floor
 
     def tasks(self) -> dict[str, Coroutine[Any, Any, None]]:
-        """Return what is to run while the server does, by name."""
+        """Return the tasks that run as long as the server, by name."""
         return {
             "sequencer": self.sequencer.run(),
             "listener": self.listener.run(),

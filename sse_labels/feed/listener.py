@@ -1,11 +1,9 @@
-"""The listener: turns notifications of the database into wakes.
+"""The listener: wakes the sequencer when the database sends a notification.
 
-Promises: after every (re)connect it listens first and wakes then, so that no
-commit falls between the two; a connection that died silently is found by a
-query with a time-out, and replaced.
-Stands beside the sequencer. NOTIFY is a hint, the table is the truth: without
-this file everything still arrives, up to `poll_seconds` later.
-Does not belong here: reading labels.
+Promises: after every (re)connect, LISTEN comes first and the wake second, so that no commit is
+missed between the two. A query with a time-out finds a connection that died silently, and the
+connection is replaced. NOTIFY is a hint and the table is the truth: without notifications every
+label still arrives, up to `poll_seconds` later.
 """
 
 from __future__ import annotations
@@ -21,18 +19,18 @@ from sse_labels.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
-#: After so much silence the connection has to answer a query …
+#: After this time without a notification the connection has to answer a query.
 SILENCE_SECONDS = 10.0
-#: … within this time.
+#: The connection has this long to answer the query.
 ANSWER_SECONDS = 5.0
-#: What a notification carries when the floor was raised; that of new labels carries nothing.
+#: The payload of a notification about a raised floor. One about new labels has no payload.
 FLOOR = "floor"
 
 
 class Listener:
-    """Calls `wake` whenever labels may have been committed; `run` is its one task.
+    """Calls `wake` when new labels may exist, and `floor_raised` when the floor may be higher.
 
-    And `floor_raised` whenever the floor may have been raised.
+    `run` is its only task.
     """
 
     def __init__(
@@ -65,8 +63,8 @@ class Listener:
                     self._wake()
                     backoff.reset()
                     while True:
-                        if heard := await connection.notified(SILENCE_SECONDS):
-                            if FLOOR in heard:
+                        if payloads := await connection.notified(SILENCE_SECONDS):
+                            if FLOOR in payloads:
                                 self._floor_raised()
                             self._wake()
                         else:

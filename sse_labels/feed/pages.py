@@ -1,10 +1,8 @@
-"""Pages of history, read once for all who ask for the same.
+"""Pages: read and encode each page of history once for all consumers that need the page.
 
-Promises: the rows of a page are read once for all filters; each of them selects from these rows
-within the turn of a client that asked (`reads`), and what it selected is encoded once for all who
-ask with the same filter. Full pages are kept, up to a bound in bytes.
-Stands in the corridor between the store and the outboxes' backfill.
-Does not belong here: deciding what is settled, or how far a reader may go.
+Promises: the rows of a page are read once for all filters. Each filter selects from these rows
+within a turn of a client that asked for them (`reads`). The selected rows are encoded once for all
+consumers with the same filter. Full pages are cached, up to a bound in bytes.
 """
 
 from __future__ import annotations
@@ -24,21 +22,21 @@ from sse_labels.protocol.filters import Filter
 
 T = TypeVar("T")
 
-#: What a page comes after, and what was asked for.
+#: The cursor before a page, the consumer's filter and its snapshot.
 PageKey = tuple[int, Filter | None, Snapshot | None]
-#: The same of its rows: what the table is asked for.
+#: The same for the page's rows; the filter is the part of it that the database applies.
 RowsKey = tuple[int, Filter | None, Snapshot | None, Literal["rows"]]
-#: What is kept of what is not kept.
-NOTHING = (None, 0)
+#: The cache's answer for a missing entry.
+MISSING = (None, 0)
 
-#: Pages of the table that a filter looks at in one turn, while it lets hardly anything through …
-LOOKED_AT_ONCE = 10
-#: … and for how long: the turn of whoever reads without a filter takes about as long.
+#: A filter that matches few rows looks at this many pages of the table in one turn at most.
+MAX_PAGES_PER_TURN = 10
+#: Such a turn ends after this time: a turn without a filter takes about as long.
 TURN_SECONDS = 0.005
 
 
 class Pages:
-    """Reads pages for backfills; keeps full ones while they last, up to a bound in bytes."""
+    """Reads pages for backfills, and caches full ones while they are valid."""
 
     def __init__(
         self,
@@ -55,12 +53,12 @@ class Pages:
         self._metrics = metrics
         self._limit = page_max_events
         self._cache_max_bytes = cache_max_bytes
-        #: Pages, and the rows that filters select from: by their keys, with what they take.
+        #: Pages, and the rows that filters select from: by their keys, with their size in bytes.
         self._cache: OrderedDict[PageKey | RowsKey, tuple[Any, int]] = OrderedDict()
         self._cache_bytes = 0
         self._reads = Reads(max_reads)
-        #: What these read of the table, each of them one page at a time.
-        self._table = Reads(max_reads)
+        #: The reads of the table that those in `_reads` need, one page at a time each.
+        self._table_reads = Reads(max_reads)
 
     async def read(
         self,
@@ -69,24 +67,24 @@ class Pages:
         filter: Filter | None,
         snapshot: Snapshot | None = None,
     ) -> Page:
-        """Return the page after `cursor`, up to the head; raise DatabaseUnavailable.
+        """Return the page after `cursor`, up to the head. With `snapshot`, a page of that state.
 
-        With `snapshot`, the page of that state instead of events. It is read when it is the turn of
-        `client`. Beside other clients a page that is kept has its turn too: to write it takes time.
+        The page is returned at the turn of `client`. If other clients ask too, a cached page also
+        waits for its turn, because writing the page takes time. Raises DatabaseUnavailable.
         """
         key = (cursor, filter, snapshot)
-        page: Page | None = self._kept(key) if self._reads.alone(client) else None
+        page: Page | None = self._cached(key) if self._reads.is_alone(client) else None
         if page is None:
             page = await self._reads.read(client, key, partial(self._page, key))
         self._metrics.count["backfill_events"] += len(page.chunk)
         return page
 
     async def turn(self, client: str, key: Hashable, make: Callable[[], T]) -> T:
-        """Return what `make` makes, when it is the turn of `client`: what is kept takes time, too.
+        """Call `make` at the turn of `client`, and return its result.
 
-        One for all who ask with the same `key`.
+        `make` is called once for all consumers that ask with the same `key`.
         """
-        if self._reads.alone(client):
+        if self._reads.is_alone(client):
             await asyncio.sleep(0)
             return make()
 
@@ -96,86 +94,86 @@ class Pages:
         return await self._reads.read(client, ("made", key), work)
 
     async def close(self) -> None:
-        """End the reads that are under way; called when no stream is left."""
+        """Cancel the reads in progress. Called when no stream is left."""
         await self._reads.close()
-        await self._table.close()
+        await self._table_reads.close()
 
     async def _page(self, key: PageKey) -> Page:
-        page: Page | None = self._kept(key)
+        page: Page | None = self._cached(key)
         if page is not None:
             return page
         cursor, filter, snapshot = key
-        # Of a snapshot the database looks for sources and values; all else is looked for here.
-        asked = filter.of_any_uri() if filter and snapshot else None
-        if filter is None or filter == asked:
-            found = await self._rows((cursor, asked, snapshot, "rows"), keep=False)
+        # For a snapshot the database filters by source and value; everything else is filtered here.
+        in_database = filter.of_any_uri() if filter and snapshot else None
+        if filter is None or filter == in_database:
+            found = await self._rows((cursor, in_database, snapshot, "rows"), keep=False)
         else:
-            found = await self._selected((cursor, asked, snapshot, "rows"), filter)
+            found = await self._select((cursor, in_database, snapshot, "rows"), filter)
         chunk = encode_rows(found.rows, start=found.start, end=found.end)
         page = Page(chunk, found.full, found.floor, found.lasts_until)
         if page.full:
             self._keep(key, page, kept_nbytes(chunk, filter))
         return page
 
-    async def _selected(self, key: RowsKey, filter: Filter) -> PageRows:
-        """Return what `filter` lets through of a page, and of those behind it if that is little.
+    async def _select(self, key: RowsKey, filter: Filter) -> PageRows:
+        """Return the rows of a page that match `filter`; if few do, also of the next pages.
 
-        A page at a time: others have their turn in the event loop between.
+        The event loop runs other tasks between two pages.
         """
         matches = filter.matches
         clock = asyncio.get_running_loop().time
         until = clock() + TURN_SECONDS
-        first = page = looked = await self._rows(key, keep=True)
+        first = page = last = await self._rows(key, keep=True)
         rows = [row for row in page.rows if matches(row.src, row.uri, row.val)]
         lasts_until = page.lasts_until
-        for _ in range(1, LOOKED_AT_ONCE):
+        for _ in range(1, MAX_PAGES_PER_TURN):
             if not page.full or 2 * len(rows) >= self._limit or clock() > until:
                 break
             await asyncio.sleep(0)
             page = await self._rows((page.end, *key[1:]), keep=True)
             more = [row for row in page.rows if matches(row.src, row.uri, row.val)]
             if page.floor > page.start + 1 or len(rows) + len(more) > self._limit:
-                # What is gone is told at the beginning of a page.
+                # Deleted events can be reported only before the first event of a page.
                 break
             rows += more
-            looked, lasts_until = page, min(lasts_until, page.lasts_until)
-        return PageRows(rows, first.start, looked.end, looked.full, first.floor, lasts_until)
+            last, lasts_until = page, min(lasts_until, page.lasts_until)
+        return PageRows(rows, first.start, last.end, last.full, first.floor, lasts_until)
 
     async def _rows(self, key: RowsKey, *, keep: bool) -> PageRows:
-        """Return a page's rows, read once for all who ask; kept for other filters, if wanted."""
-        found: PageRows | None = self._kept(key)
+        """Return a page's rows, read once for all. `keep` caches them for other filters."""
+        found: PageRows | None = self._cached(key)
         if found is not None:
             return found
-        return await self._table.read("", key, partial(self._fetch, key, keep))
+        return await self._table_reads.read("", key, partial(self._fetch, key, keep))
 
     async def _fetch(self, key: RowsKey, keep: bool) -> PageRows:
-        cursor, asked, snapshot, _ = key
+        cursor, in_database, snapshot, _ = key
         if snapshot is not None:
-            found = await self._store.snapshot_page(cursor, snapshot, self._limit, asked)
+            found = await self._store.snapshot_page(cursor, snapshot, self._limit, in_database)
         else:
-            # The head is read only now: it may have moved while this read waited its turn.
+            # The head is read only now: it may have moved while this read waited for its turn.
             found = await self._store.page(cursor, self._head(), self._limit)
         self._metrics.count["backfill_pages"] += 1
         if keep and found.full:
-            # Not later: whoever asks next would read them again.
-            filter_nbytes = 0 if asked is None else asked.nbytes
+            # Cached at once: the next consumer would read the rows again.
+            filter_nbytes = 0 if in_database is None else in_database.nbytes
             self._keep(key, found, KEPT_BYTES + found.nbytes + filter_nbytes)
         return found
 
-    def _kept(self, key: PageKey | RowsKey) -> Any:
-        """Return what is kept, None when there is nothing that still holds."""
-        kept, _ = self._cache.get(key, NOTHING)
-        if kept is None or time.time() >= kept.lasts_until:
+    def _cached(self, key: PageKey | RowsKey) -> Any:
+        """Return the cached page or rows; None when there are none that are still valid."""
+        cached, _ = self._cache.get(key, MISSING)
+        if cached is None or time.time() >= cached.lasts_until:
             return None
         self._cache.move_to_end(key)
         self._metrics.count["backfill_page_hits"] += 1
-        return kept
+        return cached
 
     def _keep(self, key: PageKey | RowsKey, page: Page | PageRows, nbytes: int) -> None:
         if nbytes > self._cache_max_bytes:
-            # It would take the place of all others, and then leave itself.
+            # The loop below would drop all other entries, and then this one too.
             return
-        _, before = self._cache.pop(key, NOTHING)
+        _, before = self._cache.pop(key, MISSING)
         self._cache[key] = page, nbytes
         self._cache_bytes += nbytes - before
         while self._cache_bytes > self._cache_max_bytes:

@@ -1,10 +1,9 @@
-"""Retention: old labels leave, in small steps, and readers are told.
+"""Retention: deletes old labels, in small batches.
 
-Promises: the floor is raised and committed before anything below it is deleted;
-it never passes the head; of several servers one deletes; no step holds a lock
-that a writer or a reader waits for.
-Stands beside the sequencer; without a horizon it only forgets old request keys.
-Does not belong here: telling a reader that it is below the floor (`outbox`).
+Promises: the floor is raised and committed before any label below it is deleted. The floor never
+passes the head. If several servers run, one of them deletes. No step holds a lock that a writer or
+a reader waits for. Without a horizon, only the keys of old requests are deleted.
+The backfill tells a reader that its cursor is below the floor.
 """
 
 from __future__ import annotations
@@ -23,21 +22,21 @@ from sse_labels.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
-#: How long a repeated request is recognised: a client's retries are over by then.
+#: A repeated request is recognised for this long: a client has stopped retrying by then.
 REQUEST_MEMORY_SECONDS = 86_400.0
-#: Rest between two batches, so that deleting takes a part of the database's time and not all.
-REST_SECONDS = 0.02
+#: The pause between two batches, so that deleting does not take all of the database's time.
+PAUSE_SECONDS = 0.02
 
 
 class Retention:
-    """Deletes what lies below the horizons; `run` is its one task."""
+    """Deletes labels below the horizon, the oldest seq to keep. `run` is its only task."""
 
     def __init__(
         self,
         database: Database,
         schema: Schema,
         head: Callable[[], int],
-        look: Callable[[], Awaitable[TableState]],
+        read_state: Callable[[], Awaitable[TableState]],
         metrics: Metrics,
         *,
         max_age_seconds: float | None,
@@ -46,11 +45,11 @@ class Retention:
         batch_labels: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`look` reads the state, and keeps what is below its floor from being served."""
+        """`read_state` also makes sure that events below the floor are no longer served."""
         self._database = database
         self._schema = schema
         self._head = head
-        self._look = look
+        self._read_state = read_state
         self._metrics = metrics
         self._max_age_seconds = max_age_seconds
         self._max_labels = max_labels
@@ -62,31 +61,31 @@ class Retention:
         metrics.gauges["sweep_age_seconds"] = self.sweep_age_seconds
 
     def sweep_age_seconds(self) -> float:
-        """Return how long ago, at the most, everything below the horizon was gone."""
+        """Return the seconds since everything below the horizon was deleted; 0 without a limit."""
         if (self._max_age_seconds, self._max_labels) == (None, None):
             return 0.0
         return self._clock() - self._swept
 
     async def run(self) -> None:
-        """Sweep until cancelled; while the database is away nothing is deleted."""
+        """Sweep until cancelled. While the database is away, nothing is deleted."""
         while True:
             try:
-                # Whoever raises the floor, and a new epoch too, is noticed here at the latest.
-                self._floor = (await self._look()).floor
+                # Another server may have raised the floor or begun an epoch: notice it here.
+                self._floor = (await self._read_state()).floor
                 if self._schema.may_delete or self._schema.may_publish:
                     await self.sweep()
             except DatabaseUnavailable as error:
                 log.warning("retention waits for its next turn", extra={"error": error})
             except DatabaseRefused as error:
-                # Streams go on without it, and `sweep_age_seconds` tells.
+                # Streams work without retention, and `sweep_age_seconds` shows the failure.
                 log.error("nothing was deleted", extra={"error": error})
             await asyncio.sleep(self._sweep_seconds)
 
     async def sweep(self) -> bool:
-        """Delete everything below today's horizon; False when another server is at it."""
+        """Delete everything below the current horizon. Return False if another server deletes."""
         connection = await self._database.connect()
         try:
-            # The session keeps the lock until it is closed.
+            # The session holds the lock until the connection is closed.
             [(locked,)] = await connection.fetch("lock_retention")
             if not locked:
                 return False
@@ -98,9 +97,9 @@ class Retention:
             await connection.fetch("forget_times")
             horizon = await self._horizon(connection)
             if horizon > self._floor:
-                # Committed when this returns.
+                # The new floor is committed when `fetch` returns.
                 [(self._floor, _)] = await connection.fetch("raise_floor", floor=horizon)
-                await self._look()
+                await self._read_state()
             deleted = await self._delete(connection)
             self._swept = self._clock()
             if deleted:
@@ -110,7 +109,7 @@ class Retention:
             connection.close()
 
     async def _horizon(self, connection: Connection) -> int:
-        """Return the oldest seq to keep: the newest of both rules, never above the head."""
+        """Return the oldest seq to keep: the larger result of both rules, never above the head."""
         head = self._head()
         kept: list[int] = [0]
         if self._max_age_seconds is not None:
@@ -118,7 +117,7 @@ class Retention:
             [(seq,)] = await connection.fetch("oldest_by_age", seconds=self._max_age_seconds)
             kept.append(seq or 0)
         if self._max_labels is not None:
-            # No row while there are fewer labels.
+            # The block returns no row while the table has fewer labels.
             found = await connection.fetch("oldest_by_count", head=head, labels=self._max_labels)
             kept += [seq for (seq,) in found]
         return min(head, max(kept))
@@ -131,4 +130,4 @@ class Retention:
             self._metrics.count["labels_deleted"] += deleted
             if deleted < self._batch_labels:
                 return total
-            await asyncio.sleep(REST_SECONDS)
+            await asyncio.sleep(PAUSE_SECONDS)

@@ -1,10 +1,8 @@
-"""The sequencer: follows the table, and says what is settled.
+"""The sequencer: follows the table, and pushes settled labels to its subscribers. One per process.
 
-Promises: every committed label becomes part of exactly one chunk, in order of
-seq, and none is skipped; a chunk is in the ring and at every subscriber within
-one step of the event loop. When a promise of ours breaks, it stops, visibly.
-Stands in the middle of the corridor, one per process: store -> sequencer -> outbox.
-Does not belong here: who the subscribers are, sockets, history.
+Promises: every committed label becomes part of exactly one chunk, in order of seq, and no label is
+skipped. A chunk reaches the ring and every subscriber within one step of the event loop. When the
+database breaks this order, the sequencer logs the error and stops.
 """
 
 from __future__ import annotations
@@ -13,7 +11,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 from sse_labels.backoff import Backoff
 from sse_labels.database.connection import Connection
@@ -22,32 +19,22 @@ from sse_labels.feed.chunk import Chunk
 from sse_labels.feed.ring import Ring
 from sse_labels.feed.settled import HOLE_LOG_SECONDS, SettledRule
 from sse_labels.feed.store import Store, TableState
+from sse_labels.feed.subscribers import Subscribers
 from sse_labels.metrics import Metrics
-from sse_labels.protocol.filters import Filter
 from sse_labels.protocol.label import Row
 
 log = logging.getLogger(__name__)
 
-#: While a hole is open the table is looked at again after this, or half the hole's age.
+#: While a hole is open, the table is read again after this time, or after half the hole's age.
 HOLE_POLL_SECONDS = 0.01
-#: The commit-to-fan-out time is sampled at most this often; each sample is a query.
+#: The commit-to-fan-out time is sampled at most this often: each sample is a query.
 SAMPLE_SECONDS = 1.0
 
 
-class Subscriber(Protocol):
-    """Who receives chunks. `Neither method may await or raise; both may unsubscribe."""
-
-    def push(self, chunk: Chunk) -> None:
-        """Take the chunk that continues the one before."""
-
-    def fall_back(self) -> None:
-        """Read on from the table: what comes next does not continue what was pushed."""
-
-
 class Sequencer:
-    """Follows the table for this process; `run` is its one task.
+    """Follows the table for this process. `run` is its only task.
 
-    `head` and `ring` exist once `started` is set.
+    `head` and `ring` are valid once `started` is set.
     """
 
     def __init__(
@@ -70,19 +57,19 @@ class Sequencer:
         self._clock = clock
         self._watchers: list[Callable[[Sequence[Row]], None]] = []
         self._wake = asyncio.Event()
-        self._subscribers: dict[Filter | None, dict[Subscriber, None]] = {}
+        self.subscribers = Subscribers()
         self._rule: SettledRule | None = None
         self._sampled = -SAMPLE_SECONDS
-        self._look_at_floor = False
+        self._floor_may_be_higher = False
         self.ring = Ring(0, ring_max_bytes)
-        #: Nothing below it is served any more.
+        #: No event below the floor is served any more.
         self.floor = 1
-        #: What a reader below the floor gets first.
+        #: The first seq that a reader below the floor gets.
         self.oldest = 1
-        #: Which seqs belong together; None when the database does not say.
+        #: The epoch to which the seqs belong; None when the database has no epochs.
         self.epoch: str | None = None
         self.started = asyncio.Event()
-        #: Whether the last look at the table succeeded.
+        #: Whether the last read of the table succeeded.
         self.following = False
         metrics.gauges["head_seq"] = lambda: self.head
         metrics.gauges["floor_seq"] = lambda: self.floor
@@ -100,43 +87,31 @@ class Sequencer:
         return self.ring.end
 
     def hole_age_seconds(self) -> float:
-        """Return how long the open hole has been waited for; 0 when there is none."""
+        """Return how long the open hole has existed; 0 when there is no hole."""
         hole = None if self._rule is None else self._rule.hole
         return 0.0 if hole is None else self._clock() - hole.since
 
     def watch(self, watcher: Callable[[Sequence[Row]], None]) -> None:
-        """Hand all settled rows to `watcher`, withheld ones too.
+        """Call `watcher` with all settled rows, also with withheld ones.
 
-        In the step in which their chunk is handed out, and before that.
+        The call comes before their chunk is published, in the same step of the event loop.
         """
         self._watchers.append(watcher)
 
-    def subscribe(self, subscriber: Subscriber, filter: Filter | None) -> None:
-        """Push every chunk from now on, as `filter` shows it."""
-        self._subscribers.setdefault(filter, {})[subscriber] = None
-
-    def unsubscribe(self, subscriber: Subscriber, filter: Filter | None) -> None:
-        """Push nothing more; harmless when not subscribed."""
-        group = self._subscribers.get(filter)
-        if group is not None:
-            group.pop(subscriber, None)
-            if not group:
-                del self._subscribers[filter]
-
     def wake(self) -> None:
-        """Look at the table soon: something may be new there."""
+        """Read the table soon: it may contain new labels."""
         self._wake.set()
 
     def floor_raised(self) -> None:
-        """Look at the floor soon: it may be higher."""
-        self._look_at_floor = True
+        """Read the floor soon: it may be higher."""
+        self._floor_may_be_higher = True
         self.wake()
 
     async def run(self) -> None:
-        """Follow the table until cancelled; wait for a lost database.
+        """Follow the table until cancelled. While the database is away, wait.
 
-        Raises BrokenPromise, and DatabaseRefused when this role may no longer read: whoever
-        follows without a right would keep its streams open and silent.
+        Raises BrokenPromise. Raises DatabaseRefused when this role may no longer read the table:
+        otherwise all streams would stay open and silent.
         """
         backoff = Backoff()
         lost = False
@@ -169,11 +144,11 @@ class Sequencer:
                 log.critical("the sequencer stops, a promise is broken", extra={"error": error})
                 raise
 
-    async def look_at_state(self) -> TableState:
-        """Read what readers must know beside the labels; serve nothing below its floor any more.
+    async def read_state(self) -> TableState:
+        """Read floor and epoch. From then on, no event below the floor is served.
 
-        Raises DatabaseUnavailable, and BrokenPromise when the database is in another epoch than
-        what is streamed.
+        Raises DatabaseUnavailable. Raises BrokenPromise when the database has begun an epoch that
+        is not the streamed one.
         """
         head = self.head
         state = await self._store.state()
@@ -186,13 +161,13 @@ class Sequencer:
         return state
 
     def _forget_below(self, state: TableState, head: int) -> None:
-        """Go on from the floor of a state that was read when `head` was settled."""
+        """Raise the floor to that of `state`, which was read when `head` was settled."""
         if state.floor >= self.floor:
             self.floor, self.oldest = state.floor, state.oldest(head)
             self.ring.forget_below(self.floor)
 
     async def _start(self, connection: Connection) -> None:
-        """Find the head, or after a reconnect make sure that the rule still holds."""
+        """Find the head. After a reconnect, check that the database continues what was streamed."""
         await self._store.schema.check()
         head = self.head
         state = await self._store.state()
@@ -209,7 +184,7 @@ class Sequencer:
             self.following = True
             return
         self.epoch = state.epoch
-        # All that is at or below `newest` is settled once today's holders have ended.
+        # Every seq up to `newest` is settled once these transactions have ended.
         since, due = self._clock(), HOLE_LOG_SECONDS
         waiting = holders
         while waiting:
@@ -225,7 +200,7 @@ class Sequencer:
             self._wake.clear()
             await self._pause(self._clock() - since)
             waiting &= await self._store.sequence_holders(connection)
-        # Once more: only now is all that it says settled.
+        # Read again: the first label of the earlier state was perhaps not settled.
         state = await self._store.state()
         self._rule = SettledRule(newest, self._clock)
         self.ring = Ring(newest, self._ring_max_bytes)
@@ -236,30 +211,30 @@ class Sequencer:
 
     async def _follow(self, connection: Connection) -> None:
         while True:
-            # Cleared before the table is read: a wake that comes meanwhile is not lost.
+            # Cleared before the table is read: a wake during the read is not lost.
             self._wake.clear()
-            if self._look_at_floor:
-                self._look_at_floor = False
-                await self.look_at_state()
+            if self._floor_may_be_higher:
+                self._floor_may_be_higher = False
+                await self.read_state()
             begun = self._clock()
-            chunk, more = await self._look(connection)
+            chunk, more = await self._read_table(connection)
             self.following = True
             assert self._rule is not None  # noqa: S101 - `_start` made it
             if chunk is not None:
                 self.publish(chunk)
                 await self._sample(connection, chunk)
             if more:
-                # Full pages are not held back.
+                # After a full page the table is read again at once.
                 continue
             if chunk is not None or self._rule.hole is not None:
-                # At most one small chunk per gather_seconds, whatever it gathers under load;
-                # after a pause the first label goes at once. While a hole is open,
-                # notifications of what waits behind it come no faster either.
+                # At most one small chunk per gather_seconds: under load a chunk gathers more
+                # labels. After a pause the first label is pushed at once. While a hole is open,
+                # notifications about labels behind it cause no more reads than this either.
                 await asyncio.sleep(max(0.0, begun + self._gather_seconds - self._clock()))
             await self._pause(None if self._rule.hole is None else self.hole_age_seconds())
 
-    async def _look(self, connection: Connection) -> tuple[Chunk | None, bool]:
-        """Read the table once; return what is settled, and whether there may be more at once."""
+    async def _read_table(self, connection: Connection) -> tuple[Chunk | None, bool]:
+        """Read one page. Return the settled chunk, and whether more may be settled already."""
         rule = self._rule
         assert rule is not None  # noqa: S101 - `_start` made it
         if rule.hole is not None:
@@ -268,8 +243,8 @@ class Sequencer:
         rows = await self._store.rows_after(connection, rule.head, self._limit)
         taken, head = self._admit(rule, rows)
         if taken < len(rows) and rule.hole is None:
-            # A hole. Its holders are read after the page, and when there are none, the page is
-            # read again: who held the lock may have committed between the two.
+            # A hole. The holders are read after the page. If there are none, the page is read
+            # again: a holder may have committed between the two reads.
             holders = await self._store.sequence_holders(connection)
             rule.open_hole(rows[-1].seq, holders)
             if holders:
@@ -290,10 +265,11 @@ class Sequencer:
         return chunk, more
 
     async def _was_overtaken(self, rule: SettledRule) -> bool:
-        """Go on from the floor when the gap after the head is one that retention made.
+        """Return whether retention made the gap after the head; if so, go on from the floor.
 
-        It stays below the head of the server that deletes, and that may be ahead of this one.
-        Read after the rows, as `Store.page` does: rows that it took show as a gap before them.
+        Retention stays below the head of the server that deletes. That head may be ahead of this
+        one. The state is read after the rows, as in `Store.page`: rows that retention deleted
+        appear as a gap before the remaining rows.
         """
         state = await self._store.state()
         floor = state.floor
@@ -303,34 +279,28 @@ class Sequencer:
             "labels were deleted before they were streamed here",
             extra={"head": rule.head, "floor": floor},
         )
-        # Whoever deletes has seen its own head settle, and that is true for all.
+        # The server that deletes has seen every seq below the floor settle. So they are settled.
         rule.publish(floor - 1)
         self.ring = Ring(floor - 1, self._ring_max_bytes)
         self._forget_below(state, floor - 1)
-        for group in tuple(self._subscribers.values()):
-            for subscriber in tuple(group):
-                subscriber.fall_back()
+        self.subscribers.fall_back()
         return True
 
     def _admit(self, rule: SettledRule, rows: list[Row]) -> tuple[int, int]:
         return rule.admit([row.seq for row in rows], complete=len(rows) < self._limit)
 
     def publish(self, chunk: Chunk) -> None:
-        """Put the chunk into the ring and hand it to every subscriber, without an await."""
+        """Append the chunk to the ring and push it to every subscriber, without an await."""
         self.ring.append(chunk)
         self._metrics.count["events_followed"] += len(chunk)
         self._metrics.count["chunks_followed"] += 1
-        for filter, group in tuple(self._subscribers.items()):
-            part = chunk.select(filter)
-            # A copy: a subscriber that is too slow leaves while it is being pushed to.
-            for subscriber in tuple(group):
-                subscriber.push(part)
+        self.subscribers.push(chunk)
 
     async def _pause(self, waited: float | None = None) -> None:
-        """Wait for a wake, or until it is time to look anyway.
+        """Wait for a wake, or until the next read is due.
 
-        `waited` is how long transactions have been waited for: one that rolls back wakes
-        nobody, so the table is looked at often at first, and then ever more rarely.
+        `waited` is how long open transactions have been waited for. A transaction that rolls back
+        sends no notification. So the table is read often at first, and then less and less often.
         """
         longest = self._poll_seconds
         if waited is not None:
@@ -342,14 +312,14 @@ class Sequencer:
             pass
 
     async def _sample(self, connection: Connection, chunk: Chunk) -> None:
-        handed_over = self._clock()
-        if not chunk.seqs or handed_over - self._sampled < SAMPLE_SECONDS:
+        pushed = self._clock()
+        if not chunk.seqs or pushed - self._sampled < SAMPLE_SECONDS:
             return
-        self._sampled = handed_over
+        self._sampled = pushed
         age = await self._store.commit_age(connection, chunk.seqs[-1])
         if age is not None:
-            # The age was taken after the hand-over: less what has passed since then.
-            self._metrics.fanout_seconds.observe(max(0.0, age - (self._clock() - handed_over)))
+            # The age was measured after the push: subtract the time since the push.
+            self._metrics.fanout_seconds.observe(max(0.0, age - (self._clock() - pushed)))
 
     def _log_hole(self, rule: SettledRule) -> None:
         hole = rule.hole

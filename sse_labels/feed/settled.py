@@ -1,22 +1,20 @@
-"""The settled rule: which rows may be streamed without ever skipping one.
+"""The settled rule: decides which rows may be streamed, so that no row is ever skipped.
 
-Promises: a row is admitted only when no open transaction can still bring a
-smaller id. Pure: it sees ids and lock holders, never a database, so that every
-order of events can be tried on it.
-Stands inside the sequencer's room, as its judgement.
-Does not belong here: SQL (the rule's queries stand in `sql/queries/follow.sql`).
+Promises: a row is admitted only when no open transaction can still insert a smaller id. The rule is
+pure: it gets ids and lock holders, never a database. So tests can try every order of events. The
+rule's queries stand in `sql/queries/follow.sql`.
 
-Ids come from a sequence, and transactions commit in another order than they
-took their ids. `nextval` takes a RowExclusiveLock on the sequence before it
-hands out a number, and holds it until the transaction ends. So:
+Ids come from a sequence, and transactions may commit in another order than they took their ids.
+`nextval` takes a RowExclusiveLock on the sequence before it returns a number. The transaction holds
+the lock until it ends. So:
 
-- A page that continues the head without a hole is settled; no further query.
-- A hole: remember `hi`, the last id seen, and then W, the transactions that
-  hold that lock. Whoever took an id below `hi` took it before `hi` was visible,
-  so it is in W, or it has ended and a NEW statement sees what it left.
-- While W is not empty only the contiguous prefix is admitted. Transactions
-  leave W and never join it: later ones take ids above `hi`.
-- When W is empty, everything up to `hi` is final, holes included.
+- A page that continues the head without a hole is settled. No other query is needed.
+- When a page has a hole, the rule remembers `hi`, the last id seen. After that it remembers W, the
+  transactions that hold the lock. A transaction with an id below `hi` took the id before `hi` was
+  visible. So the transaction is in W, or it has ended and a NEW statement sees its rows.
+- While W is not empty, only the ids before the hole are admitted. Transactions leave W and never
+  join it: later transactions take ids above `hi`.
+- When W is empty, all ids up to `hi` are final, holes included.
 """
 
 from __future__ import annotations
@@ -26,20 +24,20 @@ from itertools import pairwise
 
 from sse_labels.errors import BrokenPromise
 
-#: A hole is logged when it has been open this long, and again each time that doubles.
+#: A hole is logged when it has been open for this time, and again each time its age doubles.
 HOLE_LOG_SECONDS = 5.0
 
 
 class SettledRule:
-    """Decides how much of each page is settled, and where the head stands.
+    """Decides how much of each page is settled, and keeps the head.
 
-    `head` is the newest settled seq: nothing at or below it can still appear.
+    `head` is the newest settled seq: no new row can appear at or below it.
     """
 
     def __init__(self, head: int, clock: Callable[[], float]) -> None:
         self.head = head
         self.hole: Hole | None = None
-        #: Up to here holes are final; never below head when a hole was just settled.
+        #: Holes up to this seq are final. Not below the head when a hole was just settled.
         self._settled_through = head
         self._clock = clock
 
@@ -49,16 +47,16 @@ class SettledRule:
         self._settle_when_empty()
 
     def drop_ended(self, holders: Iterable[str]) -> None:
-        """Take note of who holds the lock now: whoever of W does not has ended."""
+        """Remove from W all transactions that are not in `holders`: they have ended."""
         if self.hole is not None:
             self.hole.waiting &= frozenset(holders)
             self._settle_when_empty()
 
     def renew(self, holders: Iterable[str]) -> None:
-        """Wait for all of today's holders instead of yesterday's.
+        """Replace W by the current `holders`.
 
-        Needed after a reconnect: across a crash a prepared transaction comes back
-        under another virtual transaction id, and would seem to have ended.
+        Needed after a reconnect: after a crash of the database, a prepared transaction has another
+        virtual transaction id, and would seem to have ended.
         """
         if self.hole is not None:
             self.hole.waiting = frozenset(holders)
@@ -67,8 +65,8 @@ class SettledRule:
     def admit(self, ids: Sequence[int], *, complete: bool) -> tuple[int, int]:
         """Return how many of `ids` are settled, and the head once they are published.
 
-        `ids` are all visible ids above the head, increasing; `complete` says that
-        the page was not cut off by its limit. The head moves only by `publish`.
+        `ids` are all visible ids above the head, increasing. `complete` says that the limit did not
+        cut the page off. Only `publish` moves the head.
         """
         for before, after in pairwise([self.head, *ids]):
             if after <= before:
@@ -81,7 +79,7 @@ class SettledRule:
             expected = seq
             taken += 1
         if taken < len(ids) or complete:
-            # Nothing up to settled_through was left behind: the holes at its end are final too.
+            # All ids up to _settled_through were taken: the holes at its end are final too.
             expected = max(expected, self._settled_through)
         return taken, expected
 
@@ -91,7 +89,7 @@ class SettledRule:
             raise BrokenPromise(f"the head cannot go back from {self.head} to {head}")
         self.head = head
         if self.hole is not None and head >= self.hole.hi:
-            # What was missing has come: whoever still holds the lock keeps nobody waiting.
+            # The missing ids have appeared. Transactions that still hold the lock do not matter.
             self.hole = None
 
     def _settle_when_empty(self) -> None:
@@ -101,7 +99,7 @@ class SettledRule:
 
 
 class Hole:
-    """Ids below `hi` that are missing, and the transactions that may still bring them."""
+    """Missing ids below `hi`, and the transactions that may still insert them."""
 
     __slots__ = ("hi", "log_after", "since", "waiting")
 
@@ -109,5 +107,5 @@ class Hole:
         self.hi = hi
         self.waiting = waiting
         self.since = since
-        #: Seconds of waiting after which it is logged; doubled each time.
+        #: The hole is logged when it is this old, in seconds. Doubled each time.
         self.log_after = HOLE_LOG_SECONDS

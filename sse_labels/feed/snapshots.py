@@ -1,7 +1,7 @@
-"""Which state a stream with `snapshot=active` begins with.
+"""Snapshots: choose the state with which a stream with `snapshot=active` begins.
 
-While labels are published every consumer would have a state of its own, for which the whole table
-is read. Consumers that come together share one, and what came since follows it.
+Promises: consumers that connect at about the same time share one state. Otherwise the whole table
+would be read for each consumer while labels are published. Newer events follow the state.
 """
 
 from __future__ import annotations
@@ -9,24 +9,27 @@ from __future__ import annotations
 from sse_labels.feed.sequencer import Sequencer
 from sse_labels.feed.store import Snapshot
 
-#: New consumers begin with the same state for so many seconds, while no more events than that
-#: have come since: its pages are read once for all of them.
+#: New consumers share a state for this many seconds, and until this many newer events exist.
+#: The pages of the state are read once for all of them.
 SHARED_SECONDS = 30.0
 SHARED_EVENTS = 10_000
 
 
 class Snapshots:
-    """Hands out the state that consumers begin with."""
+    """Returns the state with which a consumer begins."""
 
     def __init__(self, sequencer: Sequencer) -> None:
         self._sequencer = sequencer
-        #: The state that is shared, when it was new, since 1970, and the floor then.
+        #: The shared state, the time when it was new (seconds since 1970), the floor at that time.
         self._shared: tuple[Snapshot, float, int] | None = None
 
     def begin(
         self, cursor: int, expired_since: float | None, now: float
     ) -> tuple[Snapshot, float | None]:
-        """Return the state for a consumer at `cursor`, and from when on it is told of expiries."""
+        """Return the state for a consumer at `cursor`, and since when expired labels are reported.
+
+        Times are in seconds since 1970.
+        """
         head = self._sequencer.head
         if cursor > 0:
             return Snapshot(head, resumed=True), expired_since
@@ -36,7 +39,7 @@ class Snapshots:
         return snapshot, None if expired_since is None else min(expired_since, begun)
 
     def _is_new_enough(self, snapshot: Snapshot, begun: float, floor: int, now: float) -> bool:
-        # Either may be less than nothing: another database, a clock that was set.
+        # Both differences may be negative: the database was replaced, or the clock was set back.
         return (
             floor == self._sequencer.floor
             and 0 <= self._sequencer.head - snapshot.until <= SHARED_EVENTS

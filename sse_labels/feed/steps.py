@@ -1,7 +1,4 @@
-"""The steps of a stream: what an outbox yields, one after the other.
-
-Does not belong here: how a step is written (`web`), when it comes (`backfill`, `outbox`).
-"""
+"""The steps of a stream: an outbox yields them, and `web` writes them to the socket."""
 
 from __future__ import annotations
 
@@ -12,36 +9,36 @@ from sse_labels.protocol.notice import Notice
 
 
 class Events(NamedTuple):
-    """Chunks to write, in order; they continue what was yielded before."""
+    """Chunks to write, in order. They continue the events yielded before."""
 
     chunks: list[Chunk]
 
 
 class Outdated(NamedTuple):
-    """What follows starts at `floor`: events between the cursor and that seq are gone."""
+    """The next events start at `floor`: events between the cursor and the floor were deleted."""
 
     cursor: int
     floor: int
 
 
 class CaughtUp(NamedTuple):
-    """History is done; what follows is live."""
+    """History is complete. The next events are live."""
 
 
 class SnapshotComplete(NamedTuple):
-    """What was in force as of `seq` has been yielded; what follows are all events after it."""
+    """All labels in force as of `seq` have been yielded. All events after `seq` follow."""
 
     seq: int
 
 
 class Expired(NamedTuple):
-    """Labels that have expired, in order; each of them came before, or will not come."""
+    """Labels that have expired, in order. Each label came before its notice, or never comes."""
 
     notices: list[Notice]
 
 
 class Silence(NamedTuple):
-    """Nothing to write for `heartbeat_seconds`."""
+    """There was nothing to write for `heartbeat_seconds`."""
 
 
 Step = Events | Outdated | CaughtUp | SnapshotComplete | Expired | Silence

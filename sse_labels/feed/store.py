@@ -1,9 +1,7 @@
-"""The store: what this service asks of its database, one typed method per question.
+"""The store: reads labels from the table, one typed method per question.
 
-Promises: rows become chunks here, and only here; each method names the SQL
-block it runs; every failure is one that `database` raises.
-Stands at the start of the corridor: label row -> store -> sequencer -> …
-Does not belong here: when to ask, how often to try again, what is settled.
+Promises: each method names the SQL block that it runs. Every error is one that `database` raises.
+Does not belong here: when to read, how often to try again, which rows are settled.
 """
 
 from __future__ import annotations
@@ -24,23 +22,23 @@ from sse_labels.protocol.label import Row
 
 #: Rows that a snapshot looks at for each event that a page may have.
 SNAPSHOT_WINDOW = 10
-#: Rows that a query looks at, in the order of ids …
+#: Rows that a query looks at, in the order of ids.
 QUERY_WINDOW = 10_000
-#: … and by URIs, each of which is somewhere else on the disk.
+#: Rows that a query looks at by URI: fewer, because each may be on another page of the disk.
 URI_WINDOW = 2500
-#: What a row takes beside its texts (a tuple of nine, its place in a list, its number), and its
-#: signature beside its bytes: a memoryview. Measured on CPython 3.11 by `tracemalloc`.
+#: The memory of a row without its texts: a tuple of nine, its place in a list, its number. And of a
+#: signature without its bytes: a memoryview. Measured on CPython 3.11 by `tracemalloc`.
 ROW_BYTES = 170
 SIGNATURE_BYTES = 330
-#: As many characters of a URI are in the index; the SQL says why.
+#: The index contains this many characters of a URI; the SQL says why.
 INDEXED_URI_CHARS = 600
 
 
 class PageRows(NamedTuple):
-    """The rows of one page of history: all in `(start, end]`; more follow if it is `full`.
+    """The rows of one page of history: all rows in `(start, end]`. If it is `full`, more follow.
 
-    `floor` is above `start + 1` when retention came first. Read again, they would be the same until
-    the time `lasts_until`, in seconds since 1970.
+    `floor` is above `start + 1` if retention deleted rows after `start`. The same read gives the
+    same rows until `lasts_until`, in seconds since 1970.
     """
 
     rows: Sequence[Row]
@@ -52,7 +50,7 @@ class PageRows(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Return the memory that they take, in bytes."""
+        """The memory that the rows take, in bytes."""
         if not self.rows:
             return 0
         _, src, uri, cid, val, _, cts, exp, sig = zip(*self.rows, strict=True)
@@ -62,7 +60,7 @@ class PageRows(NamedTuple):
 
 
 class Page(NamedTuple):
-    """The same, encoded, less what a filter hides."""
+    """One encoded page of history, without the events that a filter hides."""
 
     chunk: Chunk
     full: bool
@@ -71,9 +69,9 @@ class Page(NamedTuple):
 
 
 class Snapshot(NamedTuple):
-    """The state as of a seq; `resumed`: for a consumer that has a part of it already.
+    """The labels in force as of seq `until`. `resumed`: the consumer has a part of them already.
 
-    Whoever has a part must learn of what was negated since, or has expired.
+    Such a consumer must also receive labels that were negated or have expired since.
     """
 
     until: int
@@ -81,17 +79,16 @@ class Snapshot(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What a query found: all that matches in `(cursor, end]`, by id; more may follow."""
+    """The result of a query: all matching rows in `(cursor, end]`, by id. More may follow."""
 
     rows: list[Row]
     end: int
 
 
 class TableState(NamedTuple):
-    """What readers must know beside the labels.
+    """The state of the table: the floor, the epoch, and the first label, settled or not.
 
-    Nothing below `floor` is kept; which seqs belong together (None: not kept here); and the first
-    label that is kept, settled or not.
+    No label below `floor` is kept. `epoch` is None when the database has no epochs.
     """
 
     floor: int
@@ -101,7 +98,7 @@ class TableState(NamedTuple):
     def oldest(self, head: int) -> int:
         """Return the first seq that a reader below the floor can get.
 
-        `head` was settled when this was read; of what is above it smaller seqs may yet come.
+        `head` was settled when the state was read. Above `head`, smaller seqs may still appear.
         """
         if self.first is not None and self.first <= head:
             return self.first
@@ -109,7 +106,7 @@ class TableState(NamedTuple):
 
 
 class Store:
-    """Typed access to the labels; uses the pool, except for the sequencer's own connection."""
+    """Typed reads of the labels. All use the pool, except on the sequencer's own connection."""
 
     def __init__(
         self, database: Database, schema: Schema, *, withhold_unsigned: bool = False
@@ -119,49 +116,49 @@ class Store:
         self._withhold_unsigned = withhold_unsigned
 
     async def dedicated(self) -> Connection:
-        """Return a connection that is the caller's own; the caller closes it."""
+        """Return a new connection for the caller alone. The caller closes it."""
         return await self.database.connect()
 
     async def newest(self, connection: Connection | None = None) -> int:
-        """Return the newest seq that the database knows, settled or not; 0 when there is none."""
+        """Return the newest seq in the database, settled or not; 0 when there is none."""
         source = self.database if connection is None else connection
         [(seq,)] = await source.fetch("newest")
         return int(seq)
 
     async def rows_after(self, connection: Connection, cursor: int, limit: int) -> list[Row]:
-        """Return at most `limit` rows after `cursor`, by id; not yet known to be settled."""
+        """Return at most `limit` rows after `cursor`, by id. They may not be settled yet."""
         return self._rows(await connection.fetch("rows_after", cursor=cursor, limit=limit))
 
     async def sequence_holders(self, connection: Connection) -> frozenset[str]:
-        """Return the virtual transactions that took an id and have not ended."""
+        """Return the open virtual transactions that took an id."""
         rows = await connection.fetch("sequence_holders")
         return frozenset(row[0] for row in rows)
 
     async def commit_age(self, connection: Connection, seq: int) -> float | None:
-        """Return the seconds since `seq` was committed; None when the database does not keep it."""
+        """Return the seconds since `seq` was committed; None when the time is not recorded."""
         if not self.schema.has_commit_time:
             return None
         rows = await connection.fetch("commit_age", seq=seq)
         return rows[0][0] if rows else None
 
     async def state(self) -> TableState:
-        """Return what readers must know beside the labels."""
+        """Return floor, epoch and first label of the table."""
         if not self.schema.has_state:
             return TableState(floor=1, epoch=None)
         [(floor, epoch, _, first)] = await self.database.fetch("state")
         return TableState(floor, epoch, first)
 
     async def page(self, cursor: int, head: int, limit: int) -> PageRows:
-        """Return what comes after `cursor`, at most `limit` rows and never beyond `head`."""
+        """Return the rows after `cursor`: at most `limit`, and none beyond `head`."""
         rows = self._rows(await self.database.fetch("rows_after", cursor=cursor, limit=limit))
         full = len(rows) == limit and rows[-1].seq <= head
         if not full:
-            # What lies beyond the head is not settled yet.
+            # Rows beyond the head are not settled yet.
             rows = [row for row in rows if row.seq <= head]
         floor = 1
         if self.schema.has_state and (not rows or rows[0].seq != cursor + 1):
-            # Retention takes rows from the old end and raises the floor before: rows it took
-            # show as a gap at the page's beginning, and a floor read now is as new as the page.
+            # Retention deletes the oldest rows, and raises the floor before. Deleted rows appear
+            # as a gap at the start of the page. The floor read now is at least as new as the page.
             floor = (await self.state()).floor
         end = rows[-1].seq if full else head
         return PageRows(self._shown(rows), cursor, end, full, floor)
@@ -169,9 +166,9 @@ class Store:
     async def snapshot_page(
         self, cursor: int, snapshot: Snapshot, limit: int, filter: Filter | None
     ) -> PageRows:
-        """Return what is in force as of `snapshot.until` among the next rows after `cursor`.
+        """Return the labels in force as of `snapshot.until` among the next rows after `cursor`.
 
-        At most `limit` events, out of ten times as many rows.
+        At most `limit` labels are returned, and ten times as many rows are looked at.
         """
         rows, end = await self._passing_after(
             filter,
@@ -185,10 +182,10 @@ class Store:
         full = end < snapshot.until
         floor, lasts_until = 1, math.inf
         if snapshot.resumed:
-            # A negation may have been deleted; what a new consumer does not get is not missing.
+            # A deleted negation is missing for this consumer. A new consumer does not need it.
             floor = (await self.state()).floor
         else:
-            # What expires is left out next time: who asks for `expired` as well is not told of it.
+            # Expired labels are left out, and no notice about them follows.
             rows, lasts_until = _not_expired(rows, time.time())
         return PageRows(self._shown(rows), cursor, end, full, floor, lasts_until)
 
@@ -203,7 +200,7 @@ class Store:
         newest: bool,
         in_force: bool,
     ) -> Found:
-        """Return what passes of the next `window` rows after `cursor`, `limit` at most."""
+        """Return at most `limit` rows that match, out of the next `window` rows after `cursor`."""
         found = await self.database.fetch(
             "passing_after",
             cursor=cursor,
@@ -211,19 +208,19 @@ class Store:
             limit=limit,
             newest=newest,
             in_force=in_force,
-            **self._asked(filter, until),
+            **self._filter_parameters(filter, until),
             uris=list(filter.uris) if filter else [],
             prefixes=list(filter.uri_prefixes) if filter else [],
         )
         last, looked_at = found[0][:2]
         rows = self._rows(row[2:] for row in found if row[2] is not None)
         if len(rows) == limit:
-            # The window may hold more: what comes next begins there.
+            # The window may hold more matching rows: the next read starts after the last one.
             return Found(rows, rows[-1].seq)
         return Found(rows, min(last, until) if looked_at == window else until)
 
-    def _asked(self, filter: Filter | None, until: int) -> dict[str, Any]:
-        """Return what each block that looks for labels is told."""
+    def _filter_parameters(self, filter: Filter | None, until: int) -> dict[str, Any]:
+        """Return the parameters that all blocks that select labels have in common."""
         return {
             "until": until,
             "unsigned": not self._withhold_unsigned,
@@ -235,9 +232,9 @@ class Store:
     async def expiring(
         self, date: str, seq: int, last_date: str, limit: int
     ) -> list[tuple[str, int, str]]:
-        """Return at most `limit` (date, seq, exp) after a date and a seq, up to a date, by both.
+        """Return at most `limit` (date, seq, exp) after `date` and `seq`, in the order of both.
 
-        The date is the one that `exp` has written, whatever its offset.
+        No date is above `last_date`. A date is that written in `exp`, in any time zone.
         """
         return await self.database.fetch(
             "expiring", date=date, seq=seq, last_date=last_date, limit=limit
@@ -264,11 +261,11 @@ class Store:
         end: int,
         with_keys: bool = False,
     ) -> Chunk:
-        """Return the chunk of all settled rows in `(start, end]`, less what is withheld."""
+        """Return the chunk of all settled rows in `(start, end]`, without the withheld ones."""
         return encode_rows(self._shown(rows), start=start, end=end, with_keys=with_keys)
 
     def _shown(self, rows: Sequence[Row]) -> Sequence[Row]:
-        """Return the rows less what is withheld."""
+        """Return the rows without the withheld ones."""
         return [row for row in rows if row.sig] if self._withhold_unsigned else rows
 
     async def query(
@@ -280,20 +277,21 @@ class Store:
         *,
         in_force: bool = False,
     ) -> Found:
-        """Return at most `limit` rows after `cursor` up to `head` that match, by id, once each.
+        """Return at most `limit` matching rows after `cursor` up to `head`, by id, each once.
 
-        With `in_force`, the newest of each key alone, unless negated; expired ones are there.
-        It looks at so many rows and no more: there may be others behind `end`, unless that is the
-        head, however few were found.
+        With `in_force`, only the newest row of each key is returned, unless it is negated. Expired
+        labels are returned too.
+        The number of rows looked at is limited. Even if few rows were found, more may follow after
+        `end`, unless `end` is the head.
         """
-        ways: dict[str, Any] = {"newest": in_force, "in_force": in_force}
+        selection: dict[str, Any] = {"newest": in_force, "in_force": in_force}
         if filter is None or not (filter.uris or filter.uri_prefixes):
             return await self._passing_after(
-                filter, cursor, head, limit, window=QUERY_WINDOW, **ways
+                filter, cursor, head, limit, window=QUERY_WINDOW, **selection
             )
         share = max(1, URI_WINDOW // (len(filter.uris) + len(filter.uri_prefixes)))
-        common = {"cursor": cursor, "limit": limit, "window": share, **ways}
-        common |= self._asked(filter, head)
+        common = {"cursor": cursor, "limit": limit, "window": share, **selection}
+        common |= self._filter_parameters(filter, head)
         rows: list[tuple[Any, ...]] = []
         end = head
         for prefix in filter.uri_prefixes:
@@ -305,22 +303,22 @@ class Store:
                 **common,
             )  # fmt: skip
             if not (found and found[0][0]):
-                # There are more than may be looked at, and the index does not have them by id.
+                # Too many rows start with the prefix, and the index does not order them by id.
                 return await self._passing_after(
-                    filter, cursor, head, limit, window=QUERY_WINDOW, **ways
+                    filter, cursor, head, limit, window=QUERY_WINDOW, **selection
                 )
             rows += [row[1:] for row in found]
         if filter.uris:
             found = await self.database.fetch("query_exact", uris=list(filter.uris), **common)
             end = min(head, head if found[0][0] is None else found[0][0])
             rows += [row[1:] for row in found]
-        # Each block returned its first `limit`: the first `limit` of all are among them.
+        # Each block returned its first `limit` rows. The first `limit` of all are among them.
         once = {row[0]: row for row in rows if row[0] is not None and row[0] <= end}
         first = self._rows(once[seq] for seq in sorted(once)[:limit])
         return Found(first, first[-1].seq if len(first) == limit else end)
 
     def _rows(self, found: Iterable[tuple[Any, ...]]) -> list[Row]:
-        """Return rows of the table; in Ozone's a `neg` that is false was never stated."""
+        """Return the rows as `Row`. In Ozone's table a false `neg` means that none was stated."""
         rows = list(map(Row._make, found))
         if not self.schema.attached:
             return rows
@@ -328,7 +326,7 @@ class Store:
 
 
 def _not_expired(rows: Sequence[Row], now: float) -> tuple[list[Row], float]:
-    """Return the rows that have not expired, and when the first of them does."""
+    """Return the rows that have not expired, and when the first of them expires."""
     left, first = [], math.inf
     for row in rows:
         at = expires_at(row.exp)
@@ -341,5 +339,5 @@ def _not_expired(rows: Sequence[Row], now: float) -> tuple[list[Row], float]:
 
 
 def _like(prefix: str) -> str:
-    """Return the LIKE pattern of all that starts with `prefix`, taken literally."""
+    """Return the LIKE pattern of all texts that start with `prefix`, taken literally."""
     return prefix.replace("\\", r"\\").replace("%", r"\%").replace("_", r"\_") + "%"

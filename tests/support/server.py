@@ -107,12 +107,12 @@ async def until_head(server: Server, seq: int) -> None:
     if sequencer.head >= seq:
         return
     watcher = AtSeq(seq)
-    sequencer.subscribe(watcher, None)
+    sequencer.subscribers.add(watcher, None)
     try:
         async with asyncio.timeout(PATIENCE_SECONDS):
             await watcher.reached.wait()
     finally:
-        sequencer.unsubscribe(watcher, None)
+        sequencer.subscribers.remove(watcher, None)
 
 
 @contextmanager

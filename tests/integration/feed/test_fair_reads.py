@@ -115,7 +115,7 @@ async def test_one_of_another_address_has_its_turn_before_the_many(
         await until(lambda: len(page.begun) == 3)
         assert page.begun[2] == 50
         # From here on the many have one place, and it has the other one.
-        await until(lambda: clients[f"address {MANY}"].under_way == 1)
+        await until(lambda: clients[f"address {MANY}"].running == 1)
         page.allow(1000)
         await until(lambda: 59 in page.begun)
 

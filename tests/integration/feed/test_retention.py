@@ -209,7 +209,7 @@ async def test_nothing_below_the_floor_is_served_while_its_rows_are_there(
             await reader.until_news("info")
         # As a sweep leaves it that was killed.
         database.execute("UPDATE label_stream SET floor = 61")
-        await server.app.feed.sequencer.look_at_state()
+        await server.app.feed.sequencer.read_state()
         async with reading(server.stream_url, cursor=0) as reader:
             await reader.until_seq(100)
         async with reading(server.stream_url, snapshot="active") as new:
@@ -294,7 +294,7 @@ async def test_number_is_the_first_seq_that_follows(
             database.fill(10)
             await at_head(server, 110)
         database.execute("UPDATE label_stream SET floor = 50")
-        await server.app.feed.sequencer.look_at_state()
+        await server.app.feed.sequencer.read_state()
         async with reading(server.stream_url, cursor=5, **query) as below:
             await below.until_seq(110)
         # Of what comes after 49 nothing is gone.

@@ -761,7 +761,7 @@ async def test_a_reader_that_hangs_up_leaves_nothing_behind(
                 await stack.enter_async_context(frozen(server, path))
             if when == "live":
                 await caught_up(server, 3)
-                assert server.app.feed.sequencer._subscribers
+                assert server.app.feed.sequencer.subscribers
             elif when == "page being read":
                 await gate.reached.wait()
             else:
@@ -770,8 +770,9 @@ async def test_a_reader_that_hangs_up_leaves_nothing_behind(
         gate.opened.set()
         await until(lambda: not server.app.site.streams.open)
         await until(lambda: not asyncio.all_tasks() - before)
-        assert server.app.feed.sequencer._subscribers == {}
-        assert server.app.feed.pages._reads._reads == server.app.feed.pages._table._reads == {}
+        assert not server.app.feed.sequencer.subscribers
+        pages = server.app.feed.pages
+        assert pages._reads._reads == pages._table_reads._reads == {}
         assert server.app.metrics.streams_ended == {"ClientGone": 3}
         assert "sse_labels_streams 0.0" in render([server.app.metrics.numbers()]).decode()
 

@@ -188,7 +188,7 @@ async def test_clients_that_vanish_leave_no_task_no_queue_no_descriptor(
             left = crowd.left(before)
             tell(request.config, f"{7 * CLIENTS} clients that vanished; at most {present}")
             tell(request.config, f"left over: {left}")
-        assert server.app.feed.sequencer._subscribers == {}
+        assert not server.app.feed.sequencer.subscribers
 
 
 async def test_clients_whose_network_is_gone_are_gone_within_heartbeat_and_send_timeout(

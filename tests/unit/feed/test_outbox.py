@@ -165,7 +165,7 @@ class Bench:
 
     @property
     def has_subscribers(self) -> bool:
-        return bool(self.sequencer._subscribers)
+        return bool(self.sequencer.subscribers)
 
 
 def seqs_of(step: Step) -> list[int]:
@@ -915,7 +915,7 @@ class TestRetention:
         steps = bench.outbox().events(0)
         assert seqs_of(await anext(steps)) == [1, 2, 3, 4]
         bench.retire(floor=11)
-        await bench.sequencer.look_at_state()
+        await bench.sequencer.read_state()
         assert await anext(steps) == Outdated(cursor=4, floor=11)
         assert await until_caught_up(steps) == list(range(11, 31))
         assert bench.reads == []
@@ -926,14 +926,14 @@ class TestRetention:
         bench = Bench(history=history)
         bench.publish(21, 22, 27, 28, end=30)
         bench.retire(floor=25)
-        await bench.sequencer.look_at_state()
+        await bench.sequencer.read_state()
         steps = bench.outbox().events(5)
         assert await anext(steps) == Outdated(cursor=5, floor=27)
         assert await until_caught_up(steps) == [27, 28]
         bench.publish(31)
         bench.retire(floor=30)
         bench.publish(33)
-        await bench.sequencer.look_at_state()
+        await bench.sequencer.read_state()
         assert await next_seqs(steps, 2) == [31, 33]
 
     @virtual_time
@@ -941,7 +941,7 @@ class TestRetention:
         bench = Bench()
         bench.publish(1, 2, 3, end=8)
         bench.retire(floor=5)
-        await bench.sequencer.look_at_state()
+        await bench.sequencer.read_state()
         steps = bench.outbox().events(0)
         assert await anext(steps) == Outdated(cursor=0, floor=9)
         assert await until_caught_up(steps) == []
@@ -957,7 +957,7 @@ class TestRetention:
         await bench.parked.wait()
         # The rows are still there, as after a sweep that was killed.
         bench.floor = 6
-        await bench.sequencer.look_at_state()
+        await bench.sequencer.read_state()
         bench.gate.set()
         assert await reading == Outdated(cursor=0, floor=6)
         assert await until_caught_up(steps) == [
@@ -970,7 +970,7 @@ class TestRetention:
         steps = bench.outbox().events(0)
         assert seqs_of(await anext(steps)) == [1, 2, 3, 4]
         bench.floor = 91
-        await bench.sequencer.look_at_state()
+        await bench.sequencer.read_state()
         assert await anext(steps) == Outdated(cursor=4, floor=91)
         assert await until_caught_up(steps) == list(range(91, 101))
         assert [cursor for cursor in bench.reads if cursor > 4] == [90, 94, 98]
@@ -979,7 +979,7 @@ class TestRetention:
     async def test_a_new_consumer_of_a_snapshot_starts_at_the_floor_and_is_not_told(self) -> None:
         bench = Bench(history=20, page_max_events=4)
         bench.floor = 11
-        await bench.sequencer.look_at_state()
+        await bench.sequencer.read_state()
         outbox = bench.outbox(snapshot=Snapshot(20, resumed=False))
         steps = outbox.events(0)
         assert await next_seqs(steps, 10) == list(range(11, 21))
@@ -991,7 +991,7 @@ class TestRetention:
         steps = bench.outbox(snapshot=Snapshot(8, resumed=False)).events(0)
         assert seqs_of(await anext(steps)) == [1, 2, 3, 4]
         bench.floor = 11
-        await bench.sequencer.look_at_state()
+        await bench.sequencer.read_state()
         assert await anext(steps) == SnapshotComplete(8)
         assert await anext(steps) == Outdated(cursor=8, floor=11)
         assert await until_caught_up(steps) == list(range(11, 21))

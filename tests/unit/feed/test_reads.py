@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from sse_labels.feed.reads import ASKING_SECONDS, Reads
+from sse_labels.feed.reads import IDLE_SECONDS, Reads
 
 from support.virtual_time import virtual_time
 
@@ -57,11 +57,11 @@ async def nothing_left(table: Table) -> AsyncIterator[None]:
     yield
     reads = table.reads
     assert not reads._reads
-    assert not any(client.waiting or client.under_way for client in reads._clients.values())
-    await asyncio.sleep(ASKING_SECONDS)
-    assert reads.alone("nobody yet")
+    assert not any(client.waiting or client.running for client in reads._clients.values())
+    await asyncio.sleep(IDLE_SECONDS)
+    assert reads.is_alone("nobody yet")
     assert not reads._clients
-    assert not reads._resting
+    assert not reads._idle
 
 
 @virtual_time
@@ -109,7 +109,7 @@ async def test_beside_others_each_client_has_one_at_a_time() -> None:
         assert asyncio.get_running_loop().time() - began == pytest.approx(4.5)
         assert table.most["many"] == 1
         # Alone again.
-        await asyncio.sleep(ASKING_SECONDS + 1)
+        await asyncio.sleep(IDLE_SECONDS + 1)
         assert table.under_way["many"] == 3
         await asyncio.sleep(50)
 
@@ -284,4 +284,4 @@ async def test_in_any_order_everybody_who_stays_is_answered() -> None:
                 for _ in range(40):
                     tasks.create_task(one(table))
             await asyncio.sleep(1)
-        assert table.most["all"] <= table.reads._most
+        assert table.most["all"] <= table.reads._max_reads

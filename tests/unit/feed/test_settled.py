@@ -403,7 +403,7 @@ class World:
 
 
 def look(rule: SettledRule, world: World, limit: int) -> None:
-    """One poll: the statements of `Sequencer._look`, in its order."""
+    """One poll: the statements of `Sequencer._read_table`, in its order."""
 
     def admit(ids: list[int]) -> tuple[int, int]:
         return rule.admit(ids, complete=len(ids) < limit)
@@ -608,7 +608,7 @@ async def follow(store: Any) -> None:
         gather_seconds=0,
         clock=lambda: 0.0,
     )
-    sequencer.subscribe(store, None)
+    sequencer.subscribers.add(store, None)
     with pytest.raises(Done):
         await sequencer.run()
     assert sequencer.head == store.world.head

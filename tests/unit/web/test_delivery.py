@@ -271,7 +271,7 @@ class Delivery(RuleBasedStateMachine):
     @rule()
     def hear_of_the_floor(self) -> None:
         """A notification, or the next sweep."""
-        looking = self.loop.create_task(self.sequencer.look_at_state())
+        looking = self.loop.create_task(self.sequencer.read_state())
         self.turn(1)
         while not looking.done():
             self.answer(len(self.database.waiting) - 1, fails=False)
@@ -510,7 +510,7 @@ class Delivery(RuleBasedStateMachine):
             self.leave(consumer)
         self.run(self.pages.close())
         self.run(_turns(3))
-        assert not self.sequencer._subscribers
+        assert not self.sequencer.subscribers
         for consumer in self.consumers:
             assert consumer.outbox.closed is None or consumer.outbox.queued == 0
 
