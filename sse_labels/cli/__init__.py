@@ -1,11 +1,10 @@
 """The command line: `sse-labels`.
 
-Promises: what goes wrong is a line on standard error that names it, and an exit
-status: 1 when something failed, 2 when it was asked for wrongly, 130 after
-Ctrl-C, 141 when nobody reads standard output any more (`| head`), without a line, as after a
-SIGPIPE. No traceback for what a user can cause.
-Stands above everything.
-Does not belong here: what the commands do; each has a file of its own.
+Promises: an error is one line on standard error and an exit status. The status is 1 when something
+failed, 2 when the request was wrong, and 130 after Ctrl-C. It is 141, without a line, when the
+reader of standard output has gone (`| head`), as after a SIGPIPE. An error that a user can cause
+shows no traceback.
+Each command has a file of its own.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ from sse_labels.cli.standard_streams import OutputLost, guard
 from sse_labels.errors import ConfigError, SseLabelsError
 
 NAME = "sse-labels"
-#: The commands in the order one meets them, and the module that each is in.
+#: The commands in the order in which a new user needs them, and the module of each.
 COMMANDS = {"demo": "demo", "serve": "serve", "migrate": "migrate", "publish": "publish",
             "token": "token", "tail": "tail", "verify": "verify", "mirror": "mirror",
             "doctor": "doctor", "reseed": "reseed"}  # fmt: skip
 
-#: What a shell reports of a program that SIGPIPE has ended.
+#: The exit status that a shell reports for a program that SIGPIPE has ended.
 BROKEN_PIPE = 128 + signal.SIGPIPE
 
 
@@ -38,7 +37,7 @@ class Program(click.Group):
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Return a command, imported only now: half of a tail's start was the server's modules."""
+        """Import and return one command; importing the server took half of a tail's start."""
         if cmd_name not in COMMANDS:
             return None
         command = getattr(import_module(f"{__name__}.{COMMANDS[cmd_name]}"), cmd_name)
@@ -49,14 +48,14 @@ class Program(click.Group):
 @click.group(
     cls=Program,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
-    epilog="`sse-labels demo` shows it with made-up labels; it needs nothing else.",
+    epilog="`sse-labels demo` serves made-up labels; it needs no database and no settings.",
 )
 @click.version_option(__version__, prog_name=NAME)
 def cli() -> None:
     """Stream moderation labels out of PostgreSQL as Server-Sent Events.
 
-    Without a DSN, `serve` runs a PostgreSQL of its own. Every option is an
-    environment variable too: --poll-seconds is SSE_LABELS_POLL_SECONDS.
+    Without a DSN, `serve` runs a PostgreSQL of its own. Every option is also an
+    environment variable: --poll-seconds is SSE_LABELS_POLL_SECONDS.
     """
 
 

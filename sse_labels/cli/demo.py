@@ -1,8 +1,7 @@
-"""`sse-labels demo`: a server with labels coming in, to look at.
+"""`sse-labels demo`: a server that publishes made-up labels to itself.
 
-Promises: everything is real but the labels: they are made up, by accounts that
-do not exist, and go in through `POST /labels` like anybody's.
-Does not belong here: anything `serve` does.
+Promises: only the labels are made up. Their accounts do not exist. They are published through
+`POST /labels` like all other labels.
 """
 
 from __future__ import annotations
@@ -33,10 +32,10 @@ from sse_labels.web.door.listening import base_url
 
 log = logging.getLogger(__name__)
 
-#: Where it keeps its data, inside of the data directory.
+#: The folder of the demo's data, inside the data directory.
 DEMO_FOLDER = "demo"
 QUIET = {"log_level": "warning"}
-#: How often each value is seen, roughly as on the public network: mostly adult content and spam.
+#: The weight of each value, roughly as on the public network: mostly adult content and spam.
 VALUES = {"porn": 30, "spam": 22, "sexual": 14, "nudity": 10, "graphic-media": 6, "rude": 6,
           "!hide": 4, "misleading": 4, "impersonation": 2, "intolerant": 2}  # fmt: skip
 LABELERS = ["did:plc:demolabeleraaaaaaaaaaaaa", "did:plc:demolabelerbbbbbbbbbbbbb"]
@@ -50,10 +49,10 @@ BASE32 = "234567abcdefghijklmnopqrstuvwxyz"
     default="0.3",
 )  # fmt: skip
 def demo(interval_seconds: float, **options: str | None) -> None:
-    """Serve made-up labels from an embedded PostgreSQL, to look at.
+    """Serve made-up labels from an embedded PostgreSQL.
 
-    It keeps to the folder `demo` of the data directory: nothing made up gets
-    among real labels.
+    Its data is in the folder `demo` of the data directory, apart from real
+    labels.
     """
     with named_as_given(), contextlib.suppress(KeyboardInterrupt), interruptible():
         settings = load(options, defaults=QUIET)
@@ -65,8 +64,8 @@ def demo(interval_seconds: float, **options: str | None) -> None:
 
             async def ready(port: int) -> None:
                 url = base_url(settings.host[0], port)
-                tasks.add(asyncio.create_task(publish_for_ever(url, place, interval_seconds)))
-                # Whether anybody can read it or not: the server serves.
+                tasks.add(asyncio.create_task(publish_forever(url, place, interval_seconds)))
+                # The server serves even when standard output is lost.
                 with contextlib.suppress(OutputLost):
                     click.echo(
                         f"sse_labels is up; {1 / interval_seconds:.3g} made-up labels a second.\n"
@@ -82,14 +81,14 @@ def demo(interval_seconds: float, **options: str | None) -> None:
             run(settings, place, ready)
 
 
-async def publish_for_ever(url: str, place: Place, interval_seconds: float) -> None:
+async def publish_forever(url: str, place: Place, interval_seconds: float) -> None:
     """Publish one label after another, some of them negations of earlier ones."""
     recent: list[dict[str, object]] = []
     headers = {"Authorization": f"Bearer {place.publish_token}"}
     async with aiohttp.ClientSession(headers=headers) as session:
         while True:
             label = made_up_label(recent)
-            # While the server stops, or its database is away, a label is simply not made.
+            # While the server stops or its database is away, this label is left out.
             with contextlib.suppress(aiohttp.ClientError, TimeoutError):
                 async with session.post(f"{url}/labels", data=dumps({"labels": [label]})) as answer:
                     if answer.status == 201:
@@ -100,7 +99,7 @@ async def publish_for_ever(url: str, place: Place, interval_seconds: float) -> N
 
 
 def made_up_label(recent: list[dict[str, object]]) -> dict[str, object]:
-    """Return a label as a labeler would make it now; one in twelve takes an earlier one back."""
+    """Return a label as a labeler would make it now; one in twelve negates an earlier label."""
     cts = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     if recent and random.random() < 1 / 12:
         return {**random.choice(recent), "neg": True, "cts": cts}

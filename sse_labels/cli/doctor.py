@@ -1,9 +1,8 @@
-"""`sse-labels doctor [URL]`: what is wrong with a deployment, and what to do.
+"""`sse-labels doctor [URL]`: what is wrong with a deployment, and how to fix it.
 
-Promises: a line for each finding, as soon as it is there, or one JSON object; exit
-status 0 when nothing failed, 1 when something did, 2 when it was asked wrongly.
-Nothing is changed, unless --publish-as is given.
-Does not belong here: what is looked at (`doctor`).
+Promises: each finding is written at once as a line, or all of them at the end as one JSON object.
+The exit status is 0 when nothing failed, 1 when something failed, and 2 when the request was wrong.
+Nothing is changed, unless --publish-as is given. The checks are in `sse_labels.doctor`.
 """
 
 from __future__ import annotations
@@ -33,14 +32,14 @@ from sse_labels.doctor import Finding, Target, Verdict, examine
 from sse_labels.embedded import EmbeddedPostgres, default_data_dir
 from sse_labels.setting_parsers import did
 
-#: How each verdict is coloured where colours are shown.
+#: The colour of each verdict, where the output has colours.
 COLOURS = {Verdict.OK: "green", Verdict.WARNING: "yellow", Verdict.FAILURE: "red"}
-#: As wide as the longest verdict.
+#: The width of the longest verdict and two spaces.
 VERDICT_COLUMNS = 11
 
 
 def server_address(text: str) -> str:
-    """Read the address of a server; a stream's is its server's."""
+    """Read the address of a server; from the address of a stream take that of its server."""
     return server_url(text).partition("?")[0].removesuffix("/stream")
 
 
@@ -62,17 +61,17 @@ def doctor(
     url: str | None, token: str | None, publish_as: str | None, json: bool,
     tls: ssl.SSLContext, **options: str | None,
 ) -> int:  # fmt: skip
-    """Look at a deployment from its database to a reader, and say what is wrong.
+    """Check a deployment from its database to a reader, and say what is wrong.
 
-    URL is the server's address as its readers know it, so that what is between
-    is looked at, too: a proxy that gathers the stream, compresses it, cuts it
-    or drops Last-Event-ID. Give it the settings of `serve`. It takes as long as
-    the server's heartbeat.
+    URL is the server's address as its readers know it. The check then includes
+    every proxy in between: a proxy may buffer the stream, compress it, cut it or
+    drop Last-Event-ID. Give the same settings as to `serve`. The check takes as
+    long as one heartbeat of the server.
 
     \b
       sse-labels doctor https://labels.example --dsn postgresql://…
 
-    The exit status is 1 when something failed; a warning is not that.
+    The exit status is 1 when a check failed; warnings do not change it.
     """
     with named_as_given(), interruptible():
         settings = load(options)
@@ -93,9 +92,9 @@ def doctor(
 
 
 def place_of(settings: Settings) -> tuple[str | None, bool]:
-    """Return the DSN to look at, and whether it is the embedded PostgreSQL's.
+    """Return the DSN to check, and whether it is the embedded PostgreSQL's.
 
-    That one is looked at when it runs; it is not started.
+    The DSN is None when the embedded PostgreSQL does not run. It is not started.
     """
     if settings.dsn is not None:
         return settings.dsn, False
@@ -104,7 +103,7 @@ def place_of(settings: Settings) -> tuple[str | None, bool]:
 
 
 async def report(target: Target, *, as_lines: bool) -> list[Finding]:
-    """Return all findings; write each as it comes."""
+    """Return all findings; with `as_lines` write each one as soon as it is found."""
     findings = []
     try:
         async for finding in examine(target):
@@ -118,7 +117,7 @@ async def report(target: Target, *, as_lines: bool) -> list[Finding]:
 
 
 def write(finding: Finding) -> None:
-    """Write a finding: what was seen, and below it what to do."""
+    """Write what was seen, and below it what to do."""
     colour = COLOURS.get(finding.verdict)
     verdict = click.style(f"{finding.verdict:<{VERDICT_COLUMNS}}", fg=colour)
     click.echo(f"{verdict}{finding.subject}: {finding.seen}")

@@ -1,8 +1,6 @@
-"""How `--help` looks: options in groups, each with its environment variable.
+"""The layout of `--help`: options in groups, each with its environment variable.
 
-Promises: every option shows the variable that it is read from and its default,
-within 80 columns.
-Does not belong here: which options there are, what they mean.
+Promises: every option is shown with its environment variable and its default, within 80 columns.
 """
 
 from __future__ import annotations
@@ -14,14 +12,14 @@ from typing import Any
 import click
 from click.formatting import wrap_text
 
-#: Where the environment variables stand, in characters from the left.
+#: The column of the environment variables, in characters from the left.
 ENV_COLUMN = 38
-#: The group of what belongs to no other.
+#: The group of options that have no group of their own.
 OTHER = "Other options"
 
 
 class Option(click.Option):
-    """An option that is an environment variable too. Its value is text, checked by the caller."""
+    """An option that is also an environment variable. Its value is a text; the caller checks it."""
 
     def __init__(
         self,
@@ -40,7 +38,7 @@ class Option(click.Option):
         self.group = group
 
     def write(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write one line that says how to give it, and below what it does."""
+        """Write the option and its variable on one line, and its help below."""
         record = super().get_help_record(ctx)
         assert record is not None  # noqa: S101 - no option here is hidden
         names, text = record
@@ -51,7 +49,7 @@ class Option(click.Option):
         if indent + len(text) + 2 + len(default) <= formatter.width:
             formatter.write(f"{'':>{indent}}{text}  {default}".rstrip() + "\n")
             return
-        # What a default is should be found with one search: it is not broken over lines.
+        # The default is not broken over lines, so that a search finds it.
         formatter.write(wrap_text(text, formatter.width, " " * indent, " " * indent) + "\n")
         formatter.write(f"{'':>{indent}}{default}\n")
 
@@ -70,6 +68,6 @@ class Command(click.Command):
                     option.write(ctx, formatter)
         formatter.write_paragraph()
         formatter.write_text(
-            "On the right of each option: the environment variable that sets it too. The option "
-            "wins, an empty variable counts as none. -h, --help shows this."
+            "On the right of each option is the environment variable that sets it too. The option "
+            "wins. An empty variable counts as not set. -h, --help shows this text."
         )

@@ -1,9 +1,8 @@
-"""Labels as lines of JSON, gathered into the batches that are sent.
+"""Reads labels from lines of JSON and puts them into batches.
 
-Promises: a batch keeps to the file's order and to both limits; each label knows
-its line's number; what is not JSON is named by that number. Lines are sent as
-they are: nothing is reformatted.
-Does not belong here: sending; what makes a label valid.
+Promises: a batch keeps the file's order and both limits. Each label has the number of its line. A
+line that is not JSON is reported by its number. Lines are not reformatted. Only the server checks
+whether a label is valid.
 """
 
 from __future__ import annotations
@@ -19,21 +18,21 @@ _PREFIX, _SEPARATOR, _SUFFIX = b'{"labels":[', b",", b"]}"
 
 
 class NotPublished(SseLabelsError):
-    """Something was not stored; the message says which lines."""
+    """Some lines were not stored; the message names them."""
 
 
 class Batch(NamedTuple):
-    """Labels of one request."""
+    """The labels of one request."""
 
     #: The number of each label's line, from 1.
     numbers: list[int]
     labels: list[bytes]
-    #: How far the input has been read, in bytes from where reading began.
+    #: Bytes of the input that were read when the batch was complete.
     position: int
 
     @property
     def where(self) -> str:
-        """Return the lines in words."""
+        """Return the lines as a phrase: `line 3`, `lines 3 to 7`."""
         first, last = self.numbers[0], self.numbers[-1]
         return f"line {first}" if first == last else f"lines {first} to {last}"
 
@@ -45,10 +44,10 @@ class Batch(NamedTuple):
 def read_batches(file: BinaryIO, *, max_labels: int, max_bytes: int, first: int) -> Iterator[Batch]:
     """Yield batches of at most `max_labels` whose bodies have at most `max_bytes`.
 
-    Begins with line `first`; empty lines are skipped. Raises NotPublished for the first line
-    that is not JSON or too long; labels that were read before it, but not yielded, are not.
+    Begins with line `first`; empty lines are skipped. Raises NotPublished for the first line that
+    is not JSON or too long. Labels before it that are not in a yielded batch are not yielded.
     """
-    # A line that is longer cannot be sent anyway, and a file may have no line ends at all.
+    # A longer line cannot be sent. A limit is needed, because a file may have no line ends.
     room = max_bytes - len(_PREFIX) - len(_SUFFIX)
     numbers: list[int] = []
     labels: list[bytes] = []
@@ -69,7 +68,7 @@ def read_batches(file: BinaryIO, *, max_labels: int, max_bytes: int, first: int)
             filled += len(line) + len(_SEPARATOR)
         position += len(raw)
         if len(labels) == max_labels:
-            # At once, not with the next line: that one may be long in coming.
+            # Do not wait for the next line: it may come much later.
             yield Batch(numbers, labels, position)
             numbers, labels, filled = [], [], 0
     if labels:
@@ -84,7 +83,7 @@ def _read_line(file: BinaryIO, number: int, size: int) -> bytes:
 
 
 def _check(number: int, line: bytes) -> None:
-    # The standard library's parser: it says the column. The server has the last word.
+    # The parser of the standard library, because it names the column. The server decides.
     try:
         json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:

@@ -1,8 +1,8 @@
-"""`sse-labels mirror URL…`: other labelers' labels, stored here and served from here.
+"""`sse-labels mirror URL…`: stores the labels of other labelers here; `serve` streams them.
 
-Promises: each upstream is followed for ever, by itself: one that is away holds up no other.
-SIGTERM, SIGHUP and Ctrl-C end it; what was stored is stored, and the next run goes on there.
-Does not belong here: how one is followed (`mirror`).
+Promises: each upstream is followed by itself and retried forever. An upstream that is away delays
+no other. SIGTERM, SIGHUP and Ctrl-C end the command. The next run continues after the last label
+that was stored. `sse_labels.mirror` follows one upstream.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from sse_labels.cli.options import (
     url_parts,
 )
 from sse_labels.cli.place import database_at, database_of
-from sse_labels.cli.signals import Ready, interruptible, until_told
+from sse_labels.cli.signals import Ready, interruptible, run_until_signal
 from sse_labels.cli.tls import tls_options
 from sse_labels.config import Settings, load
 from sse_labels.database import migrations
@@ -42,23 +42,23 @@ from sse_labels.publishing.keys import source_keys_in
 from sse_labels.setting_parsers import Expected, did, integer, seconds, size
 
 PORTS = {"ws": 80, "wss": 443}
-#: What an address cannot say, and why.
+#: Parameters that an address must not have, and why.
 OWN_PARAMETERS = {
-    "cursor": "where it stands is kept in the database; --cursor is for the first time",
-    "epoch": "it is kept in the database",
-    "access_token": "it would be logged and stored, and be over in five minutes",
+    "cursor": "the database keeps the cursor; --cursor is for the first time",
+    "epoch": "the database keeps it",
+    "access_token": "it would be logged and stored, and it expires in five minutes",
 }
 
 
 class Wanted(NamedTuple):
-    """An upstream as it was asked for."""
+    """An upstream as the user named it."""
 
     url: str
     did: str | None
 
 
 def upstream(text: str) -> Wanted:
-    """Read `wss://…` or `DID=wss://…`; a server's address alone gets the method's path."""
+    """Read `wss://…` or `DID=wss://…`; an address without a path gets that of subscribeLabels."""
     source, address = None, text
     if text.startswith("did:"):
         given, _, address = text.partition("=")
@@ -68,14 +68,14 @@ def upstream(text: str) -> Wanted:
     if parts.fragment:
         raise Expected(expected)
     if parts.username is not None or parts.password is not None:
-        raise Expected("an address without a user and a password: it is logged, and stored")
+        raise Expected("an address without a user and a password: addresses are logged and stored")
     query = parse_qsl(parts.query, keep_blank_values=True)
     for name, instead in OWN_PARAMETERS.items():
         if any(pair[0] == name for pair in query):
             raise Expected(f"an address without {name}: {instead}")
     scheme = {"http": "ws", "https": "wss"}.get(parts.scheme, parts.scheme)
     path = parts.path if parts.path not in ("", "/") else SUBSCRIBE_PATH
-    # One spelling of a place, for it has one cursor.
+    # One spelling for each upstream, because each spelling has a cursor of its own.
     host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
     port = "" if parts.port in (None, PORTS[scheme]) else f":{parts.port}"
     return Wanted(urlunsplit((scheme, f"{host}{port}", path, urlencode(query), "")), source)
@@ -101,8 +101,8 @@ def upstreams(
 @click.command(cls=Command, short_help="Store the labels of other labelers.")
 @click.argument("wanted", metavar="URL...", nargs=-1, required=True, callback=upstreams)
 @option(
-    "cursor", integer(0, SEQ_MAX), "Where an upstream that was never followed begins: after this "
-    "seq of its own; 0: everything.", metavar="SEQ", default="0",
+    "cursor", integer(0, SEQ_MAX), "Seq of the upstream after which an upstream that was never "
+    "followed begins; 0: everything.", metavar="SEQ", default="0",
 )  # fmt: skip
 @option(
     "message_max_bytes", size(1024, 1024**3), "Largest message of an upstream.",
@@ -113,7 +113,7 @@ def upstreams(
     default="10000",
 )  # fmt: skip
 @option(
-    "report_seconds", seconds(0.05, 86_400), "Time between two lines that say what was stored.",
+    "report_seconds", seconds(0.05, 86_400), "Time between two log lines that say what was stored.",
     default="60",
 )  # fmt: skip
 @option(
@@ -121,8 +121,8 @@ def upstreams(
     "database, is tried again.", default="60",
 )  # fmt: skip
 @switch(
-    "any_source", "Let an upstream speak for every source, without a signature too: one that is "
-    "trusted with all of them.",
+    "any_source", "Take labels of every source, also without a signature; for upstreams that are "
+    "trusted with all sources.",
 )  # fmt: skip
 @settings_options(
     "dsn", "data_dir", "migrate", "connect_timeout_seconds", "query_timeout_seconds",
@@ -142,16 +142,17 @@ def mirror(
 ) -> None:
     """Follow the subscribeLabels of other labelers, and store their labels here.
 
-    URL is DID=wss://labeler.example, a source and its labeler's address: labels
-    of that source alone are taken. An address alone needs --source-keys-file, and
-    then speaks for the sources whose signatures are right, or --any-source. No
-    upstream speaks for sources whose labels are published here. `serve`, on the
-    same --dsn or --data-dir, streams all of them. Signatures are kept; with
-    --source-keys-file labels that are signed wrongly are set aside.
+    URL is DID=wss://labeler.example, a source and the address of its labeler:
+    only labels of that source are taken. An address without a DID needs
+    --source-keys-file or --any-source. With the file, only labels with a right
+    signature of a source in the file are taken. Labels of sources that are
+    published here are never taken. `serve`, with the same --dsn or --data-dir,
+    streams all labels. Signatures are kept. With --source-keys-file, labels with
+    a wrong signature are set aside.
 
-    How far an upstream was followed is kept in the database, in the transaction
-    that stores its labels: whatever dies, none is lost and none doubled. Two such
-    programs do not hurt each other; one waits until the other has ended.
+    The cursor of each upstream is stored in the same transaction as its labels.
+    No crash loses or doubles a label. Two mirrors may run at the same time: one
+    waits until the other has ended.
     """
     with named_as_given(), contextlib.suppress(KeyboardInterrupt), interruptible():
         settings = load(options)
@@ -164,9 +165,9 @@ def mirror(
                 raise ConfigError(
                     "URL",
                     each.url,
-                    "whose labels it may bring: name their source, DID=wss://…; or give "
-                    "--source-keys-file, for the sources whose signatures are right; or, if it is "
-                    "trusted with every source, --any-source",
+                    "the source whose labels are taken, as DID=wss://…; or --source-keys-file, to "
+                    "take labels with right signatures; or --any-source, for an upstream that is "
+                    "trusted with every source",
                 )
         found = [
             Upstream(
@@ -204,13 +205,13 @@ def mirror(
                 database.close()
 
         with database_of(settings, key_of("dsn")) as place:
-            until_told(follow)
+            run_until_signal(follow)
 
 
 async def prepare(database: Database, settings: Settings, sources: list[str]) -> None:
-    """Bring the database to where labels of `sources` can be stored in it.
+    """Prepare the database to store labels of `sources`.
 
-    Raises SchemaError, or ConfigError for a source that is the database's own.
+    Raises SchemaError, or ConfigError for a source whose labels are published in this database.
     """
     schema = Schema(database)
     await schema.find_source()
@@ -231,7 +232,7 @@ async def prepare(database: Database, settings: Settings, sources: list[str]) ->
         raise ConfigError(
             "URL",
             f"{own}=…",
-            "a source that is not this database's own: its labels are published here, and no "
-            "upstream speaks for it. If that has ended, DELETE FROM label_own_source WHERE src = "
-            f"'{own}'",
+            "a source that is not this database's own: its labels are published here, and none are "
+            "taken from an upstream. If they are no longer published here, DELETE FROM "
+            f"label_own_source WHERE src = '{own}'",
         )

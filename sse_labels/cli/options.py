@@ -1,9 +1,7 @@
 """Options of the command line, made from the settings.
 
-Promises: every option is also an environment variable, its help says its
-default, its value is checked in one place (`config`), and an error names it the
-way it was given.
-Does not belong here: what a command does; how help looks (`layout`).
+Promises: every option is also an environment variable. Its help shows its default. Only
+`setting_parsers` checks its value. An error names the option or the variable, as the user gave it.
 """
 
 from __future__ import annotations
@@ -27,9 +25,9 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 def settings_options(*names: str, **defaults: str) -> Decorator:
-    """Add the options of the settings named, or of all; values arrive as text or None.
+    """Add the options of the named settings, or of all settings; each value is a text or None.
 
-    `defaults` are shown instead of the settings' own; `load` takes them, too.
+    `defaults` are shown instead of the settings' defaults; give them to `load`, too.
     """
     chosen, group = [], None
     for spec in fields(Settings):
@@ -45,7 +43,7 @@ def settings_options(*names: str, **defaults: str) -> Decorator:
                 flag = f"{flag}/--no-{flag[2:]}"
                 more = {"callback": _as_text}
             elif isinstance(spec.default, tuple):
-                # A list may be written in one option, or as one option for each.
+                # `--host a,b` and `--host a --host b` mean the same.
                 more |= {"multiple": True, "callback": _joined}
             add = click.option(
                 flag, spec.name, cls=Option, default=None, env=env_name(spec.name),
@@ -62,7 +60,7 @@ def option(
     name: str, parse: Parse, text: str, *, metavar: str | None = None, default: str | None = None,
     shown_default: str | None = None, secret: bool = False,
 ) -> Decorator:  # fmt: skip
-    """Add one option that is no setting of the server; the command gets the parsed value."""
+    """Add one option that is not a setting of `serve`; the command gets the parsed value."""
 
     def check(context: click.Context, parameter: click.Parameter, given: str | None) -> Any:
         found = read(name, parse, {name: given}, secret=secret)
@@ -77,7 +75,7 @@ def option(
 
 
 def url_argument(parse: Parse, default: str | None = None) -> Decorator:
-    """Add the argument URL; the command gets the parsed value of it, or of SSE_LABELS_URL."""
+    """Add the argument URL or SSE_LABELS_URL; the command gets the parsed value."""
 
     def check(context: click.Context, parameter: click.Parameter, given: str | None) -> Any:
         try:
@@ -112,7 +110,7 @@ def key_of(name: str) -> str:
 
 @contextlib.contextmanager
 def named_as_given() -> Iterator[None]:
-    """Let a ConfigError of the block say SSE_LABELS_PORT where --port was not written."""
+    """Let a ConfigError of the block name SSE_LABELS_PORT when the user did not write --port."""
     try:
         yield
     except ConfigError as error:
@@ -127,7 +125,7 @@ def url_parts(text: str, schemes: Collection[str], expected: str) -> SplitResult
     try:
         parts = urlsplit(text)
         good = parts.scheme in schemes and parts.hostname and parts.port != 0
-        # As the resolver will: a name that it cannot write is an error of its own there.
+        # The resolver encodes the name too, and would raise another error.
         (parts.hostname or "").encode("idna")
     except ValueError:
         good = False
@@ -149,9 +147,9 @@ def token_text(text: str) -> str:
     raise Expected("a token of visible ASCII characters, without spaces")
 
 
-#: Of a command that reads streams.
+#: The option of commands that read streams.
 token_option = option(
-    "token", token_text, "Token that may read, where streams need one.", secret=True
+    "token", token_text, "Token of a reader, for a server that needs one.", secret=True
 )
 
 
@@ -170,7 +168,7 @@ def _shown(name: str, default: Any) -> str:
 
 
 def shown_data_dir() -> str:
-    """Return the default of --data-dir as help shows it, which never fails."""
+    """Return the default of --data-dir for the help; never raises."""
     try:
         return str(default_data_dir())
     except ConfigError:

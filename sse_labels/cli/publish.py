@@ -1,12 +1,9 @@
-"""`sse-labels publish [FILE|-]`: labels from lines of JSON.
+"""`sse-labels publish [FILE|-]`: publishes labels from lines of JSON.
 
-Promises: lines go in by batches, in order; a batch is stored whole or not at
-all, and it ends with a line's number when one is wrong; what was stored before
-is said, so that one can go on from there. A batch that nobody answered for is
-sent again under the same key, so a server that knows keys stores it once; what
-stays uncertain is called so.
-Does not belong here: reading lines (`lines`); what makes a label valid (the
-server says).
+Promises: lines are sent in batches and in order. A batch is stored whole or not at all. A wrong
+line ends the command; the message names its number and the line from which to continue. A batch
+without an answer is sent again with the same Idempotency-Key, so that a server that knows the key
+stores the batch once. When it is not known whether a batch was stored, the message says so.
 """
 
 from __future__ import annotations
@@ -29,7 +26,7 @@ from sse_labels.backoff import Backoff
 from sse_labels.cli.layout import Command
 from sse_labels.cli.lines import Batch, NotPublished, read_batches
 from sse_labels.cli.options import option, server_url, shown_data_dir, token_text
-from sse_labels.cli.standard_streams import tell_result
+from sse_labels.cli.standard_streams import write_result
 from sse_labels.cli.tls import tls_options
 from sse_labels.client.answers import ERROR_MAX, object_in, words
 from sse_labels.client.retries import after_seconds
@@ -40,42 +37,42 @@ from sse_labels.publishing.own_token import FILE_NAME, read_token
 from sse_labels.setting_parsers import integer, path, seconds, size
 
 TIMEOUT_SECONDS = 60.0
-#: The server forgets a key after a day (`retention`); sent again later, a batch would be new.
+#: The server forgets a key after a day (`retention`); after that it would store the batch again.
 RETRY_MAX_SECONDS = 43_200
 RATE_LIMITED = 429
-#: Answers after which the same request may be answered better.
+#: Statuses after which the same request may succeed.
 TEMPORARY = {408, RATE_LIMITED, 502, 503, 504}
-#: Told of a batch that may be stored already.
+#: Added to the message about a batch that may be stored already.
 WITH_KEY = ", with the same Idempotency-Key: a server that knows this header stores nothing twice"
 #: What to do about some answers.
 HINTS = {
     401: " (give a token that may publish: --publish-token, or SSE_LABELS_PUBLISH_TOKEN)",
     413: " (a smaller --batch or --batch-bytes?)",
 }
-#: How the server names a label of a request.
+#: How an error of the server names a label of the request.
 _INDEX = re.compile(r"^labels\[([0-9]+)\](?:\.|: )?")
-#: Failures before the request was on its way.
+#: Failures before the request was sent.
 _NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.UnsupportedProtocol)
 
 
 class Trouble(NamedTuple):
-    """Why a try did not end with its batch stored."""
+    """Why one try did not store its batch."""
 
     reason: str
-    #: Whether nothing of the batch was stored by this try.
+    #: Whether it is certain that this try stored nothing.
     certain: bool
-    #: Whether the same request may be answered better.
+    #: Whether the same request may succeed later.
     temporary: bool = False
     status: int | None = None
-    #: How long the server asks to wait; 0 when it does not say.
+    #: How long the server asks to wait; 0: the server gives no time.
     after_seconds: float = 0.0
 
 
 class Sender:
-    """Sends batches one after the other, each until its outcome is known.
+    """Sends batches one after the other, each until its result is known.
 
-    A batch is sent again until `retry_seconds` after its first failure; the last try still has
-    its whole time-out.
+    A batch is sent again until `retry_seconds` after its first failure. The last try still has its
+    whole time-out.
     """
 
     def __init__(
@@ -84,33 +81,33 @@ class Sender:
         self._client = client
         self._url = url
         self._retry_seconds = retry_seconds
-        #: The line to go on from.
+        #: The line from which another run would continue.
         self._next_line = first_line
-        # Of this run alone: whoever publishes the same lines again wants them stored again.
+        # New for each run: a user who publishes the same lines again wants them stored again.
         self._run = secrets.token_hex(16)
         self._batches = 0
-        #: Whether a server was ever there: an address that is wrong is not fixed by waiting.
+        #: Whether a server ever answered. If not, the address may be wrong: no retry.
         self._reached = False
-        #: What the user was told of.
-        self._told: set[object] = set()
-        #: What has been stored so far.
+        #: Failures that were reported already: a key, or a status.
+        self._reported: set[object] = set()
+        #: How many labels were stored so far.
         self.labels = 0
         self.last_seq: object = None
-        #: The batch that may be stored, although nobody has said so.
+        #: The batch that may be stored, although no answer said so.
         self.under_way: Batch | None = None
 
     def progress(self) -> str:
-        """Return in words what was stored so far."""
+        """Return as a phrase what was stored so far."""
         if not self.labels:
             return "nothing was stored before"
         return f"{counted(self.labels)} stored before, up to line {self._next_line - 1}"
 
     def how_to_go_on(self) -> str:
-        """Return what a failure ends with: what was stored, and where to begin again."""
+        """Return the end of an error message: what was stored, and from which line to continue."""
         return f"{self.progress()} (go on with --from-line {self._next_line})"
 
     def send(self, batch: Batch) -> None:
-        """Store one batch; raise NotPublished, which says what is known of it."""
+        """Store one batch. Raises NotPublished, which says whether the batch may be stored."""
         self._batches += 1
         # With quotes: a string of RFC 8941 (draft-ietf-httpapi-idempotency-key-header, 2.1).
         key = f'"{self._run}-{self._batches}"'
@@ -123,13 +120,13 @@ class Sender:
             if trouble is None:
                 self.under_way = None
                 return
-            # A refusal says nothing about an earlier try, whose answer was lost.
+            # A refusal does not tell whether an earlier try, whose answer was lost, stored it.
             doubtful = doubtful or not trouble.certain
             if not doubtful:
                 self.under_way = None
             began = began or time.monotonic()
             elapsed = time.monotonic() - began
-            # On top of what the server asks for: that may be the same for all, and does not grow.
+            # Added to the time that the server asks for, which may be equal for all clients.
             spare = self._retry_seconds - elapsed - trouble.after_seconds
             if not trouble.temporary or spare <= 0:
                 reason = trouble.reason
@@ -139,12 +136,12 @@ class Sender:
                         reason += f": it asks to wait {trouble.after_seconds:g} s more"
                 rest = uncertain(batch) if doubtful else f"nothing of {batch.where} is stored"
                 raise NotPublished(f"{reason}; {rest}")
-            # A long file under a rate meets it with every batch: that is told once per run.
-            about = trouble.status if trouble.status == RATE_LIMITED else key
-            if about not in self._told:
-                self._told.add(about)
+            # With a rate limit every batch of a long file meets it: report it once per run.
+            failure = trouble.status if trouble.status == RATE_LIMITED else key
+            if failure not in self._reported:
+                self._reported.add(failure)
                 again = f"sending {batch.where} again for up to {self._retry_seconds:g} s"
-                # Nothing in an answer tells a server that knows the header from one that does not.
+                # An answer does not show whether the server knows the header.
                 say(f"{trouble.reason}; {again}{WITH_KEY if doubtful else ''}")
             time.sleep(trouble.after_seconds + min(backoff.next(), spare))
 
@@ -200,7 +197,7 @@ class Sender:
 @option("from_line", integer(1, SEQ_MAX), "First line to publish.", default="1")
 @option(
     "retry_seconds", seconds(0, RETRY_MAX_SECONDS),
-    "How long a batch is sent again while its outcome is uncertain; 0: never.",
+    "How long a batch without a final answer is sent again; 0: never.",
     default="60",
 )  # fmt: skip
 @tls_options
@@ -217,17 +214,17 @@ def publish(
 ) -> None:
     """Publish labels from FILE, one JSON label per line; - is standard input.
 
-    A batch is sent when it is full or the input ends, and stored whole or not at
-    all: a line that is wrong is named, and nothing of its batch is stored. To
-    send each line as it comes, give --batch 1.
+    A batch is sent when it is full or the input ends. It is stored whole or not at
+    all. The error for a wrong line names the line, and nothing of its batch is
+    stored. To send each line at once, give --batch 1.
 
-    A batch that got no answer, or 408, 429, 502, 503 or 504, is sent again with the
-    same Idempotency-Key: a server that knows this header stores it once. One that
-    does not, or a proxy that drops it, may store it twice: for those,
-    --retry-seconds 0.
+    A batch without an answer, or with 408, 429, 502, 503 or 504, is sent again with
+    the same Idempotency-Key. A server that knows this header stores the batch once.
+    A server that does not know it, or a proxy that drops it, may cause labels to be
+    stored twice: then give --retry-seconds 0.
 
     \b
-    A line:
+    A line looks like this:
       {"src":"did:…","uri":"at://…","val":"spam","cts":"2026-01-31T12:00:00Z"}
     """
     token = publish_token or kept_token(data_dir)
@@ -251,7 +248,7 @@ def publish(
             say(f"interrupted; {sender.progress()}{where}")
             raise
     last = f", the last as seq {sender.last_seq}" if sender.labels else ""
-    tell_result(f"{counted(sender.labels)} stored{last}")
+    write_result(f"{counted(sender.labels)} stored{last}")
 
 
 def kept_token(data_dir: Path | None) -> str:
@@ -268,7 +265,7 @@ def kept_token(data_dir: Path | None) -> str:
 
 
 def progress_bar(file: BinaryIO) -> AbstractContextManager[Any]:
-    """Return a progress bar on standard error, by bytes of a file; of a pipe nothing is shown."""
+    """Return a progress bar on standard error, by bytes of a file; hidden for a pipe."""
     found = os.fstat(file.fileno())
     length = found.st_size - file.tell() if stat.S_ISREG(found.st_mode) else 0
     hidden = not (length and sys.stderr.isatty())
@@ -276,15 +273,15 @@ def progress_bar(file: BinaryIO) -> AbstractContextManager[Any]:
 
 
 def say(text: str) -> None:
-    """Tell the person at the terminal, below the progress bar if there is one."""
+    """Write a message to standard error, below the progress bar if there is one."""
     click.echo(f"{chr(10) if sys.stderr.isatty() else ''}sse-labels: {text}", err=True)
 
 
 def uncertain(batch: Batch) -> str:
-    """Return the words for a batch that nobody answered for."""
+    """Return the sentence about a batch that was not answered."""
     return f"{batch.where} may or may not be stored: look before sending them again"
 
 
 def counted(labels: int) -> str:
-    """Return a number of labels in words."""
+    """Return `1 label` or `2 labels`."""
     return "1 label" if labels == 1 else f"{labels} labels"

@@ -1,8 +1,8 @@
-"""`sse-labels reseed`: after a restore from a backup, use no seq twice.
+"""`sse-labels reseed`: after a restore from a backup, no seq is used twice.
 
-Promises: seqs up to the one given are not used again, and consumers that name the
-epoch of before are told; nothing is deleted, and nothing that is stored changes.
-Does not belong here: noticing that a database was rebuilt (`lives`).
+Promises: seqs up to the given seq are not used again. Consumers that name the earlier epoch get
+EpochChanged. Stored labels are neither deleted nor changed. `database.lives` notices that a
+database was rebuilt.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from sse_labels.cli.layout import Command
 from sse_labels.cli.options import key_of, named_as_given, option, settings_options, switch
 from sse_labels.cli.place import database_at, database_of
 from sse_labels.cli.signals import interruptible
-from sse_labels.cli.standard_streams import tell_result
+from sse_labels.cli.standard_streams import write_result
 from sse_labels.config import Settings, load
 from sse_labels.database import lives
 from sse_labels.database.schema import Schema
@@ -24,7 +24,7 @@ from sse_labels.logs import configure_logging
 from sse_labels.protocol.seq import SEQ_MAX
 from sse_labels.setting_parsers import integer
 
-#: The largest bigint is PostgreSQL's last id; a sequence that stands there has none left.
+#: The largest bigint is the last id; a sequence that has used it has no id left.
 ABOVE_MAX = SEQ_MAX - 1
 
 
@@ -32,15 +32,15 @@ ABOVE_MAX = SEQ_MAX - 1
 @option(
     "above", integer(1, ABOVE_MAX), "The highest seq that any consumer has seen.", metavar="SEQ"
 )
-@switch("force", "Do it although sessions of other servers or commands are on that database.")
+@switch("force", "Do it although other servers or commands are connected to that database.")
 @settings_options("dsn", "data_dir", "connect_timeout_seconds", "log_level", "log_format")
 def reseed(above: int | None, force: bool, **options: str | None) -> None:
     """Give new labels seqs above SEQ, and begin a new epoch.
 
-    For a database that was rebuilt from a backup older than what consumers have
-    seen: without it, new labels would get seqs that consumers have already, and
-    be skipped by them. Run it before anything is published, and while no server
-    and no mirror runs on that database: it is refused while one does.
+    Run it after a database was rebuilt from a backup that lacks labels which
+    consumers have seen. Without it, new labels would get seqs that consumers have
+    already, and consumers would skip them. Run it before anything is published.
+    It is refused while a server or a mirror runs on that database.
     """
     with named_as_given(), interruptible():
         if above is None:
@@ -49,11 +49,11 @@ def reseed(above: int | None, force: bool, **options: str | None) -> None:
         configure_logging(settings.log_level, settings.log_format)
         with database_of(settings, key_of("dsn")) as place:
             seq, epoch = asyncio.run(move(settings, place.dsn, above, force=force))
-    tell_result(f"the next seq is {seq + 1}, the epoch is {epoch}")
+    write_result(f"the next seq is {seq + 1}, the epoch is {epoch}")
 
 
 async def move(settings: Settings, dsn: str, above: int, *, force: bool) -> tuple[int, str]:
-    """Return the last seq that will not be used, and the new epoch."""
+    """Reseed the database; return the last seq that will not be used, and the new epoch."""
     database = database_at(settings, dsn)
     try:
         schema = Schema(database)
@@ -62,7 +62,7 @@ async def move(settings: Settings, dsn: str, above: int, *, force: bool) -> tupl
             raise ConfigError("--dsn", "a database without label_stream", "one of `migrate`'s")
         others = await lives.others_here(database)
         if others and not force:
-            # They would go on with the old epoch, and what a server has in memory.
+            # They would continue with the old epoch and with the labels in their memory.
             pids = ", ".join(map(str, others))
             raise ConfigError(
                 key_of("data_dir" if settings.dsn is None else "dsn"),

@@ -1,8 +1,7 @@
-"""`sse-labels serve`.
+"""`sse-labels serve`: serves the stream until a signal ends it.
 
-Promises: with a DSN nothing is run but this process (and its workers); without one the embedded
-PostgreSQL is started before, kept running, and stopped after, whenever one is told to stop.
-Does not belong here: wiring (`app`), signals (`signals`), the database (`place`).
+Promises: with a DSN only this process and its workers run. Without one the embedded PostgreSQL is
+started before the server, kept running, and stopped after the server.
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ from sse_labels import app as application
 from sse_labels.cli.layout import Command
 from sse_labels.cli.options import key_of, named_as_given, settings_options
 from sse_labels.cli.place import Place, database_of
-from sse_labels.cli.signals import Ready, interruptible, until_told
+from sse_labels.cli.signals import Ready, interruptible, run_until_signal
 from sse_labels.config import Settings, load
 from sse_labels.logs import configure_logging
 from sse_labels.workers import supervisor
 
 log = logging.getLogger(__name__)
 
-#: Starts one of several processes. -P: no module comes from the directory we happen to be in.
+#: Starts one worker. -P: no module is imported from the working directory.
 WORKER = (sys.executable, "-P", "-m", "sse_labels.cli.worker")
 
 
@@ -34,10 +33,10 @@ WORKER = (sys.executable, "-P", "-m", "sse_labels.cli.worker")
 def serve(**options: str | None) -> None:
     """Serve the stream, publishing, queries, health and metrics.
 
-    Without --dsn an embedded PostgreSQL keeps the labels in --data-dir, and a
-    publish token is made there once. Secrets are better given in the
-    environment: a command line can be seen by everybody on the machine.
-    SIGTERM and Ctrl-C end all streams in order, and then the program.
+    Without --dsn an embedded PostgreSQL keeps the labels in --data-dir, and the
+    first start makes a publish token there. Give secrets in the environment,
+    because every user of the machine can see a command line. SIGTERM and Ctrl-C
+    end all streams in order, and then the program.
     """
     with named_as_given(), contextlib.suppress(KeyboardInterrupt), interruptible():
         settings = load(options)
@@ -48,7 +47,7 @@ def serve(**options: str | None) -> None:
         )
         with database_of(settings, key_of("dsn")) as place:
             if place.note and settings.log_format == "json":
-                # Whoever collects such lines reads no others.
+                # A collector of JSON lines cannot read a plain line.
                 log.info(place.note)
             elif place.note:
                 click.echo(place.note, err=True)
@@ -60,7 +59,7 @@ def run(
     place: Place,
     ready: Ready | None = None,
 ) -> None:
-    """Serve until told to stop; raise what ended it otherwise."""
+    """Serve until a signal; raises the error that ends the server earlier."""
 
     async def serve_here(stop: asyncio.Event, up: Ready) -> None:
         app = application.App(settings, place.dsn, place.publish_token)
@@ -78,4 +77,4 @@ def run(
             command=WORKER, postgres=place.postgres,
         )  # fmt: skip
 
-    until_told(serve_here if settings.workers == 1 else serve_by_workers, ready)
+    run_until_signal(serve_here if settings.workers == 1 else serve_by_workers, ready)

@@ -1,7 +1,7 @@
-"""How a command hears that it is told to stop: SIGTERM, SIGHUP, Ctrl-C.
+"""Stops a command at SIGTERM, SIGHUP or Ctrl-C.
 
-Promises: the first signal lets a server drain, the second ends it at once; a signal that is ignored
-stays ignored, as nohup wants it.
+Promises: at the first signal a server drains, at the second it ends at once. A signal that is
+ignored, as nohup ignores SIGHUP, stays ignored.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sse_labels.errors import SseLabelsError
 
 log = logging.getLogger(__name__)
 
-#: What tells a server to stop. SIGHUP: its terminal was closed.
+#: The signals that stop a server. SIGHUP: its terminal was closed.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 Ready = Callable[[int], Awaitable[Any]]
@@ -26,50 +26,50 @@ Ready = Callable[[int], Awaitable[Any]]
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Let whatever tells this process to stop end the block as Ctrl-C does."""
+    """Let each of SIGNALS end the block as Ctrl-C does, by KeyboardInterrupt."""
     on_signals(interrupt)
     yield
 
 
 @contextlib.contextmanager
-def unhurried() -> Iterator[None]:
-    """Hold a first signal back until the block is done.
+def first_signal_held_back() -> Iterator[None]:
+    """Hold the first signal back until the block has ended.
 
-    A server that was interrupted while PostgreSQL starts would leave it half started.
+    An interrupt while PostgreSQL starts would leave it half started.
     """
-    told: list[int] = []
+    received: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
-        if told:
+        if received:
             raise KeyboardInterrupt
-        told.append(number)
+        received.append(number)
 
     on_signals(note)
     yield
     on_signals(interrupt)
-    if told:
+    if received:
         raise KeyboardInterrupt
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:
-    """Do at any signal what Python does at SIGINT."""
+    """Raise KeyboardInterrupt, as Python does at SIGINT."""
     raise KeyboardInterrupt
 
 
 def on_signals(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
-    """Set what happens from now on when this process is told to stop."""
+    """Set the handler of SIGNALS."""
     for number in SIGNALS:
-        # Left alone when ignored: that is what nohup does.
+        # nohup ignores SIGHUP; that must stay so.
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, handler)
 
 
-def until_told(
+def run_until_signal(
     serve: Callable[[asyncio.Event, Ready], Awaitable[None]], ready: Ready | None = None
 ) -> None:
-    """Run `serve(stop, up)`, and have it stop at the first signal; raise what ended it otherwise.
+    """Run `serve(stop, up)`; set `stop` at the first signal. Raises the error that ends it earlier.
 
-    It awaits `up` with the port once it serves; `ready` is awaited then.
+    `serve` awaits `up` with its port when it serves; then `ready` is awaited.
     """
 
     async def serving() -> None:
@@ -85,16 +85,16 @@ def until_told(
 
         def drain() -> None:
             if task is not None and (stop.is_set() or not serves):
-                task.cancel()  # told twice, or nothing to drain yet: wait for nobody
+                task.cancel()  # a second signal, or nothing to drain yet: do not wait
             stop.set()
 
-        def told(number: int, frame: FrameType | None) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed, we are leaving already
+        def on_signal(number: int, frame: FrameType | None) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the program ends already
                 loop.call_soon_threadsafe(drain)
 
-        # Not loop.add_signal_handler: it leaves SIG_DFL behind, and a SIGTERM that came then
-        # would end us before PostgreSQL is stopped.
-        on_signals(told)
+        # Not loop.add_signal_handler: when the loop is closed it sets SIG_DFL, and a SIGTERM after
+        # that would end this process before PostgreSQL is stopped.
+        on_signals(on_signal)
         await serve(stop, up)
 
     try:
@@ -103,7 +103,7 @@ def until_told(
         pass  # by `drain`
     except BaseExceptionGroup as group:
         ours, others = group.split(SseLabelsError)
-        # One task's failure ends all; its sentence is what the operator needs.
+        # The failure of one task ends all. The operator needs the message of that one.
         first: BaseException = group if ours is None else ours
         while isinstance(first, BaseExceptionGroup):
             first = first.exceptions[0]

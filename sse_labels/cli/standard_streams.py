@@ -1,9 +1,8 @@
 """Standard input, output and error of this process, which may be full, closed or broken.
 
-Promises: what cannot be written to standard output is an `OutputLost`, at once and only once; what
-cannot be written to standard error is dropped, so that nothing fails because of its messages; no
-file or connection of ours gets the number of a stream that was closed.
-Does not belong here: what a command does about lost output.
+Promises: a failed write to standard output raises `OutputLost`, at once and only once. Text that
+cannot be written to standard error is dropped, so that no command fails because of its messages. No
+other file or connection gets the number of a standard stream that was closed.
 """
 
 from __future__ import annotations
@@ -24,20 +23,20 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
 STDIN, STDOUT, STDERR = 0, 1, 2
-#: What a closed stream is replaced by. Opened the wrong way round: using it fails, as before.
+#: The mode in which /dev/null replaces a closed stream. It is the wrong one: use still fails.
 CLOSED = {STDIN: os.O_WRONLY, STDOUT: os.O_RDONLY, STDERR: os.O_WRONLY}
 
 
 class OutputLost(SseLabelsError):
-    """Standard output cannot be written any more; `broken`: its reader has gone (`| head`)."""
+    """Standard output cannot be written any more. `broken`: its reader has gone (`| head`)."""
 
     def __init__(self, error: OSError) -> None:
         super().__init__(f"standard output: {error.strerror or error}")
         self.broken = error.errno == errno.EPIPE
 
 
-def tell_result(text: str) -> None:
-    """Write what a command has done, which cannot be undone; an OutputLost says it too."""
+def write_result(text: str) -> None:
+    """Write the result of a command that cannot be undone; OutputLost repeats the result."""
     try:
         click.echo(text)
     except OutputLost as error:
@@ -47,10 +46,10 @@ def tell_result(text: str) -> None:
 
 
 class _Output(io.BufferedWriter):
-    """Fails with OutputLost, once: what is still buffered is then dropped.
+    """Raises OutputLost once, and drops the bytes that are still buffered.
 
-    The buffer is ours and not what is under it: a signal that is handled between a write and the
-    buffer's learning of it would have the same bytes written twice
+    It subclasses the buffer and not the file below it. With a class of Python below, a signal
+    between the write and the buffer's update would write the same bytes twice
     (test_ctrl_c_ends_a_wait_at_once).
     """
 
@@ -78,7 +77,7 @@ class _Output(io.BufferedWriter):
 
 
 class _Messages(io.BufferedWriter):
-    """Drops what cannot be written."""
+    """Drops bytes that cannot be written."""
 
     def write(self, data: ReadableBuffer, /) -> int:
         with contextlib.suppress(OSError):
@@ -96,18 +95,18 @@ def guard() -> None:
         try:
             os.fstat(number)
         except OSError:
-            # The lowest free number, which is this one.
+            # open(2) takes the lowest free number, which is this one.
             os.open(os.devnull, flags)
             os.set_inheritable(number, True)
     if sys.stdin is None:
-        sys.stdin = open(STDIN, closefd=False)  # noqa: SIM115 - for as long as we live
+        sys.stdin = open(STDIN, closefd=False)  # noqa: SIM115 - open until the process ends
     output, messages = (io.FileIO(number, "w", closefd=False) for number in (STDOUT, STDERR))
     sys.stdout = _text(_Output(output), sys.stdout)
     sys.stderr = _text(_Messages(messages), sys.stderr, "backslashreplace")
 
 
 def _text(buffer: io.BufferedWriter, before: TextIO | None, errors: str = "") -> io.TextIOWrapper:
-    """Return a text stream as `before`, which Python made; None: it was closed."""
+    """Return a text stream like `before`, which Python made; None: the stream was closed."""
     lines = bool(errors) or buffer.isatty()
     encoding = "utf-8" if before is None else before.encoding
     errors = errors or ("strict" if before is None else before.errors or "strict")

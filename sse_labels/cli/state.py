@@ -1,8 +1,7 @@
-"""The cursor in a file, for one tail at a time.
+"""The file that keeps the cursor of one `tail`.
 
-Promises: the file holds one whole number at every moment, also when the program
-is killed in the middle; it never claims more than what was written out.
-Does not belong here: when the cursor moves (`tail`).
+Promises: the file holds one whole number at every moment, also when the program is killed while it
+writes. The number is never above the seq of the last label that was written out.
 """
 
 from __future__ import annotations
@@ -18,10 +17,10 @@ KEY = "--state"
 
 
 class CursorFile:
-    """Keeps the cursor; open and locked as long as it lives."""
+    """Keeps the cursor; the file stays open and locked until the process ends."""
 
     def __init__(self, file: Path) -> None:
-        """Open and lock `file`; raise ConfigError when it cannot be."""
+        """Open and lock `file`; raise ConfigError when that fails."""
         self._file = file
         try:
             self._descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -42,9 +41,9 @@ class CursorFile:
         return cursor
 
     def save(self, cursor: int) -> None:
-        """Remember `cursor`; called after the event was written out."""
-        # The file keeps one length and is written in place by one system call. That outlives a
-        # kill; a crash of the machine may bring an older cursor back.
+        """Store `cursor`; called after the event was written out."""
+        # The file keeps its length, and one system call writes all of it. A kill cannot damage it.
+        # After a crash of the machine it may hold an older cursor.
         try:
             os.pwrite(self._descriptor, b"%0*d\n" % (DIGITS_MAX, cursor), 0)
         except OSError as error:

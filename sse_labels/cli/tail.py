@@ -1,11 +1,9 @@
-"""`sse-labels tail URL`: the stream as lines of JSON, across reconnects and runs.
+"""`sse-labels tail URL`: writes the stream as lines of JSON, across reconnects and runs.
 
-Promises: every event once and in order, one JSON object per line, within a run
-and, with a state file, over all runs that were ended in order (Ctrl-C, SIGTERM,
---until-head). Killed outright it loses nothing either, and the next run may
-repeat one event: the one that was written out and not yet noted. A wrong
-request ends it, a lost connection does not.
-Does not belong here: parsing event streams (`client`); the file (`state`).
+Promises: every event is written once and in order, one JSON object per line. With a state file this
+holds over all runs that end in order (Ctrl-C, SIGTERM, --until-head). After a SIGKILL nothing is
+lost, and the next run may repeat one event: the event that was written out and not yet noted. A
+wrong request ends the command. After a lost connection it reconnects.
 """
 
 from __future__ import annotations
@@ -49,11 +47,11 @@ class Tail:
         self._state = state
         self._until_head = until_head
         self._head: int | None = None
-        self._taking = False
-        self._told_to_stop = 0
+        self._writing = False
+        self._stop_signal = 0
 
     def run(self) -> None:
-        """Follow for ever, or until the head that the server had at the beginning."""
+        """Follow forever, or until the head that the server had at the beginning."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._stop)
         for block in self._reader:
@@ -64,7 +62,7 @@ class Tail:
                         raise Refused("--until-head: this server does not tell its head")
             elif block.event == "error" and block.data is not None:
                 if self._reader.cursor is None:
-                    # A full server tells where to go on: what comes meanwhile follows.
+                    # A full server gives its head: events after it must not be missed.
                     seq = self._seq_of(block, is_label=False)
                     if seq is not None:
                         self._move_to(seq)
@@ -74,10 +72,10 @@ class Tail:
                     return
 
     def _take(self, event: Block) -> None:
-        """Write a label out, and only then move on; a block without a label just moves on."""
+        """Write the label of a block, if it has one; after that move the cursor."""
         label = event.data if event.event == "message" else None
         cursor = self._seq_of(event, is_label=bool(label))
-        self._taking = True
+        self._writing = True
         if label:
             sys.stdout.write(label + "\n")
             sys.stdout.flush()
@@ -87,13 +85,13 @@ class Tail:
             and not any(name in event.data for name in ("StreamOpened", "CaughtUp"))
         ):
             say(f"news: {event.data}")
-        elif not somebody_reads():
+        elif not output_is_read():
             raise OutputLost(BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)))
         if cursor is not None and cursor != self._reader.cursor:
             self._move_to(cursor)
-        self._taking = False
-        if self._told_to_stop:
-            self._stop(self._told_to_stop, None)
+        self._writing = False
+        if self._stop_signal:
+            self._stop(self._stop_signal, None)
 
     def _move_to(self, cursor: int) -> None:
         self._reader.cursor = cursor
@@ -101,7 +99,7 @@ class Tail:
             self._state.save(cursor)
 
     def _seq_of(self, event: Block, *, is_label: bool) -> int | None:
-        """Return where the event stands; raise Refused when that is not after the one before."""
+        """Return the seq of the event; raise Refused when it is not above the one before."""
         if not event.id:
             return None
         seq = number_in(event.id)
@@ -114,21 +112,22 @@ class Tail:
         return seq
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        """End, but not between an event and its note. The second signal does not wait for that."""
-        if self._taking and not self._told_to_stop:
-            self._told_to_stop = number
+        """End, but not between writing an event and noting it. A second signal ends at once."""
+        if self._writing and not self._stop_signal:
+            self._stop_signal = number
             return
         if number == signal.SIGINT:
             raise KeyboardInterrupt
-        # Whoever started us sees what it would have seen without this handler.
+        # The parent process must see the same end as without this handler.
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
 
 
-def somebody_reads() -> bool:
-    """Return whether the reader of our pipe is still there; asked when there is nothing to write.
+def output_is_read() -> bool:
+    """Return whether the pipe of standard output still has a reader.
 
-    Without it `tail … | head -1` would end only with the next label.
+    Called when there is nothing to write. Without it `tail … | head -1` would end only with the
+    next label.
     """
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)
@@ -136,12 +135,12 @@ def somebody_reads() -> bool:
 
 
 def say(text: str) -> None:
-    """Tell the person at the terminal; standard output is for events alone."""
+    """Write a message to standard error; standard output is for events only."""
     click.echo(f"sse-labels tail: {text}", err=True)
 
 
 def stream_url(given: str) -> str:
-    """Return the stream's URL: a server's address alone gets its path."""
+    """Return the stream's URL; an address without a path gets `/stream`."""
     try:
         parts = httpx.URL(server_url(given))
     except httpx.InvalidURL:
@@ -152,13 +151,13 @@ def stream_url(given: str) -> str:
 @click.command(cls=Command)
 @url_argument(stream_url, "http://127.0.0.1:8080/stream")
 @option("cursor", integer(0, SEQ_MAX), "Start after this seq; 0: everything.",
-        metavar="SEQ", shown_default="none, only what comes from now on")  # fmt: skip
+        metavar="SEQ", shown_default="none, only new labels")  # fmt: skip
 @option(
-    "state", path, "File that keeps the cursor across runs; once it has one, --cursor is not used.",
+    "state", path, "File that keeps the cursor across runs; --cursor is for the first run only.",
     metavar="FILE",
 )  # fmt: skip
 @token_option
-@switch("until_head", "End when the newest label of the moment it started has been read.")
+@switch("until_head", "End after the label that was the newest when the command started.")
 @tls_options
 def tail(
     url: str, cursor: int | None, state: Path | None, token: str | None, until_head: bool,
@@ -166,12 +165,13 @@ def tail(
 ) -> None:  # fmt: skip
     """Write the labels of the stream at URL, one JSON object per line.
 
-    URL is a server's address, or its stream's with filters; also SSE_LABELS_URL.
-    Without, it is http://127.0.0.1:8080/stream.
+    URL is the address of a server, or of its stream with filters. It is also
+    SSE_LABELS_URL. The default is http://127.0.0.1:8080/stream.
 
-    A lost connection is made anew, after the last label, with growing pauses.
-    With --state, runs continue one another: each label is written once, and none
-    is left out. Only after a SIGKILL the last one may be written a second time.
+    After a lost connection it reconnects with growing pauses, and continues after
+    the last label. With --state, a run continues after the last run: each label is
+    written once, and none is left out. Only after a SIGKILL the last label may be
+    written again.
 
     \b
     All spam labels so far:

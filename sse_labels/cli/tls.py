@@ -1,7 +1,7 @@
-"""What a client trusts over TLS: the options of every command that asks a server.
+"""The options of TLS, for every command that is a client of a server.
 
-Apart from the other options, because a server needs no HTTP client: importing one took a tenth of
-its start (test_a_server_starts_without_an_http_client).
+They are not in `options`, because a server needs no HTTP client: importing one took a tenth of the
+server's start (test_a_server_starts_without_an_http_client).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sse_labels.setting_parsers import Expected, path
 
 
 def tls_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add what a client trusts over TLS; the command gets it as the context `tls`."""
+    """Add --ca-file and --insecure; the command gets the context `tls` that is made from them."""
 
     @wraps(command)
     def with_tls(
@@ -38,22 +38,22 @@ def tls_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def authorities_in(text: str) -> ssl.SSLContext:
-    """Read a file of certificates, which alone are trusted."""
+    """Read a file of certificates; the context trusts only these."""
     try:
         return ssl.create_default_context(cafile=path(text))
     except OSError as error:
-        # Of which ssl.SSLError is one.
+        # ssl.SSLError is an OSError, too.
         why = error.strerror or "it has none"
         raise Expected(f"a readable file of certificates, in PEM ({why})") from None
 
 
 def known_authorities() -> ssl.SSLContext:
-    """Return what trusts the authorities that httpx brings, and those of this machine."""
+    """Return a context that trusts the authorities of httpx and of this machine."""
     context = httpx.create_ssl_context()
     context.load_default_certs()
     return context
 
 
 def any_certificate() -> ssl.SSLContext:
-    """Return what trusts everybody."""
+    """Return a context that accepts every certificate."""
     return httpx.create_ssl_context(verify=False)

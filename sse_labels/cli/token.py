@@ -1,8 +1,8 @@
-"""`sse-labels token NAME`: a new publish token.
+"""`sse-labels token NAME`: makes a publish token.
 
-Promises: the token is printed once, alone on standard output, after its digest is
-in the file; the file itself is of no use to who wants to publish.
-Does not belong here: the file's form, what a right opens (`publish_tokens`).
+Promises: the digest of the token is stored in the file first. Then the token is printed once, alone
+on standard output. With the file alone nobody can publish. `publishing.tokens` knows the file's
+format.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ def token_rights(text: str) -> frozenset[str]:
 @click.command(cls=Command, short_help="Make a publish token.")
 @click.argument("name")
 @option(
-    "publish_tokens_file", path, "The server's file of publish tokens; made when there is none.",
+    "publish_tokens_file", path, "The server's file of publish tokens; made when it is missing.",
 )  # fmt: skip
 @option(
-    "rights", token_rights, "What it may do: publish, admin, both with a comma, or none.",
+    "rights", token_rights, "Rights of the token: publish, admin, both with a comma, or none.",
     default=PUBLISH,
 )  # fmt: skip
 def token(name: str, publish_tokens_file: Path | None, rights: frozenset[str]) -> None:
-    """Make a publish token for NAME and print it, once.
+    """Make a publish token for NAME and print it once.
 
-    Its digest is added to the file, from which the server takes it at the next
-    request. To take a token back, delete its line.
+    The digest of the token is added to the file. The server reads the file at the
+    next request. To revoke a token, delete its line.
     """
     if publish_tokens_file is None:
         raise ConfigError(FILE_SETTING, None, "the server's file of publish tokens")
 
     click.echo(add_token(publish_tokens_file, name, rights))
-    click.echo(f"{name} is in {publish_tokens_file}; the token above is kept nowhere", err=True)
+    click.echo(f"{name} is in {publish_tokens_file}; the token above is not stored", err=True)

@@ -1,8 +1,8 @@
-"""`sse-labels verify URL`: is a stream whole, in order, and signed by its sources.
+"""`sse-labels verify URL`: checks that a stream is whole, in order, and signed by its sources.
 
-Promises: a report on standard output, a few lines or one JSON object; exit status 0 when the
-stream is sound, 1 when something is wrong, which is named, 2 when it was asked wrongly.
-Does not belong here: what is checked, and how it is read (`verification`).
+Promises: the report is on standard output, as a few lines or as one JSON object. The exit status is
+0 when the stream is sound, 1 when the report names an error, and 2 when the request was wrong. The
+checks are in `sse_labels.verify`.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from sse_labels.publishing.keys import source_keys_in
 from sse_labels.setting_parsers import Expected, integer, path, seconds
 from sse_labels.verify import Report, SocketRun, StreamRun, Wanted
 
-#: Longer than that nobody waits for a report.
+#: The largest time for an option: nobody waits longer than a day for a report.
 WAIT_MAX_SECONDS = 86_400
 SOCKETS = ("ws", "wss")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def stream_address(given: str) -> httpx.URL:
-    """Return the address of a stream or of a subscription: a server's alone gets its path."""
+    """Return the address of a stream or of subscribeLabels; without a path it gets one."""
     expected = (
-        "an address such as http://127.0.0.1:8080 or wss://labeler.example, with a seq as its "
-        "cursor if it has one"
+        "an address such as http://127.0.0.1:8080 or wss://labeler.example; a cursor in it must be "
+        "a seq"
     )
     url_parts(given, ("http", "https", *SOCKETS), expected)
     try:
@@ -59,25 +59,25 @@ def stream_address(given: str) -> httpx.URL:
 @click.command(cls=Command, short_help="Check that a stream is whole, in order, and signed.")
 @url_argument(stream_address, "http://127.0.0.1:8080/stream")
 @option("cursor", integer(0, SEQ_MAX), "Start after this seq.", metavar="SEQ",
-        shown_default="that of URL, else 0: everything")  # fmt: skip
+        shown_default="the cursor of URL, else 0: everything")  # fmt: skip
 @token_option
 @option(
-    "source_keys_file", path, "Public keys of sources, lines DID did:key:…; none: signatures are "
-    "counted, not checked.",
+    "source_keys_file", path, "File with public keys of sources (lines DID did:key:…); none: "
+    "signatures are counted, not checked.",
 )  # fmt: skip
-@switch("follow", "Go on after the head, until Ctrl-C.")
+@switch("follow", "Continue after the head, until Ctrl-C.")
 @option(
     "quiet_seconds", seconds(0.1, WAIT_MAX_SECONDS),
-    "Over WebSocket, where no head is told: silence that counts as the end, "
-    "as a label does that was made since.",
+    "Over WebSocket the head is unknown: the check ends after this silence, or "
+    "at a label that was made after the start.",
     default="5",
 )  # fmt: skip
 @option(
     "retry_seconds", seconds(0, WAIT_MAX_SECONDS),
-    "How long one waits in all for a server that went away; 0: not at all.",
+    "How long to wait in all for a server that is away; 0: not at all.",
     default="60",
 )  # fmt: skip
-@switch("no_cross_check", "Read once: no queryLabels, and holes are not read again.")
+@switch("no_cross_check", "Read only once: do not ask queryLabels, and do not read holes again.")
 @switch("json", "Write one JSON object instead of lines.")
 @tls_options
 def verify(
@@ -87,13 +87,14 @@ def verify(
 ) -> int:  # fmt: skip
     """Read the stream at URL from end to end and check continuity and signatures.
 
-    URL is a server's address, or its stream's with filters; or, with ws: or wss:,
-    any labeler's subscribeLabels. Also SSE_LABELS_URL. Without, it is
+    URL is the address of a server, or of its stream with filters. With ws: or wss:
+    it is subscribeLabels of any labeler. It is also SSE_LABELS_URL. The default is
     http://127.0.0.1:8080/stream.
 
-    Seqs must increase, also across reconnects; labels must be well formed. Holes
-    are legal: the first 100 are read again. All of it is compared with queryLabels
-    of the same server. It ends at the head of the moment it began.
+    Seqs must increase, also across reconnects. Labels must be well formed. Holes
+    are legal; the first 100 are read again. The labels are compared with
+    queryLabels of the same server. The check ends at the head that the server had
+    at the start.
 
     \b
       sse-labels verify https://labels.example --source-keys-file keys
@@ -121,12 +122,12 @@ def verify(
     write(report, as_json=json)
     if not report.sound:
         return 1
-    # With --follow Ctrl-C is how it ends.
+    # With --follow, Ctrl-C is the normal end.
     return 130 if report.cut_short else 0
 
 
 def read_stream(run: StreamRun) -> Report:
-    """Run it; a first signal ends the first reading, another one all."""
+    """Run the check; the first signal ends the reading, the second ends the command."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         for each in SIGNALS:
@@ -139,7 +140,7 @@ def read_stream(run: StreamRun) -> Report:
 
 
 async def read_socket(run: SocketRun) -> Report:
-    """Run it; a signal ends the reading."""
+    """Run the check; a signal ends the reading."""
     loop = asyncio.get_running_loop()
     for each in SIGNALS:
         loop.add_signal_handler(each, run.stop)
@@ -157,5 +158,5 @@ def write(report: Report, *, as_json: bool) -> None:
 
 
 def say(text: str) -> None:
-    """Tell the person at the terminal; standard output is for the report alone."""
+    """Write a message to standard error; standard output is for the report only."""
     click.echo(f"sse-labels verify: {text}", err=True)

@@ -1,7 +1,6 @@
-"""What `serve --workers N` starts N times: no command for people.
+"""The program of one worker; `serve --workers N` starts it N times.
 
-Promises: standard output belongs to the supervisor; log lines name the worker.
-Does not belong here: what a worker does (`workers`).
+Promises: only messages to the supervisor are written to standard output. Log lines name the worker.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import os
 import sys
 from functools import partial
 
-from sse_labels.cli.signals import until_told
+from sse_labels.cli.signals import run_until_signal
 from sse_labels.cli.standard_streams import guard
 from sse_labels.errors import ConfigError, SseLabelsError
 from sse_labels.logs import configure_logging
@@ -20,7 +19,7 @@ from sse_labels.workers.worker import serve
 
 
 def main() -> int:
-    """Do the job that standard input brings; return the exit status."""
+    """Read a job from standard input, do it, and return the exit status."""
     guard()
     job = Job.read(sys.stdin.buffer)
     if job is None:
@@ -32,20 +31,20 @@ def main() -> int:
         settings.log_level, settings.log_format, job.name, settings.log_lines_per_address
     )
 
-    # A supervisor that is stopped reads nothing: that is not to stop us, once the pipe is full.
+    # A suspended supervisor reads nothing. A full pipe must not block the worker.
     os.set_blocking(supervisor, False)
 
-    def tell(line: bytes) -> None:
+    def send(line: bytes) -> None:
         with contextlib.suppress(BrokenPipeError, BlockingIOError):
             os.write(supervisor, line)
 
     async def ready(port: int) -> None:
-        tell(READY)
+        send(READY)
 
     try:
-        until_told(partial(serve, job, sys.stdin.fileno(), partial(tell, TURNING)), ready)
+        run_until_signal(partial(serve, job, sys.stdin.fileno(), partial(send, TURNING)), ready)
     except SseLabelsError as error:
-        tell(encode_error(error))
+        send(encode_error(error))
         return 2 if isinstance(error, ConfigError) else 1
     return 0
 
