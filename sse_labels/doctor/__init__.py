@@ -1,9 +1,7 @@
-"""The doctor: looks at a deployment from the database to a reader, and says what is wrong.
+"""The doctor: checks a deployment from its database to a reader, and says what is wrong.
 
-Promises: each check runs by itself, and one that cannot says why; nothing is changed,
-unless publishing was asked for.
-Stands above the corridor, beside the workers: it runs no server, and asks one.
-Does not belong here: how findings are printed (`cli.doctor`).
+Promises: each check runs by itself. A check that cannot run says why. Nothing is changed, unless
+publishing was asked for. The doctor runs no server; it asks one.
 """
 
 from sse_labels.doctor.checkup import examine

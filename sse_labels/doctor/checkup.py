@@ -1,7 +1,8 @@
-"""The checkup: all checks in their order.
+"""Runs all checks in their order.
 
-Promises: findings come one by one, as they are made; a check that fails to look is
-`unchecked` with the reason; when the first of a group fails, the others are not tried.
+Promises: each finding is yielded as soon as it is made. A check that cannot run becomes a finding
+`unchecked` with the reason. When the first check of a group fails, the others of the group are not
+run.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from sse_labels.doctor.way_checks import WayChecks
 from sse_labels.errors import DatabaseRefused, DatabaseUnavailable, SchemaError
 from sse_labels.web.door.guard import descriptors_needed
 
-#: No answer, or a refusal.
+#: Errors of a check that got no answer or a refusal.
 UNANSWERED = (DatabaseUnavailable, DatabaseRefused, SchemaError, httpx.HTTPError, OSError)
-#: An answer that is not what sse-labels says: somebody else's, or that of another version.
+#: Errors of a check that got an answer which is not one of this version of sse-labels.
 NOT_UNDERSTOOD = (httpx.InvalidURL, KeyError, TypeError, ValueError, MessageTooLong)
 
 
 async def examine(target: Target) -> AsyncIterator[Finding]:
-    """Yield what is found, in the order of a label's way."""
+    """Yield all findings, in the order from the database to the reader."""
     if target.database is None:
         why = "no --dsn, and no embedded PostgreSQL runs"
         yield unchecked(why, "give --dsn", "database")
@@ -46,9 +47,10 @@ async def examine(target: Target) -> AsyncIterator[Finding]:
 
 
 def descriptors(settings: Settings) -> Finding:
-    """Say whether all connections that the settings allow find a descriptor.
+    """Check that the limit of open files allows as many connections as the settings.
 
-    The hard limit counts: a server raises its own to that. A service's may be another.
+    The hard limit of this process is compared, because a server raises its soft limit to the hard
+    one. A service may have another limit.
     """
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = settings.of_one_worker().max_connections
@@ -66,7 +68,7 @@ def descriptors(settings: Settings) -> Finding:
 
 
 async def _run(checks: Checks, hint: str) -> AsyncIterator[Finding]:
-    """Run checks one after the other; the first says whether the others make sense."""
+    """Run checks one after the other; when the first fails, skip the others."""
     first, *others = checks
     for subject, check in checks.items():
         try:
@@ -83,7 +85,7 @@ async def _run(checks: Checks, hint: str) -> AsyncIterator[Finding]:
 
 
 def _words(error: Exception) -> str:
-    """Return what happened in one line."""
+    """Return the error in one line."""
     if isinstance(error.__cause__, ssl.SSLError):
         error = error.__cause__
     if isinstance(error, NOT_UNDERSTOOD) and not isinstance(error, OSError):

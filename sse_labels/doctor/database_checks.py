@@ -1,7 +1,6 @@
-"""Checks of the database: what the settled rule, the tasks and the wakes rest on.
+"""Checks of the database: schema, rights, sequence, triggers, notifications, durability, clock.
 
-Promises: none of them writes, and none waits for another program's transaction.
-Does not belong here: refusing to start (`Schema.check`); the way to a reader (`way_checks`).
+Promises: no check writes, and no check waits for a transaction of another program.
 """
 
 from __future__ import annotations
@@ -26,27 +25,27 @@ from sse_labels.doctor.findings import (
 )
 from sse_labels.errors import DatabaseRefused, SchemaError
 
-#: How long a notification may take; it takes milliseconds.
+#: How long a notification may take; usually milliseconds.
 NOTIFY_SECONDS = 3.0
 #: A transaction that holds labels back for so long is reported.
 HOLD_SECONDS = 2.0
-#: Clocks that are further apart are reported …
+#: Clocks with a larger difference are reported.
 CLOCK_WARN_SECONDS = 2.0
-#: … and beyond this tokens are refused (`web.auth` allows as much).
+#: With a larger difference tokens are refused (`web.auth` allows this much).
 CLOCK_FAIL_SECONDS = 10.0
-#: A sequence that has used so much of its numbers is reported.
+#: A sequence that has used this part of its numbers is reported.
 SEQUENCE_FULL = 0.8
-#: The trigger functions of the migrations, and what happens without each.
+#: The trigger functions of the migrations, and the effect when one is missing.
 TRIGGERS = {
     "label_notify": "labels are found by polling alone, up to --poll-seconds later",
-    "label_refuse_change": "what consumers have read can be changed behind them",
+    "label_refuse_change": "what consumers have read can be changed unnoticed",
     "label_note_source": "mirrors may take labels of sources that are published here",
     "label_refuse_delete": "labels that consumers have not read can be deleted silently",
 }
 
 
 class DatabaseChecks:
-    """Looks at one database, with the settings of the server that is to run on it."""
+    """Checks one database with the settings of its server."""
 
     def __init__(self, database: Database, settings: Settings, *, embedded: bool) -> None:
         self._database = database
@@ -54,7 +53,7 @@ class DatabaseChecks:
         self._embedded = embedded
 
     def checks(self) -> Checks:
-        """Return all of them."""
+        """Return all checks, by subject."""
         return {
             "connection": self._connection,
             "schema": self._schema,
@@ -81,7 +80,7 @@ class DatabaseChecks:
             await schema.find_source()
             await schema.check()
         except SchemaError as error:
-            return failure(str(error), "see the message; `sse-labels migrate` makes it")
+            return failure(str(error), "see the message; `sse-labels migrate` makes the table")
         [(is_ozone, is_own)] = await self._database.fetch("is_ozone")
         if is_ozone:
             return ok("Ozone's: it is read, and never written")
@@ -107,7 +106,7 @@ class DatabaseChecks:
         return ok(f"version {version}")
 
     async def _rights(self) -> Findings:
-        """Say what the role may do, too little and too much."""
+        """Check that the role has the rights of its tasks, and no others."""
         settings = self._settings
         deletes = settings.retention_max_age_seconds or settings.retention_max_labels
         publishes = settings.publish_token or settings.publish_tokens_file or self._embedded
@@ -122,11 +121,11 @@ class DatabaseChecks:
         spare = []
         is_ozone = await self._is_ozone()
         for task, right, place, held in await self._database.fetch("rights"):
-            # Ozone has none of our tables, and its sequence need not be read.
+            # Ozone has no other table of sse-labels, and its sequence need not be read.
             needed = task in tasks and not (is_ozone and task == "stream" and place != "label")
             if needed and not held:
                 lacking[task].append(f"{right} on {place}")
-            # Who may migrate is no question here: the owner, once.
+            # The rights to migrate are not reported: the owner migrates once.
             elif held and task not in (*tasks, "migrate"):
                 spare.append(f"{right} on {place}")
         [(superuser, may_write, owner, hidden)] = await self._database.fetch("role_facts")
@@ -148,13 +147,13 @@ class DatabaseChecks:
             and not may_write
             and failure(
                 "default_transaction_read_only is on: nothing can be published or deleted",
-                "find out who set it (a provider does, when the disk is full); then say ALTER "
-                "ROLE … RESET default_transaction_read_only, or ALTER DATABASE …",
+                "find out why it was set (a provider sets it when the disk is full); then say "
+                "ALTER ROLE … RESET default_transaction_read_only, or ALTER DATABASE …",
             ),
             superuser
             and not self._embedded
             and warning(
-                "the role is a superuser: a fault here could do anything to the cluster",
+                "the role is a superuser: a fault of the server could damage the whole cluster",
                 "give it a role of its own; the README's table says what it needs",
             ),
             spare
@@ -166,13 +165,13 @@ class DatabaseChecks:
         ) or ok(f"enough to {' and '.join(tasks)}")
 
     async def _sequence(self) -> Findings:
-        """Say whether ids come as the settled rule needs them; its cache is `schema`'s."""
+        """Check that ids rise as the settled rule needs them. `schema` checks the cache."""
         rows = await self._database.fetch("sequence_facts")
         if not rows:
-            return unchecked("label.id has none")
+            return unchecked("label.id has no sequence")
         [(name, step, largest, cycles, last, newest)] = rows
         reached = last or newest
-        why = "ids must rise" if step < 0 else "each step is a hole to be waited for"
+        why = "ids must rise" if step < 0 else "each step leaves a hole, and labels wait for it"
         return problems(
             cycles
             and failure(f"{name} starts anew at its end", f"say ALTER SEQUENCE {name} NO CYCLE"),
@@ -183,9 +182,9 @@ class DatabaseChecks:
             last is not None
             and last < newest
             and failure(
-                f"{name} stands at {last}, and the table has {newest}: new labels would come "
-                "below what consumers have read, and be skipped",
-                f"stop what writes and serves, then sse-labels reseed --above {newest}",
+                f"{name} stands at {last}, and the table has {newest}: consumers would skip new "
+                "labels, whose seqs are below their cursors",
+                f"stop all writers and servers, then sse-labels reseed --above {newest}",
             ),
             reached > SEQUENCE_FULL * largest
             and warning(
@@ -202,7 +201,7 @@ class DatabaseChecks:
 
     async def _triggers(self) -> Findings:
         if await self._is_ozone():
-            return ok("Ozone has none: it notifies, and guards its table, itself")
+            return ok("Ozone needs none: it notifies and guards its table by itself")
         works = dict(await self._database.fetch("triggers"))
         found = []
         for function, without in TRIGGERS.items():
@@ -217,11 +216,11 @@ class DatabaseChecks:
         return found or ok(f"{', '.join(TRIGGERS)} are on")
 
     async def _notifications(self) -> Findings:
-        """Say whether a NOTIFY of one session reaches another one."""
+        """Check that a NOTIFY of one session reaches another session."""
         connection = await self._database.connect()
         try:
             await connection.fetch("listen")
-            # Whatever came before is taken away, so that what comes now is an answer.
+            # Take earlier notifications away, so that the next one is the answer.
             await connection.notified(0.01)
             began = time.monotonic()
             await self._database.fetch("notify")
@@ -233,18 +232,18 @@ class DatabaseChecks:
             return ok(f"arrive ({took:.0f} ms)")
         return failure(
             f"none arrived within {NOTIFY_SECONDS:g} s: a connection pooler that pools by "
-            "transaction stands before the database",
-            "give --dsn the database itself: LISTEN needs a session of its own",
+            "transaction is between",
+            "let --dsn name the database itself: LISTEN needs a session of its own",
         )
 
     async def _open_transactions(self) -> Findings:
-        """Say who keeps labels from being settled, for longer than a moment."""
+        """Find transactions that hold labels back for more than HOLD_SECONDS."""
         before = {name for name, *_ in await self._database.fetch("holders_described")}
         if before:
             await asyncio.sleep(HOLD_SECONDS)
         found = []
         for name, who, age in await self._database.fetch("holders_described"):
-            # By two looks, because the age of other roles' transactions does not show.
+            # Looked up twice, because the age of other roles' transactions is hidden.
             if name in before:
                 long = f"for {age:.0f} s" if age is not None else f"for at least {HOLD_SECONDS:g} s"
                 found.append(
@@ -257,32 +256,32 @@ class DatabaseChecks:
         return found or ok("none holds labels back")
 
     async def _upstreams(self) -> Findings:
-        """Say of each labeler that is mirrored whether somebody follows it."""
+        """Check that a mirror follows each upstream."""
         if await self._is_ozone():
             return ok("nothing is mirrored into Ozone's table")
         [(may_see,)] = await self._database.fetch("may_see_upstreams")
         if not may_see:
-            return ok("not for this role to see, nor needed to serve")
+            return ok("this role may not read label_upstream, and needs not to serve")
         found = []
         for url, cursor, age, followed, aside in await self._database.fetch("upstreams"):
-            seen = f"{url} is taken up to its seq {cursor}, the last of it {age:.0f} s ago"
+            seen = f"{url} was read up to its seq {cursor}, most recently {age:.0f} s ago"
             if not cursor:
-                seen = f"nothing was ever taken from {url}"
+                seen = f"nothing was ever read from {url}"
             if not followed:
                 do = f"run sse-labels mirror {url}, or DELETE it FROM label_upstream"
                 found.append(warning(f"{seen}; nobody follows it", do))
             elif aside:
-                do = "see label_set_aside for why: it has the newest"
+                do = "see label_set_aside for the reasons; it has the newest of them"
                 found.append(warning(f"{seen}; {aside} labels were set aside", do))
             else:
                 found.append(ok(seen))
         return found or ok("no labeler is mirrored here")
 
     async def _connections_left(self) -> Findings:
-        """Say whether a server with these settings finds connections enough."""
+        """Check that enough connections are free for a server with these settings."""
         [(room, most, ours)] = await self._database.fetch("connections_left")
         needed = database_connections(self._settings)
-        # Of this program's own, some are the doctor's; the rest is a server that runs already.
+        # One session of sse-labels is the doctor's. The others are of servers that run already.
         others = max(0, ours - 1)
         seen = f"{room} of {most} are free, a server needs up to {needed}, {others} are servers'"
         if room + others >= needed:
@@ -294,14 +293,14 @@ class DatabaseChecks:
         )
 
     async def _durability(self) -> Findings:
-        """Say whether a crash of PostgreSQL can take back what was streamed."""
+        """Check that a crash of PostgreSQL cannot lose labels that were streamed."""
         [(*_, synchronous_commit)] = await self._database.fetch("server_facts")
         if synchronous_commit != "off":
             return ok(f"synchronous_commit is {synchronous_commit}")
         return warning(
             "synchronous_commit is off: after a crash PostgreSQL may have forgotten labels that "
             "consumers have read",
-            "set synchronous_commit to on for whoever writes labels",
+            "set synchronous_commit to on for all roles that write labels",
         )
 
     async def _clock(self) -> Findings:
@@ -316,13 +315,13 @@ class DatabaseChecks:
 
 
 def clock_finding(ahead_seconds: float, precision_seconds: float, subject: str = "") -> Finding:
-    """Return what to say of a clock that is `ahead_seconds` of this machine's."""
+    """Return the finding about a clock that is `ahead_seconds` ahead of this machine's."""
     apart = abs(ahead_seconds)
     certain = apart - precision_seconds
     seen = f"{apart:.1f} s {'ahead of' if ahead_seconds > 0 else 'behind'} this machine's"
     do = "let both machines keep time by NTP (`timedatectl`)"
     if certain > CLOCK_FAIL_SECONDS:
-        return failure(f"{seen}: tokens are refused, or live on", do, subject)
+        return failure(f"{seen}: tokens are refused, or accepted too long", do, subject)
     if certain > CLOCK_WARN_SECONDS:
-        return warning(f"{seen}: ages of labels and tokens are off by as much", do, subject)
+        return warning(f"{seen}: ages of labels and tokens are wrong by as much", do, subject)
     return ok(f"within {max(apart, precision_seconds):.1f} s of this machine's", subject=subject)

@@ -1,6 +1,6 @@
-"""What is looked at, and what a check says of it: findings, in the words of the output.
+"""The target of all checks, and the findings that the checks return.
 
-Does not belong here: how findings are printed and counted (`cli.doctor`).
+The texts of a finding are printed as they are; `cli.doctor` prints and counts them.
 """
 
 from __future__ import annotations
@@ -18,42 +18,42 @@ from sse_labels.database.pool import Database
 
 @dataclass(frozen=True)
 class Target:
-    """What is looked at."""
+    """The deployment that is checked."""
 
     settings: Settings
-    #: Where the labels are; None: not known here.
+    #: The database of the labels; None: not known.
     database: Database | None
-    #: Whether that is the embedded PostgreSQL, whose only role may do everything.
+    #: Whether the database is the embedded PostgreSQL, whose only role has all rights.
     embedded: bool
-    #: The server's address, as its readers know it; None: not known here.
+    #: The server's address as its readers know it; None: not known.
     url: str | None
     token: str | None = None
     publish_as: str | None = None
-    #: What is trusted over TLS.
+    #: The certificates to trust.
     tls: ssl.SSLContext = field(default_factory=ssl.create_default_context)
 
 
 class Verdict(StrEnum):
-    """How it stands with one thing."""
+    """The result of a check."""
 
     OK = "ok"
-    #: It works, and somebody will be sorry.
+    #: It works, and may cause harm later.
     WARNING = "warning"
     #: Labels are lost, late, or not served at all.
     FAILURE = "failure"
-    #: It could not be looked at; the finding says why.
+    #: The check could not run; the finding says why.
     UNCHECKED = "unchecked"
 
 
 class Finding(NamedTuple):
-    """One thing that was looked at."""
+    """The result of one check."""
 
     verdict: Verdict
     #: What was seen.
     seen: str
     #: What to do; empty when nothing is to be done.
     do: str = ""
-    #: What was looked at, in one or two words; a check that says nothing else gets its own name.
+    #: The thing that was checked, in a few words. Empty: the key in `Checks`.
     subject: str = ""
 
 
@@ -63,10 +63,10 @@ failure = partial(Finding, Verdict.FAILURE)
 unchecked = partial(Finding, Verdict.UNCHECKED)
 
 Findings = Finding | list[Finding]
-#: By subject, in their order; the first says whether the others make sense.
+#: Checks by subject, in their order; when the first fails, the others are skipped.
 Checks = Mapping[str, Callable[[], Awaitable[Findings]]]
 
 
 def problems(*rules: object) -> list[Finding]:
-    """Return what applies of rules such as `cycles and failure(…)`."""
+    """Return the findings among rules such as `cycles and failure(…)`."""
     return [rule for rule in rules if isinstance(rule, Finding)]

@@ -1,4 +1,4 @@
-"""Proxies: which one stands before a server, and how to configure it for streams."""
+"""Recognises the proxy before a server, and knows how to configure it for streams."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from sse_labels.web.answers import SERVER
 
 
 class Proxy(NamedTuple):
-    """A proxy's name, and what each fault is corrected with."""
+    """The name of a proxy, and for each fault the setting that corrects it."""
 
     name: str = "a proxy that does not name itself"
-    #: It gathers the stream.
+    #: For a proxy that buffers the stream.
     unbuffered: str = "let it pass /stream on unbuffered"
-    #: It compresses.
+    #: For a proxy that compresses the stream.
     uncompressed: str = "let it leave text/event-stream uncompressed (it says no-transform)"
-    #: It ends a stream that is silent.
-    patient: str = "let it keep a silent response for 60 s"
+    #: For a proxy that ends a silent stream.
+    lasting: str = "let it keep a silent response for 60 s"
 
 
-#: By a word in the header `Server` or `Via`. From nginx' ngx_http_proxy_module and
-#: ngx_http_gzip_module, Apache's mod_proxy and mod_env (no-gzip), and Caddy's reverse_proxy.
+#: Proxies by a word in the header `Server` or `Via`. The settings are those of nginx'
+#: ngx_http_proxy_module and ngx_http_gzip_module, Apache's mod_proxy and mod_env (no-gzip), and
+#: Caddy's reverse_proxy.
 KNOWN = {
     "nginx": Proxy(
         "nginx",
@@ -46,7 +47,7 @@ KNOWN = {
 
 
 def proxy_of(headers: Mapping[str, str]) -> Proxy | None:
-    """Return the proxy that a response came through; None when nothing tells of one."""
+    """Return the proxy that a response came through; None when no header names one."""
     server, via = headers.get("server", ""), headers.get("via", "")
     for word, proxy in KNOWN.items():
         if word in server.lower() or word in via.lower():

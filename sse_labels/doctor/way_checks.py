@@ -1,17 +1,16 @@
-"""Checks of the way to a reader: what a proxy between makes of the stream.
+"""Checks of the way from the server to a reader: what do proxies do to the stream?
 
-Promises: what is wrong is named with the proxy that does it, if that names itself, and with its
-setting that corrects it; nothing waits longer than the server's heartbeat and a few seconds.
+Promises: a finding names the proxy that causes it, if the proxy names itself, and the proxy's
+setting that corrects it. No check waits longer than the server's heartbeat and a few seconds.
 Nothing is stored, unless a source to publish as is given.
-Does not belong here: the database, but for what the two must agree on.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, asynccontextmanager, suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from ipaddress import ip_address
@@ -19,12 +18,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
-import ujson
 
 from sse_labels.client.answers import words_in
-from sse_labels.client.event_stream import Block, EventStream, is_event_stream
+from sse_labels.client.event_stream import is_event_stream
 from sse_labels.client.retries import TOKEN_HINT
 from sse_labels.database.schema import Schema
+from sse_labels.doctor import stream_probe
 from sse_labels.doctor.database_checks import clock_finding
 from sse_labels.doctor.findings import (
     Checks,
@@ -38,36 +37,33 @@ from sse_labels.doctor.findings import (
     warning,
 )
 from sse_labels.doctor.proxies import Proxy, proxy_of
+from sse_labels.doctor.stream_probe import VALUE, StreamProbe
 from sse_labels.errors import DatabaseRefused, DatabaseUnavailable
 from sse_labels.feed.store import Store
 from sse_labels.protocol.label import parse_label
 from sse_labels.publishing.label_table import LabelTable
 
-#: What the server sends at once must be here by then.
-FIRST_SECONDS = 5.0
-#: How much later than promised a heartbeat may come.
+#: How late a heartbeat may be.
 LATE_SECONDS = 3.0
-#: How long a label may take; it takes milliseconds.
+#: How long a label may take from the table to the stream; usually milliseconds.
 LABEL_SECONDS = 5.0
-#: The value of the labels that are published here, and a filter that keeps all others away.
-VALUE = "sse-labels-doctor"
 
 
 class WayChecks:
-    """Looks at one address, as its readers see it."""
+    """Checks one address as a reader of it."""
 
     def __init__(self, target: Target, url: str) -> None:
         self._target = target
         self._url = url
-        #: Where the labels should come from.
+        #: The table that the server should stream.
         self._store: Store | None = None
         if target.database is not None:
             self._store = Store(target.database, Schema(target.database))
-        #: Who stands between, as far as `_address` could see.
+        #: The proxy before the server, as far as `_address` could see one.
         self._proxy = Proxy()
 
     def checks(self) -> Checks:
-        """Return all of them."""
+        """Return all checks, by subject."""
         return {
             "address": self._address,
             "protocol": self._protocol,
@@ -75,11 +71,11 @@ class WayChecks:
             "resuming": self._resuming,
             "same database": self._same_database,
             "a label's way": self._label,
-            "closed doors": self._doors,
+            "restricted paths": self._restricted,
         }
 
     async def _address(self) -> Findings:
-        """Say who answers, whether the server behind is ready, and what its clock says."""
+        """Check which program answers, whether the server is ready, and its clock."""
         async with self._client() as client:
             before = time.time()
             response = await client.get("/health/ready")
@@ -97,26 +93,26 @@ class WayChecks:
         else:
             found = [ok(f"a server answers{through} ({1000 * (after - before):.0f} ms)")]
         if date := response.headers.get("date"):
-            # It has whole seconds, rounded down.
+            # The header has whole seconds, rounded down.
             theirs = parsedate_to_datetime(date).timestamp() + 0.5
             precision = 0.5 + (after - before) / 2
             found.append(clock_finding(theirs - (before + after) / 2, precision, "server's clock"))
         return found
 
     async def _protocol(self) -> Findings:
-        """Say what a browser would speak."""
+        """Check which version of HTTP a browser would use."""
         parts = urlsplit(self._url)
         if parts.scheme == "http":
             if self._is_local():
                 return unchecked("HTTP/1.1 without TLS, on this machine alone")
             return warning(
-                "no TLS: whoever is between can read and forge, and browsers open only six "
-                "connections to a host over HTTP/1.1",
+                "no TLS: others on the way can read and forge the stream, and browsers open only "
+                "six connections to a host over HTTP/1.1",
                 "serve it by https with HTTP/2, as nginx/sse_labels.conf does",
             )
-        # httpx sets its own for each connection.
+        # httpx sets the protocols anew for each of its own connections.
         self._target.tls.set_alpn_protocols(["h2", "http/1.1"])
-        async with asyncio.timeout(FIRST_SECONDS):
+        async with asyncio.timeout(stream_probe.FIRST_SECONDS):
             _, writer = await asyncio.open_connection(
                 parts.hostname, parts.port or 443, ssl=self._target.tls
             )
@@ -125,24 +121,24 @@ class WayChecks:
         if tls.selected_alpn_protocol() == "h2":
             return ok(f"HTTP/2, {tls.version()}")
         return warning(
-            "HTTP/1.1: browsers open only six connections to a host, and hang at the seventh tab",
+            "HTTP/1.1: browsers open only six connections to a host; the seventh tab hangs",
             "switch HTTP/2 on (nginx: `listen 443 ssl http2`)",
         )
 
     async def _stream(self) -> Findings:
-        """Say whether bytes come as they are sent: the first ones, and a heartbeat."""
+        """Check that the first bytes and a heartbeat arrive when they are sent."""
         began = time.monotonic()
         try:
-            async with self._reader() as reader:
-                response = reader.response
+            async with self._stream_probe() as probe:
+                response = probe.response
                 if response.status_code != 200:
                     do = TOKEN_HINT if response.status_code == 401 else "see the message"
                     return failure(f"{response.status_code}: {_said(response)}", do)
-                return [*self._head(response.headers), *await self._body(reader, began)]
+                return [*self._head(response.headers), *await self._body(probe, began)]
         except TimeoutError:
             return failure(
-                f"no answer within {FIRST_SECONDS:g} s, where the server sends it at once: "
-                f"{self._proxy.name} gathers the stream",
+                f"no answer within {stream_probe.FIRST_SECONDS:g} s, where the server sends it at "
+                f"once: {self._proxy.name} buffers the stream",
                 self._proxy.unbuffered,
             )
 
@@ -155,49 +151,49 @@ class WayChecks:
             coding
             and warning(
                 f"{self._proxy.name} compresses it ({coding}), against no-transform: "
-                "a compressor may gather, and keeps memory for each reader",
+                "a compressor may buffer, and needs memory for each reader",
                 self._proxy.uncompressed,
             ),
             "no-transform" not in headers.get("cache-control", "")
             and warning(
                 "Cache-Control is not what the server sends (no-cache, no-transform): caches "
-                "on the way may keep it",
-                "let the proxy leave Cache-Control as it is",
+                "on the way may store the stream",
+                "let the proxy leave Cache-Control unchanged",
             ),
         )
 
-    async def _body(self, reader: StreamProbe, began: float) -> list[Finding]:
-        """Return what the stream's opening and then its silence say."""
-        opened = await reader.opened()
+    async def _body(self, probe: StreamProbe, began: float) -> list[Finding]:
+        """Return findings about the opening of the stream, and about a heartbeat after silence."""
+        opened = await probe.opened()
         if opened is None:
-            return [self._missing(reader, "its first bytes, sent at once, did not come")]
+            return [self._missing(probe, "its first bytes, sent at once, did not come")]
         first = ok(f"first bytes after {1000 * (time.monotonic() - began):.0f} ms")
         heartbeat = float(opened["heartbeatSeconds"])
         silent = time.monotonic()
-        came = await reader.first("", heartbeat + LATE_SECONDS)
+        came = await probe.first("", heartbeat + LATE_SECONDS)
         silence = time.monotonic() - silent
         if came is not None:
             return [first, ok(f"a heartbeat after {silence:.1f} s of silence")]
-        if reader.ended and not reader.error:
+        if probe.ended and not probe.error:
             end = failure(
                 f"{self._proxy.name} ends it after {silence:.1f} s of silence; the heartbeat comes "
                 f"after {heartbeat:g} s",
-                f"{self._proxy.patient}, or serve with --heartbeat-seconds below its limit",
+                f"{self._proxy.lasting}, or serve with --heartbeat-seconds below its limit",
             )
             return [first, end]
-        return [first, self._missing(reader, f"no heartbeat came within {silence:.0f} s")]
+        return [first, self._missing(probe, f"no heartbeat came within {silence:.0f} s")]
 
-    def _missing(self, reader: StreamProbe, seen: str) -> Finding:
-        if reader.error:
-            return failure(f"the server ends it: {reader.error}", "see its log and its limits")
-        gathers = f"{self._proxy.name} gathers the stream"
-        how = "the connection ended first" if reader.ended else gathers
+    def _missing(self, probe: StreamProbe, seen: str) -> Finding:
+        if probe.error:
+            return failure(f"the server ends it: {probe.error}", "see its log and its limits")
+        buffers = f"{self._proxy.name} buffers the stream"
+        how = "the connection ended first" if probe.ended else buffers
         return failure(f"{seen}: {how}", self._proxy.unbuffered)
 
     async def _resuming(self) -> Findings:
-        """Say whether a cursor gets through, in the header and in the address.
+        """Check that a cursor reaches the server, in the header and in the query.
 
-        By one that no server accepts: what gets through is refused, whatever the table holds.
+        The check sends a cursor that every server refuses. 400 means that it has arrived.
         """
         ways: dict[str, dict[str, Any]] = {
             "the header Last-Event-ID": {"headers": {"Last-Event-ID": VALUE}},
@@ -216,14 +212,14 @@ class WayChecks:
                         )
         if lost:
             return failure(
-                f"{' and '.join(lost)} does not reach the server: readers that come back miss what "
-                "was sent meanwhile",
+                f"{' and '.join(lost)} does not reach the server: readers that reconnect miss "
+                "labels",
                 "let the proxy pass it on",
             )
         return ok("Last-Event-ID and ?cursor= reach the server")
 
     async def _same_database(self) -> Findings:
-        """Say whether the server at the address follows the database that --dsn names."""
+        """Check that the server at the address streams the database that --dsn names."""
         if self._store is None:
             return unchecked("no database is known here", "give --dsn")
         await self._store.schema.check()
@@ -231,14 +227,14 @@ class WayChecks:
         epoch = (await self._store.state()).epoch
         deadline = time.monotonic() + LABEL_SECONDS
         while True:
-            async with self._reader() as reader:
-                opened = await reader.opened()
+            async with self._stream_probe() as probe:
+                opened = await probe.opened()
             if opened is None:
                 return unchecked("the stream does not open")
             if epoch is not None and opened["epoch"] != epoch:
                 return failure(
-                    f"the server's epoch is {opened['epoch']}, the database's {epoch}: the address "
-                    "leads elsewhere, or the server must be restarted after a restore",
+                    f"the server's epoch is {opened['epoch']}, the database's {epoch}: the server "
+                    "has another database, or must be restarted after a restore",
                     "check the address and --dsn, then restart the server",
                 )
             head = int(opened["head"])
@@ -252,18 +248,18 @@ class WayChecks:
             await asyncio.sleep(0.2)
 
     async def _label(self) -> Findings:
-        """Publish a label about its own source and take it back; say when each arrived."""
+        """Publish a label and its negation; report how long each took to arrive."""
         source = self._target.publish_as
         if source is None:
             do = "give --publish-as DID: it stores a label of that source, and its negation"
-            return unchecked("nothing is published unasked", do)
+            return unchecked("nothing is published without --publish-as", do)
         if self._store is None:
             return unchecked("no database is known here", "give --dsn")
         await self._store.schema.check()
         table = LabelTable(self._store.database)
         took = []
-        async with self._reader() as reader:
-            if await reader.opened() is None:
+        async with self._stream_probe() as probe:
+            if await probe.opened() is None:
                 return unchecked("the stream does not open")
             for more in ({}, {"neg": True}):
                 now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
@@ -274,23 +270,23 @@ class WayChecks:
                 except (DatabaseUnavailable, DatabaseRefused) as error:
                     return unchecked(f"publishing failed: {error}")
                 assert seqs is not None  # noqa: S101 - without a key it always stores
-                if await reader.first(f'"seq":{seqs[0]},', LABEL_SECONDS) is None:
+                if await probe.first(f'"seq":{seqs[0]},', LABEL_SECONDS) is None:
                     return failure(
                         f"seq {seqs[0]} was stored and did not arrive within {LABEL_SECONDS:g} s",
-                        "see the findings above; the label is stored all the same",
+                        "see the findings above; the label is stored",
                     )
                 took.append(f"{1000 * (time.monotonic() - began):.0f} ms")
-        return ok(f"from before the INSERT to here {took[0]}, its negation {took[1]}")
+        return ok(f"a label took {took[0]} from before its INSERT, its negation {took[1]}")
 
-    async def _doors(self) -> Findings:
-        """Say whether metrics and publishing are open to whoever comes from here."""
+    async def _restricted(self) -> Findings:
+        """Check whether metrics and publishing can be reached from here."""
         async with self._client() as client:
             metrics = await client.get("/metrics")
-            # Without a token the server itself says 401; a proxy that keeps the door says 403.
+            # Without a token the server answers 401. A proxy that forbids it answers 403.
             publish = await client.post(
                 "/labels", json={"labels": []}, headers={"Authorization": ""}
             )
-        return doors_finding(
+        return restricted_finding(
             metrics.status_code == 200, publish.status_code == 401, self._is_local()
         )
 
@@ -307,85 +303,29 @@ class WayChecks:
         return httpx.AsyncClient(
             base_url=self._url,
             headers={"Authorization": f"Bearer {token}"} if token else {},
-            timeout=httpx.Timeout(FIRST_SECONDS),
+            timeout=httpx.Timeout(stream_probe.FIRST_SECONDS),
             follow_redirects=True,
             verify=self._target.tls,
         )
 
     @asynccontextmanager
-    async def _reader(self) -> AsyncIterator[StreamProbe]:
-        """Open a stream that shows no label but the doctor's; TimeoutError without an answer."""
-        async with self._client() as client:
-            request = client.build_request(
-                "GET",
-                "/stream",
-                params={"values": VALUE},
-                # A compressor on the way may compress.
-                headers={"Accept": "text/event-stream", "Accept-Encoding": "gzip"},
-                timeout=httpx.Timeout(FIRST_SECONDS, read=None),
-            )
-            async with asyncio.timeout(FIRST_SECONDS):
-                response = await client.send(request, stream=True)
-                if response.status_code != 200:
-                    await response.aread()
-            reader = StreamProbe(response)
-            async with aclosing(response), aclosing(reader.blocks):
-                yield reader
+    async def _stream_probe(self) -> AsyncIterator[StreamProbe]:
+        async with self._client() as client, stream_probe.opened(client) as probe:
+            yield probe
 
 
-class StreamProbe:
-    """One stream, whether it ended, and with which error of the server."""
-
-    def __init__(self, response: httpx.Response) -> None:
-        self.response = response
-        self.blocks = self._read()
-        self.ended = False
-        self.error = ""
-
-    async def opened(self) -> dict[str, Any] | None:
-        """Return what StreamOpened says; None when it does not come in time."""
-        data = await self.first('"StreamOpened"', FIRST_SECONDS)
-        opened: dict[str, Any] | None = None if data is None else ujson.loads(data)
-        return opened
-
-    async def first(self, part: str, seconds: float) -> str | None:
-        """Return the data of the next block that contains `part`, which may be empty.
-
-        None: an error, the end, or nothing came in time; and nothing more can be read.
-        """
-        with suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                async for block in self.blocks:
-                    data = block.data or ""
-                    if block.event == "error":
-                        self.error = words_in(data, "an error")
-                        return None
-                    if part in data:
-                        return data
-                self.ended = True
-        return None
-
-    async def _read(self) -> AsyncGenerator[Block]:
-        stream = EventStream()
-        # A proxy that cuts says nothing; when it happened is all there is to know.
-        with suppress(httpx.TransportError, httpx.DecodingError):
-            async for piece in self.response.aiter_bytes():
-                for block in stream.push(piece):
-                    yield block
-
-
-def doors_finding(metrics_open: bool, publish_open: bool, local: bool) -> Finding:
-    """Return what to say of doors that should be closed to the world."""
+def restricted_finding(metrics_open: bool, publish_open: bool, local: bool) -> Finding:
+    """Return the finding about paths that not everybody should reach."""
     names = {"/metrics": metrics_open, "publishing": publish_open}
-    open_doors = [name for name, is_open in names.items() if is_open]
-    if not open_doors:
-        return ok("metrics and publishing are closed to whoever comes from here")
-    seen = f"{' and '.join(open_doors)} can be reached from here"
+    reachable = [name for name, is_open in names.items() if is_open]
+    if not reachable:
+        return ok("metrics and publishing are closed to readers here")
+    seen = f"{' and '.join(reachable)} can be reached from here"
     if local:
-        return unchecked(f"{seen}, which is this machine", "ask from another one, too")
+        return unchecked(f"{seen}, the server's own machine", "run it on another machine, too")
     return warning(seen, "allow the addresses that need it, as nginx/sse_labels.conf does")
 
 
 def _said(response: httpx.Response) -> str:
-    """Return the server's own words, or what the status is called."""
+    """Return the server's message, or the name of the status."""
     return words_in(response.text, response.reason_phrase or "no reason given")

@@ -14,7 +14,7 @@ from aiohttp import web
 from sse_labels.cli.place import database_at
 from sse_labels.cli.tls import any_certificate
 from sse_labels.config import Settings
-from sse_labels.doctor import Finding, Target, Verdict, database_checks, examine
+from sse_labels.doctor import Finding, Target, Verdict, database_checks, examine, stream_probe
 from sse_labels.doctor import way_checks as way
 from sse_labels.doctor.proxies import proxy_of
 
@@ -32,7 +32,7 @@ Front = Callable[..., AbstractAsyncContextManager[Nginx]]
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """What does not come is not waited for so long."""
-    monkeypatch.setattr(way, "FIRST_SECONDS", 2.0)
+    monkeypatch.setattr(stream_probe, "FIRST_SECONDS", 2.0)
     monkeypatch.setattr(way, "LATE_SECONDS", 1.0)
     monkeypatch.setattr(database_checks, "HOLD_SECONDS", 0.05)
 
@@ -122,11 +122,11 @@ GZIP = {"gzip off;": "gzip on; gzip_types text/event-stream; gzip_proxied any;"}
 PROXIES = {
     "gathers": (
         {**DEAF, **OLD_HTTP}, "stream", Verdict.FAILURE,
-        "sends it at once: nginx gathers the stream", "proxy_buffering off",
+        "sends it at once: nginx buffers the stream", "proxy_buffering off",
     ),
     "gathers to compress": (
         {**DEAF, **GZIP}, "stream", Verdict.FAILURE,
-        "sends it at once: nginx gathers the stream", "proxy_buffering off",
+        "sends it at once: nginx buffers the stream", "proxy_buffering off",
     ),
     "compresses": (GZIP, "stream", Verdict.WARNING, "nginx compresses it (gzip)", "gzip off"),
     "cuts a silent stream": (
@@ -305,7 +305,7 @@ async def test_a_stream_whose_head_comes_alone_is_found() -> None:
 def test_doors_are_judged_by_who_knocks(
     metrics: bool, publish: bool, local: bool, verdict: Verdict, words: str
 ) -> None:
-    finding = way.doors_finding(metrics, publish, local)
+    finding = way.restricted_finding(metrics, publish, local)
     assert finding.verdict is verdict
     assert words in finding.seen
 
