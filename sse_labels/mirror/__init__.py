@@ -1,7 +1,6 @@
-"""Mirrors: other labelers' labels, stored here.
+"""Mirrors: store the labels of other labelers in this database.
 
-Promises: whatever dies, a label of an upstream's is stored once.
-Stands before the corridor, in the order of the files: `upstream` reads one labeler's stream,
-`following` decides what to do about it, `storing` makes it rows, beside the cursor.
-Does not belong here: serving what was stored; publishing.
+Promises: each label of an upstream is stored once, even after a crash.
+`upstream` reads one labeler's stream. `following` decides when to connect and what to store.
+`storing` writes the rows and the cursor.
 """

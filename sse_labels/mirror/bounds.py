@@ -1,7 +1,8 @@
-"""What one upstream may cause: so many of a kind in each minute, and its turn of the event loop.
+"""Limits on what one upstream may cause: a number per minute, and time of the event loop.
 
-Promises: whatever an upstream sends, the others get their turn after `TURN_SECONDS` of work.
-Does not belong here: what is bounded, and what happens beyond it (`following`, `upstream`).
+Promises: other tasks get a turn after `TURN_SECONDS` of work for one upstream.
+Does not belong here: which things are limited, and what happens above a limit (`following`,
+`upstream`).
 """
 
 from __future__ import annotations
@@ -11,14 +12,14 @@ import time
 from collections.abc import Callable
 
 QUOTA_SECONDS = 60.0
-#: Work for one upstream before the others get their turn.
+#: How long one upstream may work before other tasks get a turn.
 TURN_SECONDS = 0.005
-#: One step that took longer, such as decoding a large message, is followed by as long a pause.
+#: After a longer step, such as decoding a large message, the upstream pauses as long as the step.
 LONG_TURN_SECONDS = 0.05
 
 
 class Quota:
-    """So many in each minute, counted from the first one."""
+    """A limit for each period of `QUOTA_SECONDS`."""
 
     def __init__(self, most: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._most = most
@@ -27,7 +28,7 @@ class Quota:
         self._taken = 0
 
     def take(self, wanted: int = 1) -> int:
-        """Return how many of `wanted` are still within the quota, and count them."""
+        """Return how many of `wanted` the quota still allows, and count them."""
         now = self._clock()
         if now - self._since >= QUOTA_SECONDS:
             self._since, self._taken = now, 0
@@ -37,7 +38,7 @@ class Quota:
 
 
 class Turn:
-    """The work of one upstream since the others had their turn."""
+    """The time that one upstream has worked since other tasks had a turn."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
@@ -45,14 +46,15 @@ class Turn:
         self._began = 0.0
 
     def begin(self) -> None:
-        """Count what follows as work."""
+        """Start to count time as work."""
         self._began = self._clock()
 
     async def end(self) -> None:
-        """Let the others run, if it is their turn; what follows is counted as work again."""
+        """Let other tasks run if the work took long enough, and start to count again."""
         self._worked += self._clock() - self._began
         if self._worked >= TURN_SECONDS:
-            # Without the pause a large message in each pass of the loop leaves the others a tenth.
+            # Without the pause, a large message in each pass of the event loop would leave other
+            # tasks a tenth of the time.
             await asyncio.sleep(self._worked if self._worked >= LONG_TURN_SECONDS else 0)
             self._worked = 0.0
         self._began = self._clock()

@@ -1,11 +1,10 @@
-"""The mirror: follows one upstream and stores its labels here, each once.
+"""The mirror follows one upstream, and stores each of its labels once.
 
-Promises: the upstream's cursor and the labels before it are stored in one transaction, so that
-whatever dies, nothing is lost and nothing doubled; one process follows an upstream, and another
-takes over when that one ends; an upstream that began anew is read from its beginning, and what
-is in force there is in force here after that.
-Stands before the corridor: upstream -> following -> storing -> label row -> store -> …
-Does not belong here: frames and labels on the way in (`upstream`), SQL (`storing`).
+Promises: the upstream's cursor and the labels before it are stored in one transaction, so a crash
+neither loses nor doubles a label. One process follows an upstream, and another process takes over
+when the first one ends. If an upstream began anew, it is read from its beginning. After that the
+same labels are in force in both databases.
+Does not belong here: frames and received labels (`upstream`), SQL (`storing`).
 """
 
 from __future__ import annotations
@@ -27,32 +26,32 @@ from sse_labels.mirror.upstream import Labels, News, Upstream, UpstreamConnectio
 
 log = logging.getLogger(__name__)
 
-#: What an upstream may be ahead of the database; then it is read no further.
+#: How much may wait to be stored. Above this the upstream is not read further.
 WAITING_MAX_BYTES = 8 * 1024**2
 #: Labels stored in one transaction, about 20 ms of PostgreSQL's time.
 BATCH_MAX_LABELS = 1000
-#: How often an upstream has to say that a cursor lies in its future before it is believed: one of
+#: How often in a row an upstream must answer FutureCursor before the mirror rewinds: one of
 #: several servers may be a moment behind.
 FUTURE_TRIES = 3
 RETRY_FIRST_SECONDS = 0.5
-#: Lines in a minute about what an upstream says, and about its labels; all of it is counted.
+#: The most log lines in a minute that an upstream can cause. More of them are counted.
 LINES_MAX = 20
-#: Labels that are set aside and kept in a minute, and of an upstream in all; all are counted.
+#: The most labels that are kept aside in a minute, and in total for an upstream. All are counted.
 ASIDE_MAX = 1000
-#: How often in a minute labels that came let a lost upstream be tried again at once.
+#: How often in a minute stored labels reset the wait before the next connection.
 QUICK_TRIES = 10
-#: How often somebody looks whether the process that follows an upstream is still there.
+#: How often a waiting process tries to get the lock of an upstream.
 LOCKED_SECONDS = 5.0
 #: Counts that the log reports.
 REPORTED = ("stored", "known", "set_aside", "own", "repeated", "reconnects", "lines_left_out")
 
 
 class CursorMoved(DatabaseUnavailable):
-    """Somebody else moved this upstream's cursor meanwhile; nothing was stored."""
+    """Another process moved this upstream's cursor. Nothing was stored."""
 
 
 class Mirror:
-    """Follows one upstream; `run` is its task, and `report` another that tells of it."""
+    """Follows one upstream. `run` is its task, and `report` is a second task that logs counts."""
 
     def __init__(
         self,
@@ -63,9 +62,9 @@ class Mirror:
         retry_longest_seconds: float = 60.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`connect` gives a session of the database; `first_cursor` is for a new upstream.
+        """`connect` returns a database session. `first_cursor` is for a new upstream.
 
-        Between two tries it waits longer each time, `retry_longest_seconds` at most.
+        The waits between tries grow, up to `retry_longest_seconds`.
         """
         self._upstream = upstream
         self._connect = connect
@@ -79,11 +78,11 @@ class Mirror:
         self._lines = Quota(LINES_MAX, clock)
         self._kept = Quota(ASIDE_MAX, clock)
         self._quick_tries = Quota(QUICK_TRIES, clock)
-        #: Whether the next wait is to be longer than the first.
+        #: Whether the mirror has waited since the backoff was reset.
         self._waited = False
-        #: What happened since the start.
+        #: Counts since the start.
         self.tally: Counter[str] = Counter()
-        #: The last seq of the upstream's that is taken.
+        #: The last seq of the upstream that is stored.
         self.cursor = first_cursor
 
     async def run(self) -> None:
@@ -94,7 +93,7 @@ class Mirror:
             try:
                 await self._follow()
             except NotRead as error:
-                # Also what was refused is asked again: whoever runs the upstream may mend that.
+                # Also after Refused: the upstream's operator may fix the cause.
                 sentence, lost = "no upstream", str(error)
                 hint = min(error.after_seconds, HINT_MAX_SECONDS)
             except CursorMoved as error:
@@ -104,15 +103,15 @@ class Mirror:
             except DatabaseRefused as error:
                 if not error.of_values:
                     raise
-                # A constraint or a trigger says no to these labels; the others' go on.
+                # A constraint or a trigger refuses these labels. Other upstreams continue.
                 sentence, lost = "the database takes no labels of this upstream", str(error)
             except Exception as error:
-                # Whatever one upstream makes of us, the others are followed on.
+                # An error with one upstream must not stop the others.
                 log.exception("following failed", extra={"upstream": self._upstream.url})
                 sentence, lost = "following failed", repr(error)[:WORDS_MAX]
             self.tally["reconnects"] += 1
             if self._clock() - begun > self._retry_longest_seconds:
-                # It went well for long, however quiet it was.
+                # The connection was good for a long time, even without labels.
                 self._backoff.reset()
             wait = hint + self._backoff.next()
             self._waited = True
@@ -122,13 +121,13 @@ class Mirror:
             await asyncio.sleep(wait)
 
     async def report(self, every_seconds: float) -> None:
-        """Log what was done, whenever something was, until cancelled; and at the end."""
-        told = self.cursor, self.tally["lines_left_out"]
+        """Log the counts after each change until cancelled, and at the end."""
+        reported = self.cursor, self.tally["lines_left_out"]
         try:
             while True:
                 await asyncio.sleep(every_seconds)
-                if (self.cursor, self.tally["lines_left_out"]) != told:
-                    told = self.cursor, self.tally["lines_left_out"]
+                if (self.cursor, self.tally["lines_left_out"]) != reported:
+                    reported = self.cursor, self.tally["lines_left_out"]
                     self._report("mirrored")
         finally:
             self._report("stopping")
@@ -141,15 +140,15 @@ class Mirror:
     def _log(self, level: int, sentence: str, **fields: object) -> None:
         log.log(level, sentence, extra={"upstream": self._upstream.url, **fields})
 
-    def _say(self, level: int, sentence: str, **fields: object) -> None:
-        """Log what an upstream caused, unless there were too many such lines in this minute."""
+    def _log_limited(self, level: int, sentence: str, **fields: object) -> None:
+        """Log a line that an upstream can cause, up to `LINES_MAX` in a minute."""
         if self._lines.take():
             self._log(level, sentence, **fields)
         else:
             self.tally["lines_left_out"] += 1
 
     async def _follow(self) -> None:
-        """Follow once; raise NotRead or DatabaseUnavailable at the end of it."""
+        """Follow until the connection ends. Raises NotRead or a database error."""
         session = await self._connect()
         try:
             store = UpstreamStore(session, self._upstream.url, self._upstream.did)
@@ -160,7 +159,7 @@ class Mirror:
                 await self._mirror(store, place)
             except NotRead as error:
                 if error.name in BEGAN_ANEW:
-                    await self._begin_anew(store, error.name)
+                    await self._rewind(store, error.name)
                 else:
                     self._denied = 0
                 raise
@@ -168,15 +167,15 @@ class Mirror:
             session.close()
 
     async def _lock(self, store: UpstreamStore) -> None:
-        told = False
+        logged = False
         while not await store.try_lock():
-            if not told:
+            if not logged:
                 self._log(logging.INFO, "another process follows this upstream")
-            told = True
+            logged = True
             await asyncio.sleep(LOCKED_SECONDS)
 
-    async def _begin_anew(self, store: UpstreamStore, name: str) -> None:
-        """Rewind, unless it may be one of several servers that is a moment behind."""
+    async def _rewind(self, store: UpstreamStore, name: str) -> None:
+        """Read from the beginning, unless the upstream's server may be a moment behind."""
         self._denied += 1
         if name == "FutureCursor" and self._denied < FUTURE_TRIES:
             return
@@ -189,7 +188,7 @@ class Mirror:
     async def _mirror(self, store: UpstreamStore, place: Place) -> None:
         async with self._upstream.connected(place.cursor, place.epoch) as connection:
             if connection.epoch and connection.epoch == await store.own_epoch():
-                raise Lost("it streams this very database: each label would come again")
+                raise Lost("it streams this very database: each label would be stored again")
             if connection.epoch and place.epoch is None:
                 await store.note_epoch(connection.epoch)
             self._log(logging.INFO, "mirroring", cursor=place.cursor)
@@ -203,31 +202,31 @@ class Mirror:
                 await asyncio.wait({reading})
 
     async def _read(self, connection: UpstreamConnection, waiting: Waiting) -> None:
-        """Let what comes wait to be stored, and behind it the end, which is raised there."""
+        """Put each message into `waiting`, and the error at the end, which `batch` raises."""
         try:
             while True:
                 message = await connection.next()
                 if isinstance(message, Labels):
                     await waiting.put(message)
                 elif isinstance(message, News):
-                    self._tell(message)
+                    self._log_news(message)
         except NotRead as error:
             await waiting.put(error)
         except Exception as error:
             log.exception("reading failed", extra={"upstream": self._upstream.url})
             await waiting.put(Lost(f"reading failed: {error!r}"))
 
-    def _tell(self, news: News) -> None:
+    def _log_news(self, news: News) -> None:
         if news.name == "OutdatedCursor":
             self.tally["outdated"] += 1
-            self._say(
+            self._log_limited(
                 logging.WARNING,
-                "labels after the cursor are gone at the upstream, what it has left follows",
+                "the upstream has deleted labels after the cursor, and sends the rest",
                 cursor=self.cursor,
                 said=news.message,
             )
         else:
-            self._say(logging.INFO, "news", kind=news.name, said=news.message)
+            self._log_limited(logging.INFO, "news", kind=news.name, said=news.message)
 
     async def _store(self, store: UpstreamStore, messages: list[Labels]) -> None:
         new: list[Labels] = []
@@ -244,7 +243,7 @@ class Mirror:
         kept = aside[: self._kept.take(len(aside))]
         stored = await store.store(self.cursor, until, labels, kept, len(aside), ASIDE_MAX)
         if stored is None:
-            raise CursorMoved(f"it stands no longer at {self.cursor}")
+            raise CursorMoved(f"the cursor is no longer {self.cursor}")
         self.cursor = until
         self.tally["stored"] += stored.new
         self.tally["own"] += stored.own
@@ -255,14 +254,14 @@ class Mirror:
             self._waited = False
             self._backoff.reset()
         if stored.own:
-            self._say(
+            self._log_limited(
                 logging.WARNING,
                 "labels of this database's own sources are left out",
                 seq=until,
                 labels=stored.own,
             )
         for each in aside:
-            self._say(
+            self._log_limited(
                 logging.WARNING,
                 "a label is set aside",
                 seq=each.seq,
@@ -272,15 +271,15 @@ class Mirror:
 
 
 class Waiting(asyncio.Queue[Labels | NotRead]):
-    """Messages that wait to be stored, bounded in bytes; whoever puts one waits while it is full.
+    """Messages that wait to be stored, bounded in bytes. `put` waits while the queue is full.
 
-    The end of the connection waits behind them.
+    The last item is the error that ended the connection.
     """
 
     _queue: deque[Labels | NotRead]
 
     async def batch(self, max_labels: int) -> list[Labels]:
-        """Wait for messages, and return about `max_labels` labels; raise the end."""
+        """Wait for messages, and return those with about `max_labels` labels. Raises NotRead."""
         messages: list[Labels] = []
         labels = 0
         while not messages or (labels < max_labels and not self.empty()):

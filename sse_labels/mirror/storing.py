@@ -1,8 +1,7 @@
-"""What a mirror asks of its database, one typed method per question.
+"""A mirror's database statements, one typed method for each.
 
-Promises: labels and the upstream's cursor change in one transaction; a cursor that somebody else
-has moved stores nothing.
-Stands at the start of the corridor, beside the store: an upstream's labels become rows here.
+Promises: the labels and the upstream's cursor change in one transaction. If another process has
+moved the cursor, nothing is stored.
 Does not belong here: reading an upstream (`upstream`), when to try again (`following`).
 """
 
@@ -17,14 +16,14 @@ from sse_labels.protocol.label import Label
 
 
 class Place(NamedTuple):
-    """How far an upstream has been taken: its seq, and its epoch where it tells one."""
+    """The position in an upstream: the last stored seq, and the epoch if the upstream sends one."""
 
     cursor: int
     epoch: str | None
 
 
 class Aside(NamedTuple):
-    """A label that is not stored among the others: where it came, why, and itself in DAG-CBOR."""
+    """A label that is set aside: its place in the stream, the reason, and the label in DAG-CBOR."""
 
     seq: int
     place: int
@@ -33,54 +32,54 @@ class Aside(NamedTuple):
 
 
 async def may_mirror(database: Database) -> bool:
-    """Say whether this role may store what upstreams send."""
+    """Return whether this database role may store the labels of upstreams."""
     [(may,)] = await database.fetch("may_mirror")
     return bool(may)
 
 
 async def own_sources(database: Database, sources: Sequence[str]) -> list[str]:
-    """Return those of `sources` that are this database's own: no upstream speaks for them."""
+    """Return the `sources` whose labels this database itself publishes. No upstream may add any."""
     return [src for (src,) in await database.fetch("own_sources", sources=list(sources))]
 
 
 class Stored(NamedTuple):
-    """How many labels were new, and how many were of the database's own sources."""
+    """The number of new labels, and of left-out labels from the database's own sources."""
 
     new: int
     own: int
 
 
 class UpstreamStore:
-    """One upstream's cursor and labels, through the one session that has its lock."""
+    """One upstream's cursor and labels, through the session that holds the upstream's lock."""
 
     def __init__(self, connection: Connection, url: str, source: str | None) -> None:
-        """An upstream that is followed for one `source` alone has a cursor of its own."""
+        """Each pair of `url` and `source` has its own cursor."""
         self._connection = connection
         self._name: dict[str, Any] = {"url": url, "source": source or ""}
 
     async def try_lock(self) -> bool:
-        """Say whether this session may follow it now; it keeps the right until it is closed."""
+        """Return whether this session got the lock. It keeps the lock until it is closed."""
         await self._connection.fetch("store_as_mirror")
         [(locked,)] = await self._connection.fetch("lock_upstream", **self._name)
         return bool(locked)
 
     async def place(self, first: int = 0) -> Place:
-        """Return where to go on; when it was never followed, that is after `first`."""
+        """Return where to continue. A new upstream starts after `first`."""
         await self._connection.fetch("register_upstream", cursor=first, **self._name)
         [(cursor, epoch)] = await self._connection.fetch("upstream", **self._name)
         return Place(cursor, epoch)
 
     async def own_epoch(self) -> str:
-        """Return the epoch of the database that labels are stored in."""
+        """Return the epoch of this database."""
         [(_, epoch, *_)] = await self._connection.fetch("state")
         return str(epoch)
 
     async def note_epoch(self, epoch: str) -> None:
-        """Remember which epoch the cursor belongs to."""
+        """Store the epoch to which the cursor belongs."""
         await self._connection.fetch("note_upstream_epoch", epoch=epoch, **self._name)
 
     async def rewind(self) -> None:
-        """Begin anew; from now on no label is stored that is the newest of its key already."""
+        """Set the cursor to 0. From now on a label equal to the newest of its key is not stored."""
         await self._connection.fetch("rewind_upstream", **self._name)
 
     async def store(
@@ -92,11 +91,11 @@ class UpstreamStore:
         aside_count: int,
         aside_max: int,
     ) -> Stored | None:
-        """Store what came after `cursor` and move it to `until`.
+        """Store the labels after `cursor`, and move the cursor to `until`.
 
-        Labels of this database's own sources are left out. None, and nothing is stored, when the
-        cursor stands elsewhere. `aside_count` labels were set aside; of those that are kept, only
-        the newest `aside_max` of an upstream stay.
+        Labels of this database's own sources are left out. Returns None, and stores nothing, when
+        the stored cursor is not `cursor`. `aside_count` labels were set aside, and `aside` holds
+        those to keep. Only the newest `aside_max` of an upstream stay in the table.
         """
         columns: dict[str, Any] = {
             name: [getattr(label, name) for label in labels]

@@ -1,8 +1,7 @@
 """The upstream: another labeler's `subscribeLabels`, read over one WebSocket.
 
-Promises: messages in the order in which they came, each with its labels as rows can hold them
-and what cannot be stored beside them; whatever an upstream sends, other upstreams get their turn.
-Stands before the corridor: upstream -> following -> storing -> label row.
+Promises: messages keep their order. Each message has two lists: labels that can be stored, and
+labels that are set aside. Other upstreams get a turn while this one is read.
 Does not belong here: the socket (`client`), cursors, storing, when to connect again (`following`).
 """
 
@@ -28,19 +27,19 @@ from sse_labels.protocol.label import Label, known_fields, parse_label
 from sse_labels.protocol.seq import SEQ_MAX
 from sse_labels.protocol.signatures import SourceKeys, Verdict
 
-#: What an upstream may send in a minute beside labels (news, pings, unknown messages): so many
-#: messages, and KiB.
+#: How many messages without labels an upstream may send in a minute (news, pings, unknown ones).
+#: Each KiB of them counts as one more message.
 CHATTER_MAX = 4096
-#: A label that is set aside is kept with its reason up to this: a right one has 12 KiB at most.
+#: A label that is set aside is kept up to this size. A valid label has at most 12 KiB.
 ASIDE_MAX_BYTES = 16 * 1024
-#: What a message, and a label, weigh in memory beside their bytes.
+#: The memory of a message, and of a label, besides their bytes.
 MESSAGE_MEMORY = 512
 LABEL_MEMORY = 512
 EPOCH = re.compile("[0-9a-f-]{36}")
 
 
 class Labels(NamedTuple):
-    """One `#labels` message: its seq, what can be stored, what cannot, and what it weighs."""
+    """One `#labels` message. `nbytes` is its size in memory."""
 
     seq: int
     labels: list[Label]
@@ -56,7 +55,7 @@ class News(NamedTuple):
 
 
 class Upstream:
-    """Where a labeler streams its labels, and what is taken of them."""
+    """A labeler's address, and the rules for which of its labels are taken."""
 
     def __init__(
         self,
@@ -69,11 +68,12 @@ class Upstream:
         message_max_labels: int = 10_000,
         tls: ssl.SSLContext | None = None,
     ) -> None:
-        """With `did`, labels of that source alone are taken; those of others are left out.
+        """Choose which labels are taken.
 
-        Without it, labels of every source with `any_source`, else those whose signature is right
-        by `source_keys`. With `source_keys` labels whose signature is wrong are set aside.
-        `tls` is what is trusted; None: this machine's authorities.
+        With `did`, only labels of that source are taken. Without `did`, `any_source` takes the
+        labels of every source. Without both, only labels with a valid signature by `source_keys`
+        are taken. All others are left out. With `source_keys`, labels with an invalid signature
+        are set aside. `tls` holds the trusted authorities. None means this machine's authorities.
         """
         self.url = url
         self.did = did
@@ -82,12 +82,12 @@ class Upstream:
         self._message_max_bytes = message_max_bytes
         self.message_max_labels = message_max_labels
         self._tls = tls
-        #: Labels of other sources.
+        #: The number of labels that were left out.
         self.left_out = 0
 
     @asynccontextmanager
     async def connected(self, cursor: int, epoch: str | None) -> AsyncIterator[UpstreamConnection]:
-        """Give a connection that begins after `cursor`; raise Lost or Refused."""
+        """Yield a connection that begins after `cursor`. Raises Lost or Refused."""
         query = {"cursor": str(cursor)} | ({"epoch": epoch} if epoch else {})
         parts = urlsplit(self.url)
         asked = "&".join(filter(None, (parts.query, urlencode(query))))
@@ -99,7 +99,7 @@ class Upstream:
             yield UpstreamConnection(self, socket)
 
     def taken(self, seq: int, place: int, given: Any) -> Label | Aside | None:
-        """Return one label of a message, or why it is set aside; None when it is left out."""
+        """Return the label, or an Aside with the reason. None: the label is left out."""
         try:
             label = self._parsed(xrpc.json_label(given))
         except InvalidLabel as error:
@@ -117,10 +117,10 @@ class Upstream:
         return label
 
     def _parsed(self, given: Any) -> Label:
-        """Return a label without the fields that the lexicon does not know; raise InvalidLabel.
+        """Return a label without fields that the lexicon does not know. Raises InvalidLabel.
 
-        A signature may cover them: then they are kept, and refused, unless a key of the source
-        says that it does not.
+        A signature may cover unknown fields. So a signed label with such fields is refused, unless
+        a key of its source confirms the signature without these fields.
         """
         known = known_fields(given)
         label = parse_label(known)
@@ -133,28 +133,28 @@ class Upstream:
 
 
 class UpstreamConnection:
-    """One WebSocket to an upstream that is open."""
+    """One open WebSocket to an upstream."""
 
     def __init__(self, upstream: Upstream, socket: LabelSocket) -> None:
         self._upstream = upstream
         self._socket = socket
         epoch = socket.headers.get("Sse-Labels-Epoch", "")
-        #: Which life of its database it streams, where it tells: a UUID. Anything else, which
-        #: another server may say, could not even be stored.
+        #: The epoch of the upstream's database, a UUID. None: the upstream sends none, or
+        #: something else, which could not be stored.
         self.epoch = epoch if EPOCH.fullmatch(epoch) else None
-        #: The seq of its last message.
+        #: The seq of the last message.
         self._seq = 0
         self._turn = Turn()
         self._chatter = Quota(CHATTER_MAX)
 
     async def next(self) -> Labels | News | None:
-        """Return the next message, None for one of another kind; raise Lost or Refused."""
+        """Return the next message, or None for another type. Raises Lost or Refused."""
         try:
             payload = await self._socket.next()
             self._turn.begin()
             found = None if payload is None else await self._read(payload)
         except xrpc.MalformedMessage as error:
-            raise Lost(f"it sent what is no message: {error}") from error
+            raise Lost(f"it sent a malformed message: {error}") from error
         if not isinstance(found, Labels):
             weight = 1 + len(payload or b"") // 1024
             if self._chatter.take(weight) < weight:
@@ -174,7 +174,7 @@ class UpstreamConnection:
                 return await self._labels(body, len(payload))
             case "#info":
                 return News(words(body.get("name")), words(body.get("message")))
-        # The specification of event streams: types that are not known are ignored.
+        # The specification of event streams says: ignore unknown types.
         return None
 
     async def _labels(self, body: dict[str, Any], nbytes: int) -> Labels:
@@ -182,7 +182,8 @@ class UpstreamConnection:
         if type(seq) is not int or not 0 < seq <= SEQ_MAX or not isinstance(given, list):
             raise Lost("it sent #labels without a seq and labels")
         if seq < self._seq:
-            # What a cursor above it would hide is another's: it is asked anew, and says so.
+            # The labels after a lower seq would be hidden by the cursor. A new connection with
+            # the cursor gets the upstream's own error.
             raise Lost(f"its seqs went back: {seq} came after {self._seq}")
         most = self._upstream.message_max_labels
         if len(given) > most:
@@ -191,7 +192,7 @@ class UpstreamConnection:
         labels, aside = [], []
         weight = nbytes + MESSAGE_MEMORY
         for place, each in enumerate(given):
-            # A signature takes 40 µs to check.
+            # The check of a signature takes 40 µs.
             await self._turn.end()
             taken = self._upstream.taken(seq, place, each)
             if isinstance(taken, Label):
@@ -204,7 +205,7 @@ class UpstreamConnection:
 
 
 def _aside(seq: int, place: int, reason: str, given: Any) -> Aside:
-    """Return what is kept of a label: itself, unless it is larger than any right one."""
+    """Return a label that is set aside. A label larger than any valid one is kept without bytes."""
     try:
         label = libipld.encode_dag_cbor(given)
     except (ValueError, RecursionError):

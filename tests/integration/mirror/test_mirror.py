@@ -339,7 +339,7 @@ async def test_an_outdated_cursor_is_told_and_the_rest_is_stored(
         await until(lambda: mirror.cursor == 1)
         assert mirror.tally["outdated"] == 1
     assert stored(database) == sent(upstream)
-    assert any("are gone at the upstream" in line for line in caplog.messages)
+    assert any("has deleted labels after the cursor" in line for line in caplog.messages)
     assert "kind=WeatherReport" in caplog.text
 
 
