@@ -34,7 +34,7 @@ from sse_labels.cli.state import CursorFile
 from sse_labels.cli.tls import tls_options
 from sse_labels.client.event_reader import EventReader, Opened, client_of
 from sse_labels.client.event_stream import Block
-from sse_labels.client.retries import Patience, Refused
+from sse_labels.client.retries import Refused, Retries
 from sse_labels.protocol.seq import SEQ_MAX, number_in
 from sse_labels.setting_parsers import Expected, integer, path
 
@@ -183,5 +183,5 @@ def tail(
         known = None if kept is None else kept.load()
     with client_of(token, tls) as client:
         after = cursor if known is None else known
-        reader = EventReader(client, httpx.URL(url), after, Patience(None), say)
+        reader = EventReader(client, httpx.URL(url), after, Retries(None), say)
         Tail(reader, kept, until_head).run()

@@ -1,4 +1,1 @@
-"""Reading any server's stream, once for all commands that do.
-
-Does not belong here: what is done with what was read.
-"""
+"""Reads the stream of any server, for all commands that need it."""

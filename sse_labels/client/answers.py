@@ -1,6 +1,6 @@
-"""What a server says in an answer, or at the end of a stream, and what that means.
+"""Turns a server's answers, and the errors that end streams, into exceptions with a message.
 
-Promises: whatever a server sent becomes one printable line of bounded length.
+Promises: any text of a server becomes one printable line of bounded length.
 Does not belong here: when to ask again (`retries`).
 """
 
@@ -24,15 +24,15 @@ from sse_labels.client.retries import (
 )
 from sse_labels.protocol.formats import shown
 
-#: Of an answer that is not the one hoped for this much is read, to see what it says.
+#: How much of an unexpected answer is read for its message.
 REFUSAL_MAX_BYTES = 64 * 1024
-#: Characters of a server's own words that are shown, and of what an error of it says.
+#: The most characters of a server's text in general, and in an error's name or message.
 WORDS_MAX = 200
 ERROR_MAX = 1000
 
 
 def object_in(data: str) -> dict[str, Any] | None:
-    """Return the JSON object in `data`, None when there is none."""
+    """Return the JSON object in `data`. None: `data` is not one."""
     try:
         found = ujson.loads(data)
     except (ValueError, RecursionError):
@@ -41,13 +41,13 @@ def object_in(data: str) -> dict[str, Any] | None:
 
 
 def words(said: object, most: int = WORDS_MAX) -> str:
-    """Return what a server said, in one line that any terminal can show; '' for nothing."""
+    """Return a server's text as one line that any terminal can show. Empty for None."""
     text = said[:most] if isinstance(said, str) else "" if said is None else shown(said)
     return "".join(char if char.isprintable() else "?" for char in text)
 
 
 def words_in(data: str, otherwise: str) -> str:
-    """Return the name and the message of an error in JSON."""
+    """Return the name and the message of an error in JSON, or else `otherwise`."""
     said = object_in(data) or {}
     if said.get("error") is None:
         return words(otherwise)
@@ -67,7 +67,7 @@ def asking(place: str) -> Iterator[None]:
 
 
 def refusal(place: str, answer: httpx.Response) -> Refused | Unavailable:
-    """Return what an answer other than the one hoped for means; its body is read for it."""
+    """Return the exception for an unexpected answer. Reads the answer's body."""
     body = b""
     for part in answer.iter_bytes():
         body += part
@@ -83,12 +83,12 @@ def refusal(place: str, answer: httpx.Response) -> Refused | Unavailable:
 
 
 def ended(data: str) -> Refused | Unavailable:
-    """Return what the `error` event means that a stream ended with."""
+    """Return the exception for the `error` event at the end of a stream."""
     name = (object_in(data) or {}).get("error")
     text = f"the server ended the stream: {words_in(data, data)}"
     return Refused(text) if name in BEGAN_ANEW else Unavailable(text)
 
 
 def place_of(url: httpx.URL) -> str:
-    """Return an address as messages name it: a token may stand in its query, a password before."""
+    """Return an address for messages, without its query and user info: these may be secret."""
     return str(url.copy_with(userinfo=b"", query=None, fragment=None))

@@ -1,8 +1,8 @@
-"""Reading the event stream at one address, over as many connections as it takes.
+"""Reads the event stream at one address, and reconnects when a connection is lost.
 
-Promises: a lost connection is made anew after the cursor; what is no stream, or cannot be had any
-more, is Refused, in one line.
-Does not belong here: what the blocks mean, and which of them move the cursor.
+Promises: a new connection continues after the cursor. An address without a stream, or a stream
+that cannot continue, raises Refused with a message of one line.
+Does not belong here: the meaning of the blocks, and which blocks move the cursor.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ import httpx
 
 from sse_labels.client.answers import asking, ended, place_of, refusal
 from sse_labels.client.event_stream import Block, EventStream, MessageTooLong, is_event_stream
-from sse_labels.client.retries import CONNECT_SECONDS, Lost, Patience, Refused, Unavailable
+from sse_labels.client.retries import CONNECT_SECONDS, Lost, Refused, Retries, Unavailable
 from sse_labels.protocol.seq import number_in
 
-#: The server writes at least a heartbeat each 15 s; after this silence the connection is dead.
+#: The server writes a heartbeat at least every 15 s. After this silence the connection is dead.
 SILENCE_SECONDS = 45.0
-#: What an `EventSource` asks with.
+#: The headers of an `EventSource`.
 HEADERS = {"Accept": "text/event-stream", "Cache-Control": "no-store"}
 
 
 def client_of(token: str | None, tls: ssl.SSLContext) -> httpx.Client:
-    """Return what connections are made with."""
+    """Return the HTTP client for all connections."""
     return httpx.Client(
         timeout=httpx.Timeout(CONNECT_SECONDS, read=SILENCE_SECONDS),
         follow_redirects=True,
@@ -39,35 +39,35 @@ def client_of(token: str | None, tls: ssl.SSLContext) -> httpx.Client:
 class Opened(NamedTuple):
     """A connection has begun to stream."""
 
-    #: The newest seq when it began, None when the server does not say.
+    #: The newest seq at the begin. None: the server does not send it.
     head: int | None
     epoch: str
 
 
 class EventReader:
-    """Yields what comes; whoever takes it moves `cursor`."""
+    """Yields the blocks of the stream. The caller moves `cursor`."""
 
     def __init__(
         self,
         client: httpx.Client,
         url: httpx.URL,
         cursor: int | None,
-        patience: Patience,
+        retries: Retries,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """`cursor` None: what comes from now on. `say` takes what happens to the connection."""
+        """`cursor` None means live only. `say` gets a line when a connection is lost."""
         self._client = client
         self._url = url
         self.place = place_of(url)
-        #: What the next connection starts after.
+        #: The next connection starts after this seq.
         self.cursor = cursor
-        self._patience = patience
+        self._retries = retries
         self._say = say
-        #: Whether there ever was a stream.
+        #: Whether any connection has opened a stream.
         self.reached = False
 
     def __iter__(self) -> Generator[Opened | Block, None, None]:
-        """Yield each connection as it opens, and its blocks; raise Refused."""
+        """Yield each connection as it opens, and then its blocks. Raises Refused."""
         while True:
             try:
                 with self._open() as answer:
@@ -76,10 +76,10 @@ class EventReader:
             except Lost as error:
                 lost = error
                 is_wrong = not self.reached and not isinstance(lost, Unavailable)
-                if is_wrong and self._patience.retry_seconds is not None:
-                    # An address that is wrong does not mend by waiting.
+                if is_wrong and self._retries.retry_seconds is not None:
+                    # Waiting does not fix a wrong address.
                     raise Refused(f"{self.place}: {lost}") from None
-            wait = self._patience.wait_seconds(lost)
+            wait = self._retries.wait_seconds(lost)
             where = "from now" if self.cursor is None else f"after seq {self.cursor}"
             self._say(f"{lost}; reconnecting {where} in {wait:.1f} s")
             time.sleep(wait)
@@ -106,20 +106,20 @@ class EventReader:
         try:
             for block in stream:
                 if block.event == "error" and block.data is not None:
-                    # Also how a full server answers whoever wants an event stream.
+                    # A full server also answers with such an event, in place of a stream.
                     yield block
                     raise ended(block.data)
                 if not opened:
                     opened = self.reached = True
-                    self._patience.opened()
+                    self._retries.opened()
                     head = number_in(answer.headers.get("Sse-Labels-Head", ""))
                     yield Opened(head, answer.headers.get("Sse-Labels-Epoch", ""))
                 before = self.cursor
                 yield block
                 if self.cursor != before:
-                    self._patience.progress()
+                    self._retries.progress()
         except MessageTooLong as error:
             raise Refused(f"{self.place} sends {error}") from None
         finally:
             if stream.retry_seconds is not None:
-                self._patience.hint_seconds = stream.retry_seconds
+                self._retries.hint_seconds = stream.retry_seconds

@@ -1,8 +1,8 @@
-"""Reading an event stream, as the HTML standard interprets one (section 9.2.6).
+"""Parses an event stream as in the HTML standard (section 9.2.6).
 
-Promises: the same blocks however the bytes are cut into pieces; no message is longer than it may
-be. The page's parser (`web/page/reading/parser.js`) does the same, by the same tests.
-Does not belong here: connections, and what the blocks mean.
+Promises: the blocks do not depend on how the bytes are cut into pieces. The length of a message is
+bounded. The page's parser (`web/page/reading/parser.js`) passes the same tests.
+Does not belong here: connections, and the meaning of the blocks.
 """
 
 from __future__ import annotations
@@ -19,34 +19,37 @@ MESSAGE_MAX_BYTES = 1024**2
 
 
 class MessageTooLong(SseLabelsError):
-    """No empty line ends a message in time."""
+    """A message has too many bytes without an empty line at its end."""
 
 
 class Block(NamedTuple):
-    """What stands before an empty line."""
+    """The lines before an empty line."""
 
-    #: The last event ID: it holds until another is sent.
+    #: The last event ID, also from an earlier block.
     id: str
-    #: "message" when none is named.
+    #: "message" when the block names no event.
     event: str
-    #: None where there is none: an `EventSource` dispatches nothing then.
+    #: None: the block has no data. An `EventSource` dispatches no event then.
     data: str | None
 
 
 class EventStream:
-    """Yields the blocks of a body. Unlike `EventSource` those without data, too: an id alone is
-    a position, and a comment shows that somebody is there.
+    """Yields the blocks of a body.
+
+    Unlike `EventSource` it also yields blocks without data: an id alone is a position, and a
+    comment shows that the server is alive.
     """
 
     def __init__(self, pieces: Iterable[bytes] = ()) -> None:
-        """Whoever has no `pieces` to read pushes them."""
+        """Read `pieces`. A caller without an iterable uses `push`."""
         self._pieces = pieces
-        #: The last `retry:`; it counts from its line on, whatever becomes of the block.
+        #: The last `retry:`. It applies from its line on, even before its block ends.
         self.retry_seconds: float | None = None
-        # Always UTF-8, whatever the answer says. One byte order mark at the begin is dropped.
+        # Always UTF-8, even if the answer names another encoding. One byte order mark at the
+        # begin is dropped.
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")("replace")
         self._rest = ""
-        #: The last character was a CR: a LF after it belongs to the same end of a line.
+        #: The last character was a CR. A LF after it belongs to the same line end.
         self._after_cr = False
         self._id = ""
         self._event = ""
@@ -54,12 +57,12 @@ class EventStream:
         self._held = 0
 
     def __iter__(self) -> Iterator[Block]:
-        """Yield each block as soon as it ends; raise MessageTooLong."""
+        """Yield each block as soon as it ends. Raises MessageTooLong."""
         for piece in self._pieces:
             yield from self.push(piece)
 
     def push(self, piece: bytes) -> Iterator[Block]:
-        """Yield the blocks that end in this piece; raise MessageTooLong."""
+        """Yield the blocks that end in this piece. Raises MessageTooLong."""
         text = self._decoder.decode(piece)
         if not text:
             return
@@ -100,5 +103,5 @@ class EventStream:
 
 
 def is_event_stream(content_type: str) -> bool:
-    """Return whether it is an event stream's; its parameters and its case do not matter."""
+    """Return whether the type is that of an event stream, with any parameters and case."""
     return content_type.partition(";")[0].strip().lower() == "text/event-stream"

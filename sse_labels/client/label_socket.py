@@ -1,8 +1,8 @@
-"""Reading `subscribeLabels` of any labeler over one WebSocket.
+"""Reads `subscribeLabels` of any labeler over one WebSocket.
 
-Promises: a connection that died silently, or that brings nothing whole, is found; a message is no
-larger than it may be; redirects are refused; every way in which it ends is Lost or Refused.
-Does not belong here: what the messages mean, cursors, when to connect again.
+Promises: a dead connection is detected, and also one that never completes a frame. The size of a
+message is bounded. Redirects are refused. Every end of the connection raises Lost or Refused.
+Does not belong here: the meaning of the messages, cursors, when to connect again.
 
 Sources: lexicon `com.atproto.label.subscribeLabels`; https://atproto.com/specs/event-stream.
 """
@@ -29,27 +29,28 @@ from sse_labels.client.retries import (
 )
 from sse_labels.protocol.xrpc import MalformedMessage
 
-#: A ping after so much silence; without an answer in half of it the connection is dead.
+#: A ping is sent after this silence. Without an answer in half of this time the connection is dead.
 SILENCE_SECONDS = 30.0
-#: A frame must be whole within this: of a sound connection one comes for each ping.
+#: The time for one complete frame. A good connection brings at least one frame for each ping.
 FRAME_SECONDS = 2 * SILENCE_SECONDS
-#: How long a close may take to be sent; its answer is not waited for.
+#: The time to send a close. The answer to the close is not awaited.
 CLOSE_SECONDS = 2.0
 CLOSE_FRAME = aiohttp.WSCloseCode.OK.to_bytes(2, "big")
 
 
 class LabelSocket:
-    """One WebSocket that is open."""
+    """One open WebSocket."""
 
     def __init__(self, socket: aiohttp.ClientWebSocketResponse, headers: Mapping[str, str]) -> None:
         self._socket = socket
-        #: Those of the handshake's answer.
+        #: The headers of the handshake's answer.
         self.headers = headers
 
     async def next(self) -> bytes | None:
-        """Return the next message, None for a ping or a pong; raise Lost or Refused at the end.
+        """Return the next message, or None for a ping or a pong.
 
-        MalformedMessage is none of these: what follows it may be read.
+        Raises Lost or Refused at the end of the connection. After a MalformedMessage the caller
+        may continue to read.
         """
         try:
             async with asyncio.timeout(FRAME_SECONDS):
@@ -69,7 +70,7 @@ class LabelSocket:
             case aiohttp.WSMsgType.TEXT:
                 raise MalformedMessage("text, expected binary")
             case aiohttp.WSMsgType.ERROR if isinstance(message.data, aiohttp.WebSocketError):
-                # Not by the network: TCP gives bytes as they were sent.
+                # The server's error, not the network's: TCP delivers bytes as they were sent.
                 raise Refused(f"it breaks the protocol: {words(str(message.data.args[-1]))}")
             case aiohttp.WSMsgType.ERROR:
                 raise Lost(words(str(message.data)) or type(message.data).__name__)
@@ -86,10 +87,10 @@ async def label_socket(
     headers: Mapping[str, str] | None = None,
     token_hint: str = "",
 ) -> AsyncIterator[LabelSocket]:
-    """Give an open WebSocket; raise Lost or Refused.
+    """Yield an open WebSocket. Raises Lost or Refused.
 
-    `tls` is what is trusted; None: this machine's authorities. `token_hint` says what to do about
-    an answer 401.
+    `tls` holds the trusted authorities. None means this machine's authorities. `token_hint` is
+    added to the message about an answer 401.
     """
     answers: list[aiohttp.ClientResponse] = []
     async with aiohttp.ClientSession(
@@ -101,8 +102,8 @@ async def label_socket(
         try:
             yield LabelSocket(socket, answers[-1].headers)
         finally:
-            # aiohttp's own close waits for an answer, and reads all that comes instead without
-            # a turn for anybody: of pings that came at once for seconds.
+            # aiohttp's own close waits for the answer, and reads all other frames without giving
+            # other tasks a turn. With many pings in the buffer that took seconds.
             with contextlib.suppress(TimeoutError, aiohttp.ClientError, OSError):
                 async with asyncio.timeout(CLOSE_SECONDS):
                     await socket.send_frame(CLOSE_FRAME, aiohttp.WSMsgType.CLOSE)
@@ -123,7 +124,7 @@ async def _opened(
                 url,
                 heartbeat=SILENCE_SECONDS,
                 max_msg_size=max_bytes,
-                # aiohttp would answer all pings that came at once before anybody else's turn.
+                # With autoping aiohttp answers all buffered pings before other tasks get a turn.
                 autoping=False,
                 autoclose=False,
                 ssl=tls or True,
@@ -138,16 +139,16 @@ async def _opened(
     except TimeoutError as error:
         raise Lost(f"no WebSocket was open within {CONNECT_SECONDS:g} s") from error
     except aiohttp.InvalidURL as error:
-        raise Refused("it is no address that can be asked") from error
+        raise Refused("it is not a valid address") from error
     except (aiohttp.ClientError, OSError) as error:
         raise Lost(words(str(error)) or type(error).__name__) from error
 
 
 def _keeping_answers(answers: list[aiohttp.ClientResponse]) -> aiohttp.ClientMiddlewareType:
-    """Return what keeps the answer to a handshake, and refuses to be redirected.
+    """Return a middleware that keeps the handshake's answer, and refuses redirects.
 
-    A WebSocket of aiohttp hides its head; and `ws_connect` would follow, into this network or from
-    wss to ws.
+    aiohttp's WebSocket hides the headers of that answer. `ws_connect` would follow a redirect, even
+    into this network or from wss to ws.
     """
 
     async def keep(

@@ -1,7 +1,7 @@
-"""When to ask a server again, and when not: for every client of ours.
+"""Decides when to ask a server again, for every client of this package.
 
-Promises: waits grow, are jittered, keep to what the server asks for, and end where they are to.
-Does not belong here: opening anything.
+Promises: waits grow, are jittered, and are at least as long as the server asks. The sum of the
+waits is bounded.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from sse_labels.errors import SseLabelsError
 from sse_labels.protocol.seq import seconds_in
 
 CONNECT_SECONDS = 10.0
-#: Answers after which asking again the same way may help.
+#: The status codes after which the same request may succeed later.
 TEMPORARY = frozenset((408, 425, 429, 500, 502, 503, 504))
-#: Errors that end a stream because its seqs are not those that the cursor belongs to.
+#: The errors that end a stream because the cursor belongs to other seqs than the server has.
 BEGAN_ANEW = ("FutureCursor", "EpochChanged")
-#: No hint of a server is followed longer than this.
+#: The longest wait that a server's hint can cause.
 HINT_MAX_SECONDS = 3600.0
-#: A connection that held for so long was a good one: what ends it is a new trouble.
+#: A connection that lasted this long was a good one. Its end counts as a first loss.
 STEADY_SECONDS = 30.0
-#: What to do about an answer 401, in every client that reads.
+#: The advice after an answer 401, for every client that reads.
 TOKEN_HINT = "give a token that may read: --token, or SSE_LABELS_TOKEN"  # noqa: S105
 
 
 class NotRead(SseLabelsError):
-    """Why a server's stream is read no further.
+    """The reason why reading a server's stream stopped.
 
-    `name` is the error that the server ended it with, `after_seconds` how long it wants to be left
-    alone.
+    `name` is the error with which the server ended the stream. `after_seconds` is how long the
+    server asks clients to wait.
     """
 
     def __init__(self, message: str, name: str = "", after_seconds: float = 0.0) -> None:
@@ -41,19 +41,19 @@ class NotRead(SseLabelsError):
 
 
 class Refused(NotRead):
-    """Asking again the same way will hardly help."""
+    """The same request will most likely fail again."""
 
 
 class Lost(NotRead):
-    """The connection, or this answer; asking again may help."""
+    """The connection or the answer was lost. The same request may succeed later."""
 
 
 class Unavailable(Lost):
-    """The server is there, and says that it cannot answer now."""
+    """The server answers that it is unavailable now."""
 
 
 def after_seconds(headers: Mapping[str, str] | None) -> float:
-    """Return how long an answer asks to wait, 0 when it does not (RFC 9110, section 10.2.3)."""
+    """Return how long an answer asks to wait (RFC 9110, section 10.2.3). 0: it does not ask."""
     text = (headers or {}).get("Retry-After", "")
     seconds: float | None = seconds_in(text)
     if seconds is None:
@@ -64,36 +64,36 @@ def after_seconds(headers: Mapping[str, str] | None) -> float:
     return max(0.0, seconds)
 
 
-class Patience:
-    """Says how long to wait after each loss, until it has waited `retry_seconds` for nothing."""
+class Retries:
+    """Returns how long to wait after each loss, up to `retry_seconds` in a row without success."""
 
     def __init__(
         self, retry_seconds: float | None, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """`retry_seconds` is None for whoever waits for ever."""
+        """`retry_seconds` None means that the client retries forever."""
         self.retry_seconds = retry_seconds
         self._clock = clock
         self._backoff = Backoff(first=0.5, longest=30.0)
         self._waited = 0.0
         self._opened: float | None = None
-        #: How long the server asked to wait; it holds until it says otherwise (HTML standard).
+        #: The wait that the server's last `retry:` asks for (HTML standard).
         self.hint_seconds = 0.0
 
     def opened(self) -> None:
-        """Note that a connection was made."""
+        """Note that a connection opened."""
         self._opened = self._clock()
 
     def progress(self) -> None:
-        """Note that something came which had not come before."""
+        """Note that the client received something new."""
         self._backoff.reset()
         self._waited = 0.0
 
     def wait_seconds(self, lost: Lost) -> float:
-        """Return how long to wait; raise Refused when it has been long enough."""
+        """Return how long to wait. Raises Refused when that exceeds `retry_seconds`."""
         if self._opened is not None and self._clock() - self._opened > STEADY_SECONDS:
             self.progress()
         self._opened = None
-        # On top of the server's hint: it may be the same for all, and it does not grow.
+        # Added to the server's hint: the hint may be the same for all clients, and does not grow.
         asked = min(max(self.hint_seconds, lost.after_seconds), HINT_MAX_SECONDS)
         wait = asked + self._backoff.next()
         if self.retry_seconds is not None and self._waited + wait > self.retry_seconds:

@@ -1,8 +1,7 @@
-"""Verification: a stream is read from end to end, and what it promises is checked.
+"""Verification: reads a stream from its cursor to its head, and checks what the stream promises.
 
-Promises: whatever a server sends, the outcome is a report; a stream is called sound when nothing
-was found wrong, and what was not looked at is said.
-Stands outside the corridor: a reader like any other.
+Promises: the outcome is a report for any input. A stream is called sound when no error was found.
+The report names the parts that were not checked.
 Does not belong here: options, signals, exit statuses (`cli.verify`).
 """
 

@@ -1,8 +1,9 @@
-"""The first reading: are the events in order, each as described, each label sound.
+"""The first reading: checks the order of events, their format, and each label.
 
-Promises: whatever is handed in becomes a finding or a count and never an error; memory does not
-grow with the stream. What continues the stream is returned, to be compared with a second reading.
-Does not belong here: sockets (`client`); the second reading (`crosscheck`).
+Promises: any input becomes a finding or a count, and never an exception. Memory does not grow with
+the stream. An event that continues the stream is returned, for the comparison with the second
+reading.
+Does not belong here: sockets (`client`), the second reading (`crosscheck`).
 """
 
 from __future__ import annotations
@@ -20,38 +21,38 @@ from sse_labels.protocol.signatures import SourceKeys, Verdict
 from sse_labels.protocol.xrpc import MalformedMessage, Message, decode, json_label
 from sse_labels.verify.findings import Findings, Kind
 
-#: The first holes, which are remembered; the others are counted.
+#: The most holes that are kept. More holes are only counted.
 HOLES_MAX = 100
-#: Sources whose signatures are counted one by one; the others are counted together.
+#: The most sources with their own signature counts. All other sources share one count.
 SOURCES_MAX = 1000
 OTHER_SOURCES = "other sources"
-#: News that is kept in words.
+#: The most news whose text is kept.
 NEWS_MAX = 20
 
 
 class Event(NamedTuple):
-    """One event as it came: its label may be anything that JSON can say."""
+    """One event as received. Its label may be any JSON value."""
 
     seq: int
     label: Any
 
 
 class Hole(NamedTuple):
-    """Seqs that did not come: those after `after`, up to `until`."""
+    """Missing seqs: those after `after`, up to `until`."""
 
     after: int
     until: int
 
 
 class Continuity:
-    """Takes what one stream brings, over all its connections."""
+    """Checks the input of one stream, over all its connections."""
 
     def __init__(self, cursor: int, keys: SourceKeys | None, findings: Findings) -> None:
         self._keys = keys
         self._findings = findings
-        #: The last seq that was passed, by an event or without one.
+        #: The stream's position: the last seq, with or without an event.
         self.position = cursor
-        #: The last event, or where the stream began: what a hole is measured from.
+        #: The seq of the last event, or the start. A hole begins after it.
         self._edge = cursor
         self.events = 0
         self.labels = 0
@@ -61,16 +62,16 @@ class Continuity:
         self.last: int | None = None
         self.holes: list[Hole] = []
         self.hole_count = 0
-        #: How many seqs are in all holes together.
+        #: The number of seqs in all holes.
         self.hole_seqs = 0
         self.news: list[str] = []
-        #: How many signatures of each source are valid, invalid, …
+        #: The number of signatures with each verdict, by source.
         self.signatures: dict[str, dict[Verdict, int]] = {}
 
     # An event stream
 
     def event(self, id_text: str, data: str) -> Event | None:
-        """Take an event; return it when it continues the stream."""
+        """Check an event. Return the event when it continues the stream."""
         self.events += 1
         seq = number_in(id_text)
         if seq is None:
@@ -86,8 +87,8 @@ class Continuity:
                 self._wrong(Kind.EVENT, f"{where}: its data is {shown(body)}, expected an object")
                 body = {}
             elif type(body.get("seq")) is not int or body["seq"] != seq:
-                told = shown(body.get("seq"))
-                self._wrong(Kind.EVENT, f"{where}: the seq in its data is {told}")
+                found_seq = shown(body.get("seq"))
+                self._wrong(Kind.EVENT, f"{where}: the seq in its data is {found_seq}")
             labels = body.get("labels")
             if not isinstance(labels, list) or len(labels) != 1:
                 count = len(labels) if isinstance(labels, list) else "no list of"
@@ -102,7 +103,7 @@ class Continuity:
         return self._passed(Event(seq, alone))
 
     def moved(self, id_text: str) -> None:
-        """Take an id without an event: everything up to it has been sent, or is hidden."""
+        """Move to an id without an event: all events up to the id were sent or are hidden."""
         seq = number_in(id_text)
         if seq is None:
             self._wrong(Kind.EVENT, f"an id without an event is no seq: {shown(id_text)}")
@@ -112,7 +113,7 @@ class Continuity:
             self.position = seq
 
     def info(self, data: str) -> int | None:
-        """Take news; return the floor when the stream goes on from there."""
+        """Check news. Return the floor when the stream continues from the floor."""
         news = object_in(data)
         if news is None:
             self._wrong(Kind.EVENT, f"news that is no JSON object: {shown(data)}")
@@ -126,7 +127,7 @@ class Continuity:
         return None
 
     def ended(self, data: str) -> None:
-        """Take the `error` event that ends a connection."""
+        """Check the `error` event that ends a connection."""
         said = object_in(data) or {}
         claimed = said.get("cursor")
         if type(claimed) is int and claimed > self.position:
@@ -137,7 +138,7 @@ class Continuity:
     # A WebSocket
 
     def frame(self, payload: bytes) -> Message | None:
-        """Take the payload of one binary frame; return what it says, None when it says nothing."""
+        """Check the payload of one binary frame. Return its message. None: it is malformed."""
         try:
             message = decode(payload)
         except MalformedMessage as error:
@@ -167,13 +168,13 @@ class Continuity:
     # Both
 
     def close(self) -> None:
-        """Note the hole at the end of what was read, if there is one."""
+        """Note a hole between the last event and the position."""
         if self.position > self._edge:
             self._hole(self.position)
             self._edge = self.position
 
     def _passed(self, event: Event) -> Event | None:
-        """Move on to an event; return None when that would be back."""
+        """Move to an event, and return it. None: its seq is not after the position."""
         if event.seq <= self.position:
             again = "a second time, " if event.seq == self._edge else ""
             self._wrong(Kind.ORDER, f"seq {event.seq} came {again}after {self.position}")
@@ -198,7 +199,7 @@ class Continuity:
         floor = news.get("floor")
         if news.get("name") != "OutdatedCursor" or type(floor) is not int:
             return None
-        # What lies below is no hole: the server says that it is gone.
+        # The seqs below the floor are not a hole: the server says that it deleted them.
         floor = min(floor, SEQ_MAX)
         self._edge = max(self._edge, floor - 1)
         return floor

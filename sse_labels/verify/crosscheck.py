@@ -1,12 +1,13 @@
-"""The second reading: is what came all that there is, and is nothing in the holes.
+"""The second reading: checks that the stream brought every label, and that holes are empty.
 
-Promises: the stream is compared with queryLabels page by page, so memory does not grow with it; a
-label that one has and the other has not, below what both have passed, is found, unless it was
-deleted or replaced meanwhile.
-Does not belong here: HTTP (`queries`, `readings`).
+Promises: the stream is compared with queryLabels page by page, so memory does not grow with the
+stream. Up to the seq that both have passed, a label that only one of them has is found, unless the
+label was deleted or replaced meanwhile.
+Does not belong here: HTTP (`queries`, `stream`).
 
-queryLabels gives no seqs, but the cursor behind a page says how far it reaches: both readings have
-the same labels up to there. Where they differ, both are read again before something is called lost.
+queryLabels returns no seqs, but the cursor of a page is the seq up to which the page reaches. Up to
+that seq both must have the same labels. If they differ, both are read again before a label counts
+as lost.
 """
 
 from __future__ import annotations
@@ -21,42 +22,42 @@ from sse_labels.protocol.formats import shown
 from sse_labels.verify.continuity import Event, Hole
 from sse_labels.verify.findings import SHOWN_MAX, Findings, Kind
 
-#: The most that queryLabels gives at once (its lexicon).
+#: The most labels in one answer of queryLabels (its lexicon).
 PAGE_LABELS = 250
-#: Labels that queryLabels may have beyond those of the stream; then the rest is not compared.
+#: How many more labels than the stream queryLabels may have. Above this the rest is not compared.
 MORE_MAX_LABELS = 1000
-#: Answers to compare with one page of the stream; a filter that hides much makes many empty ones.
+#: The most answers for one page of the stream. With a strict filter many answers are empty.
 ANSWERS_MAX = 10_000
-#: Pages that differ; after so many the rest is not compared any more.
+#: After this many differing pages the rest is not compared.
 DIFFERING_MAX_PAGES = SHOWN_MAX
-#: Another process may be behind, and a row that was moved not yet settled: looked at again after
-#: so many seconds each. Servers look at their table at least each second, unless told otherwise.
+#: The waits before each new reading of a differing page. Another process may be behind, and a
+#: moved row may not be settled yet. By default a server reads its table at least once a second.
 LOOKS_AFTER_SECONDS = (0.0, 0.25, 0.75, 2.0)
 
 
 class NotCompared(SseLabelsError):
-    """There is no second reading; the message says why."""
+    """The second reading is not possible. The message is the reason."""
 
 
 class QueryPage(NamedTuple):
-    """One answer of queryLabels; it may hold few labels, or none, and a cursor all the same."""
+    """One answer of queryLabels. It may have few labels, or none, and still a cursor."""
 
     labels: Sequence[Any]
-    #: The seq that it reaches up to; None where there is no more.
+    #: The seq up to which the answer reaches. None: it is the last one.
     cursor: int | None
 
 
 class Again(NamedTuple):
-    """A part of the stream, read again."""
+    """A part of the stream that was read again."""
 
     events: list[Event]
-    #: False where rows may move to new ids, as in Ozone's table: the old one may still be in the
-    #: server's memory.
+    #: False: rows may move to new ids, as in Ozone's table. Then the server's memory may still
+    #: hold the event with the old id.
     keeps_rows: bool
 
 
 class CrossCheck:
-    """Compares what the stream brings with queryLabels, as it comes."""
+    """Compares the events of a stream with queryLabels, page by page."""
 
     def __init__(
         self,
@@ -66,8 +67,9 @@ class CrossCheck:
         findings: Findings,
         wait: Callable[[float], None],
     ) -> None:
-        """`query(cursor, limit)` asks queryLabels, `again(cursor, until)` opens the stream once
-        more; both raise NotCompared.
+        """`query(cursor, limit)` asks queryLabels. `again(cursor, until)` reads the stream again.
+
+        Both raise NotCompared.
         """
         self._cursor = cursor
         self._query = query
@@ -76,34 +78,34 @@ class CrossCheck:
         self._wait = wait
         self._held: list[Event] = []
         self._differing = 0
-        #: Labels that both readings have.
+        #: The number of labels that both have.
         self.same = 0
-        #: Labels of the stream that were deleted, or replaced by newer ones, since.
+        #: The number of labels that were deleted or replaced after the stream had sent them.
         self.gone = 0
-        #: Why nothing more is compared.
+        #: The reason why the comparison stopped.
         self.ended: str | None = None
-        #: Holes that were read again, and why no more of them.
+        #: The number of holes that were read again, and the reason why no more are read.
         self.holes_read = 0
         self.holes_ended: str | None = None
 
     def take(self, event: Event) -> None:
-        """Take the next event."""
+        """Keep the next event until its page is compared."""
         if self.ended is None:
             self._held.append(event)
 
     def compare_when_full(self) -> None:
-        """Compare what is held once it is a page."""
+        """Compare the kept events when they fill a page."""
         if len(self._held) >= PAGE_LABELS:
             self.compare(self._held[-1].seq)
 
     def skip(self, floor: int) -> None:
-        """Go on from the floor: what lies below may be deleted at any time."""
+        """Continue from the floor: labels below the floor may be deleted at any time."""
         if self._held:
             self.compare(self._held[-1].seq)
         self._cursor = max(self._cursor, floor - 1)
 
     def compare(self, until: int) -> None:
-        """Compare what is held with all that queryLabels has up to `until`."""
+        """Compare the kept events with all labels of queryLabels up to `until`."""
         if self.ended is not None:
             return
         try:
@@ -126,7 +128,7 @@ class CrossCheck:
             raise NotCompared(f"{self._differing} pages differ, the rest was not compared")
 
     def _labels(self, until: int, expected: int) -> tuple[list[Any], int]:
-        """Return what queryLabels has up to `until`, or up to the seq that it returns."""
+        """Return the labels of queryLabels, and the seq up to which they reach, at most `until`."""
         found: list[Any] = []
         cursor = self._cursor
         for _ in range(ANSWERS_MAX):
@@ -142,7 +144,7 @@ class CrossCheck:
         raise NotCompared(f"queryLabels did not get to seq {until} in {ANSWERS_MAX} answers")
 
     def _next(self, cursor: int, count: int) -> list[Any]:
-        """Return `count` labels after `cursor`, fewer only at the end."""
+        """Return at least `count` labels after `cursor`, or all that exist."""
         found: list[Any] = []
         for _ in range(ANSWERS_MAX):
             if len(found) >= count:
@@ -155,14 +157,14 @@ class CrossCheck:
         return found
 
     def _differ(self, held: Sequence[Event], until: int) -> None:
-        """Read both again, more than once, before something is missing."""
+        """Read both again, up to several times, before a label counts as lost."""
         for seconds in LOOKS_AFTER_SECONDS:
             self._wait(seconds)
             again = self._again(self._cursor, until)
             found, _ = self._labels(until, len(held))
             outcome = Outcome(held, again.events, found)
             missing = outcome.missing if again.keeps_rows else []
-            # What the query has and the stream has not will not come any more.
+            # Waiting helps only queryLabels. The stream does not send a lost label later.
             if not missing or self._findings.total > SHOWN_MAX:
                 break
         self.same += outcome.same
@@ -179,7 +181,7 @@ class CrossCheck:
         self._differing += bool(wrong)
 
     def read_holes(self, holes: Sequence[Hole]) -> None:
-        """Open the stream before each hole, and see that nothing is in it."""
+        """Read the stream again in each hole, and check that the hole is empty."""
         for hole in holes:
             try:
                 found = self._again(hole.after, hole.until).events
@@ -193,18 +195,18 @@ class CrossCheck:
 
 
 class Outcome:
-    """How the stream, read twice, and queryLabels differ in one page."""
+    """The differences between the stream, which was read twice, and queryLabels in one page."""
 
     def __init__(self, held: Sequence[Event], again: Sequence[Event], found: Sequence[Any]) -> None:
         self.same = 0
-        #: In queryLabels alone, in the stream alone, and different in both.
+        #: Labels only in queryLabels, events only in the stream, and events that differ.
         self.lost: list[tuple[int | None, Any]] = []
         self.missing: list[Event] = []
         self.altered: list[Event] = []
         self._again = dict(again)
-        #: What the stream does not have any more.
+        #: Events that the stream no longer has.
         self.gone = [event for event in held if event.seq not in self._again]
-        # What the first reading of it had not.
+        # Events that only the second reading of the stream has.
         self._more = [e for e in again if e.seq not in {event.seq for event in held}]
         kept = [event for event in held if event.seq in self._again]
         texts = [_text(event.label) for event in kept], [_text(label) for label in found]
@@ -228,7 +230,7 @@ class Outcome:
             else:
                 self.missing.append(event)
         for label in theirs:
-            # Another process may not have heard yet that it is deleted.
+            # Another process may not know yet that the label is deleted.
             if _taken(self.gone, label) is not None:
                 self.same += 1
             else:
@@ -236,7 +238,7 @@ class Outcome:
 
 
 def _taken(events: list[Event], label: Any) -> Event | None:
-    """Take out the first event with this label."""
+    """Remove and return the first event with this label. None: there is no such event."""
     for event in events:
         if event.label == label:
             events.remove(event)
@@ -245,7 +247,7 @@ def _taken(events: list[Event], label: Any) -> Event | None:
 
 
 def labels_before(later: Sequence[Any], labels: Sequence[Any]) -> Sequence[Any]:
-    """Return the labels of a page without those at its end that `later` begins with."""
+    """Return the labels of a page without its last labels, if `later` begins with these."""
     for count in range(len(labels)):
         if labels[count:] == later[: len(labels) - count]:
             return labels[:count]
@@ -253,10 +255,10 @@ def labels_before(later: Sequence[Any], labels: Sequence[Any]) -> Sequence[Any]:
 
 
 def signed_since(before: Any, after: Any) -> bool:
-    """Say whether a label only got its signature in between: Ozone may sign later, in place."""
+    """Return whether `after` is `before` with a signature: Ozone may sign a stored row later."""
     if not isinstance(before, dict) or not isinstance(after, dict) or "sig" in before:
         return False
-    # A negation that is false is written only beside a signature that covers it.
+    # `neg: false` is written only in a label whose signature covers it.
     without = {
         name: value
         for name, value in after.items()
@@ -266,7 +268,7 @@ def signed_since(before: Any, after: Any) -> bool:
 
 
 def named(event: tuple[int | None, Any]) -> str:
-    """Return how a finding names an event; queryLabels does not tell the seq."""
+    """Return the name of an event in a finding. A label of queryLabels has no seq."""
     seq, label = event
     what = ""
     if isinstance(label, dict) and "uri" in label:

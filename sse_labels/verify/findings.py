@@ -1,8 +1,8 @@
-"""What is wrong with a stream: findings, and how many there are of each kind.
+"""The errors found in a stream, and their number by kind.
 
-Promises: the first few of each kind are kept in words, all are counted, so that a stream of
-nothing but faults takes no memory.
-Does not belong here: what is a fault (`continuity`, `crosscheck`); how it is printed (`report`).
+Promises: the text of the first findings of each kind is kept, and all findings are counted. So a
+stream with many errors needs little memory.
+Does not belong here: the checks (`continuity`, `crosscheck`), printing (`report`).
 """
 
 from __future__ import annotations
@@ -10,44 +10,44 @@ from __future__ import annotations
 from collections import Counter
 from enum import StrEnum
 
-#: Findings of a kind that are kept in words.
+#: The most findings of a kind whose text is kept.
 SHOWN_MAX = 20
-#: Events that are out of order, or none at all, after which a stream has nothing more to say: one
-#: that goes in circles would be read for ever.
+#: After this many wrong events the verification stops: a stream that repeats itself would be read
+#: forever.
 HOPELESS = 1000
 
 
 class Kind(StrEnum):
-    """What was broken; the words are those of the output."""
+    """The kind of a finding. The values are those of the output."""
 
     #: A seq came a second time, or after a larger one.
     ORDER = "order"
-    #: An event or a message is not what the stream's description says.
+    #: An event or a message does not have the documented format.
     EVENT = "event"
     #: A label breaks the lexicon.
     MALFORMED = "malformed"
     #: A signature is not its source's.
     SIGNATURE = "signature"
-    #: One reading has a label that the other has not.
+    #: Only one of two readings has a label.
     LOST = "lost"
     #: Two readings have different labels under one seq.
     ALTERED = "altered"
-    #: The stream could not be read to its end, or became another one.
+    #: The stream could not be read to its end, or its epoch changed.
     STREAM = "stream"
 
 
 class Findings:
-    """All that was found wrong."""
+    """All findings of one verification."""
 
     def __init__(self) -> None:
         self.counts: Counter[Kind] = Counter()
-        #: The first of each kind, in the order in which they were found.
+        #: The first findings of each kind, in the order in which they were found.
         self.shown: list[tuple[Kind, str]] = []
-        #: Whether reading on is of no use.
+        #: Whether more reading is useless.
         self.hopeless = False
 
     def add(self, kind: Kind, text: str) -> None:
-        """Count a finding, and keep what it says while there are few."""
+        """Count a finding, and keep its text while there are few of its kind."""
         self.counts[kind] += 1
         self.hopeless = self.counts[Kind.ORDER] + self.counts[Kind.EVENT] >= HOPELESS
         if self.counts[kind] <= SHOWN_MAX:
@@ -55,5 +55,5 @@ class Findings:
 
     @property
     def total(self) -> int:
-        """How many there are of all kinds."""
+        """The number of findings of all kinds."""
         return self.counts.total()

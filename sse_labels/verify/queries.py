@@ -1,7 +1,7 @@
-"""queryLabels of the server that a stream comes from.
+"""Asks queryLabels of the server whose stream is verified.
 
-Promises: an answer is a page of labels whose cursor is ahead of the one that was asked for, or
-`NotCompared` says why there is none.
+Promises: an answer is a page of labels whose cursor is after the requested one. Otherwise
+`NotCompared` names the reason.
 Does not belong here: comparing (`crosscheck`).
 """
 
@@ -12,14 +12,14 @@ import time
 import httpx
 
 from sse_labels.client.answers import asking, object_in, place_of, refusal
-from sse_labels.client.retries import Lost, Patience, Refused
+from sse_labels.client.retries import Lost, Refused, Retries
 from sse_labels.protocol.seq import number_in
 from sse_labels.verify.crosscheck import NotCompared, QueryPage
 
 NAME = "com.atproto.label.queryLabels"
-#: A page of the longest labels is 3 MB.
+#: A page of the longest labels has 3 MB.
 PAGE_MAX_BYTES = 16 * 1024**2
-#: What a stream is asked for and a query is not.
+#: Parameters of the stream that a query does not get.
 NO_PARAMETERS = ("cursor", "epoch", "limit")
 
 
@@ -33,14 +33,14 @@ class LabelQueries:
         self.retry_seconds = retry_seconds
 
     def page(self, cursor: int, limit: int) -> QueryPage:
-        """Return at most `limit` labels after `cursor`, as often as it takes; raise NotCompared."""
-        patience = Patience(self.retry_seconds)
+        """Return at most `limit` labels after `cursor`, with retries. Raises NotCompared."""
+        retries = Retries(self.retry_seconds)
         try:
             while True:
                 try:
                     return self._once(cursor, limit)
                 except Lost as lost:
-                    time.sleep(patience.wait_seconds(lost))
+                    time.sleep(retries.wait_seconds(lost))
         except Refused as error:
             raise NotCompared(str(error)) from None
 
@@ -58,17 +58,17 @@ class LabelQueries:
         labels = None if said is None else said.get("labels")
         if said is None or not isinstance(labels, list) or len(labels) > limit:
             raise NotCompared(f"{self._place} does not answer as its lexicon says")
-        told = said.get("cursor")
-        if told is None:
+        given = said.get("cursor")
+        if given is None:
             return QueryPage(labels, None)
-        behind = number_in(told) if isinstance(told, str) else None
-        if behind is None or behind <= cursor:
-            raise NotCompared(f"{self._place}: the cursor behind {cursor} is {str(told)[:60]!r}")
-        return QueryPage(labels, behind)
+        following = number_in(given) if isinstance(given, str) else None
+        if following is None or following <= cursor:
+            raise NotCompared(f"{self._place}: the cursor after {cursor} is {str(given)[:60]!r}")
+        return QueryPage(labels, following)
 
 
 def query_url(stream: httpx.URL) -> httpx.URL:
-    """Return where queryLabels is, with the filters of a stream: every URI unless it says."""
+    """Return the URL of queryLabels with the stream's filters. Without uriPatterns: every URI."""
     folder, _, name = stream.path.rpartition("/")
     if name == "stream":
         folder += "/xrpc"

@@ -1,8 +1,8 @@
-"""What is wanted, and what was read and found, for a person and for a machine.
+"""The settings of a verification, and its report, as lines for a person or as JSON.
 
-Promises: a few aligned lines, or one object; no line is longer for a longer stream, and whatever
-a server sent is printable.
-Does not belong here: judging; where it is printed (`cli.verify`).
+Promises: the lines are few and aligned, and their length does not grow with the stream. Text from
+a server is printable.
+Does not belong here: the checks, and printing (`cli.verify`).
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from sse_labels.verify.continuity import HOLES_MAX, OTHER_SOURCES, Continuity
 from sse_labels.verify.crosscheck import CrossCheck
 from sse_labels.verify.findings import Findings
 
-#: Parameters that hide labels, which leaves holes.
+#: Parameters that hide labels. Hidden labels leave holes.
 FILTERS = ("sources", "uriPatterns", "values")
-#: Time between two lines that say how far it is.
+#: The time between two lines about the progress.
 PROGRESS_SECONDS = 10.0
-#: As wide as the longest name of a line.
+#: The width of the longest name of a line.
 NAME_COLUMNS = 13
-#: Sources that are shown in lines; in JSON are more.
+#: The most sources in the lines. The JSON has more.
 SOURCES_SHOWN = 20
 
 
 class Wanted(NamedTuple):
-    """What is to be verified, and how."""
+    """What to verify, and how."""
 
     url: httpx.URL
     cursor: int
@@ -43,7 +43,7 @@ class Wanted(NamedTuple):
     quiet_seconds: float
     retry_seconds: float
     tls: ssl.SSLContext
-    #: Tells the person at the terminal something.
+    #: Prints a line for the person at the terminal.
     say: Callable[[str], None]
 
     @property
@@ -53,7 +53,7 @@ class Wanted(NamedTuple):
 
 
 class Report:
-    """The outcome of one run, which fills it."""
+    """The outcome of one run. The run fills it."""
 
     def __init__(self, wanted: Wanted) -> None:
         self.wanted = wanted
@@ -73,7 +73,7 @@ class Report:
 
     @property
     def cut_short(self) -> bool:
-        """Whether it was interrupted before it had read what it was to read."""
+        """Whether the run was interrupted before its end."""
         below = self.head is not None and self.continuity.position < self.head
         return self.interrupted and (below or not self.wanted.follow)
 
@@ -104,14 +104,14 @@ class Report:
         yield "signatures", self._signatures()
         for source, counts in self._sources()[:SOURCES_SHOWN]:
             name = source if source == OTHER_SOURCES else shown(source).strip("'")
-            words = ", ".join(f"{count} {verdict.value}" for verdict, count in counts if count)
-            yield "", f"{name}: {words}"
+            text = ", ".join(f"{count} {verdict.value}" for verdict, count in counts if count)
+            yield "", f"{name}: {text}"
         if (more := len(seen.signatures) - SOURCES_SHOWN) > 0:
             yield "", f"and {more} more sources"
         yield from self.findings.shown
-        told = self.findings.total - len(self.findings.shown)
-        if told > 0:
-            yield "", f"and {told} more"
+        not_shown = self.findings.total - len(self.findings.shown)
+        if not_shown > 0:
+            yield "", f"and {not_shown} more"
 
     def _events(self) -> str:
         seen = self.continuity
@@ -151,7 +151,7 @@ class Report:
 
     def _signatures(self) -> str:
         if self.wanted.keys is None:
-            return "not checked, no --source-keys-file: those that are there count as unknown"
+            return "not checked, no --source-keys-file: all signatures count as unknown"
         totals = dict.fromkeys(Verdict, 0)
         for counts in self.continuity.signatures.values():
             for verdict, count in counts.items():
@@ -159,13 +159,13 @@ class Report:
         return ", ".join(f"{count} {verdict.value}" for verdict, count in totals.items())
 
     def _sources(self) -> list[tuple[str, list[tuple[Verdict, int]]]]:
-        """Return the counts of each source, those with the most labels first."""
+        """Return the counts of each source, the source with the most labels first."""
         found = self.continuity.signatures.items()
         by_labels = sorted(found, key=lambda item: -sum(item[1].values()))
         return [(source, list(counts.items())) for source, counts in by_labels]
 
     def as_json(self) -> dict[str, Any]:
-        """Return all of it as one object."""
+        """Return the report as one JSON object."""
         seen, check = self.continuity, self.crosscheck
         return {
             "url": self.place,
@@ -203,32 +203,32 @@ class Report:
 
 
 class Progress:
-    """Says how far it is, from time to time."""
+    """Prints the position from time to time."""
 
     def __init__(self, continuity: Continuity, say: Callable[[str], None]) -> None:
         self._continuity = continuity
         self._say = say
         self._position = continuity.position
-        self._told = self.advanced = time.monotonic()
+        self._printed = self.advanced = time.monotonic()
 
     def silent_seconds(self) -> float:
-        """Return for how long the position has not moved."""
+        """Return how long the position has not moved. Prints the position when a line is due."""
         now = time.monotonic()
         if self._continuity.position != self._position:
             self._position = self._continuity.position
             self.advanced = now
-        if now - self._told > PROGRESS_SECONDS:
-            self._told = now
+        if now - self._printed > PROGRESS_SECONDS:
+            self._printed = now
             self._say(f"read up to seq {self._position}")
         return now - self.advanced
 
 
 def why_not(wanted: Wanted) -> str:
-    """Return why there is no second reading, or nothing when there is one."""
+    """Return why there is no second reading. Empty: there is one."""
     if wanted.url.scheme in ("ws", "wss"):
         return "a WebSocket has no second reading"
     if not wanted.cross_check:
         return "--no-cross-check"
     if "snapshot" in wanted.url.params:
-        return "a snapshot is a state, and changes"
+        return "a snapshot changes with the state"
     return ""

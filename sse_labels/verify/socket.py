@@ -1,8 +1,8 @@
-"""Verifying `subscribeLabels` of any labeler over a WebSocket.
+"""Verifies `subscribeLabels` of any labeler over a WebSocket.
 
-Promises: nothing that a server sends is an error of ours or takes more memory than a message.
-Does not belong here: what is right and wrong (`continuity`); the socket (`client`); a second
-reading: the lexicon promises none.
+Promises: no input of a server causes an exception, and memory is bounded by one message.
+There is no second reading, because the lexicon promises none.
+Does not belong here: the checks (`continuity`), the socket (`client`).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from sse_labels.client.retries import (
     BEGAN_ANEW,
     TOKEN_HINT,
     Lost,
-    Patience,
     Refused,
+    Retries,
     Unavailable,
 )
 from sse_labels.protocol.formats import expires_at
@@ -37,20 +37,20 @@ class SocketRun:
         self._wanted = wanted
         self._report = report = Report(wanted)
         self._findings, self._continuity = report.findings, report.continuity
-        self._patience = Patience(wanted.retry_seconds)
+        self._retries = Retries(wanted.retry_seconds)
         self._reached = False
         self._reading: asyncio.Task[None] | None = None
         self._begun = time.time()
-        #: The newest seq when it began; sse-labels tells it, the lexicon does not.
+        #: The newest seq at the begin. Only sse-labels sends it, the lexicon has no such field.
         self._head: int | None = None
         self._live = False
         self._progress = Progress(report.continuity, wanted.say)
 
     async def run(self) -> Report:
-        """Read history, or until `stop`; raise Refused when nobody ever answered.
+        """Read history, or until `stop`. Raises Refused when the server never answered.
 
-        History ends at the head where one is told, else with a label that was made since it began,
-        or when all is quiet.
+        History ends at the head if the server sends one. Otherwise it ends with a label made after
+        the begin of this run, or after `quiet_seconds` without a message.
         """
         self._reading = asyncio.create_task(self._read(), name="reading a subscription")
         try:
@@ -66,7 +66,7 @@ class SocketRun:
         return self._report
 
     def stop(self) -> None:
-        """End it; a message is taken in one step and not cut."""
+        """End the run. The cancellation comes between two messages."""
         self._report.interrupted = True
         if self._reading is not None:
             self._reading.cancel()
@@ -86,23 +86,23 @@ class SocketRun:
                     return await self._connection(socket)
             except Lost as error:
                 if not self._reached and not isinstance(error, Unavailable):
-                    # An address that is wrong does not mend by waiting.
+                    # Waiting does not fix a wrong address.
                     raise Refused(str(error)) from None
                 if self._continuity.position != position:
-                    self._patience.progress()
-                wait = self._patience.wait_seconds(error)
+                    self._retries.progress()
+                wait = self._retries.wait_seconds(error)
                 where = f"after seq {self._continuity.position}"
                 wanted.say(f"{error}; reconnecting {where} in {wait:.1f} s")
             await asyncio.sleep(wait)
 
     async def _connection(self, socket: LabelSocket) -> None:
-        """Read one socket until history is over; raise Lost or Refused."""
+        """Read one socket until the end of history. Raises Lost or Refused."""
         if self._reached:
             self._continuity.reconnects += 1
         else:
             self._reached = True
             self._head = number_in(socket.headers.get("Sse-Labels-Head", ""))
-        self._patience.opened()
+        self._retries.opened()
         self._live = self._at_head()
         heard = asyncio.get_running_loop().time()
         while self._wanted.follow or not self._live:
@@ -137,7 +137,7 @@ class SocketRun:
         return self._head is not None and self._continuity.position >= self._head
 
     def _is_new(self, body: Mapping[str, Any]) -> bool:
-        """Say whether a label was made since this began; one from the future was not."""
+        """Return whether a label was made after this run began, and not in the future."""
         labels = body.get("labels")
         made = [each.get("cts") for each in labels if isinstance(each, dict)] if labels else []
         times = [expires_at(cts) for cts in made if isinstance(cts, str)]

@@ -1,8 +1,9 @@
-"""Verifying an event stream: it is read from its cursor to its head, or until told to stop.
+"""Verifies an event stream: reads it from its cursor to its head, or until `stop`.
 
-Promises: nothing that a server sends is an error of ours, or keeps us for ever below its head; the
-first reading may be ended at any time, and what was read by then is judged whole.
-Does not belong here: what is right and wrong (`continuity`, `crosscheck`); connections (`client`).
+Promises: no input of a server causes an exception, or keeps the verification below the head
+forever. The first reading may be stopped at any time, and all events read until then are checked
+completely.
+Does not belong here: the checks (`continuity`, `crosscheck`), connections (`client`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import httpx
 from sse_labels.client.answers import object_in
 from sse_labels.client.event_reader import SILENCE_SECONDS, EventReader, Opened, client_of
 from sse_labels.client.event_stream import Block
-from sse_labels.client.retries import Patience, Refused
+from sse_labels.client.retries import Refused, Retries
 from sse_labels.protocol.seq import number_in
 from sse_labels.verify.continuity import Event
 from sse_labels.verify.crosscheck import (
@@ -30,7 +31,7 @@ from sse_labels.verify.findings import Kind
 from sse_labels.verify.queries import LabelQueries
 from sse_labels.verify.report import Progress, Report, Wanted
 
-#: Events of a part that is read again: more than there are labels to compare it with.
+#: The most events of a part that is read again: more than the labels it is compared with.
 AGAIN_MAX_EVENTS = 2 * (PAGE_LABELS + MORE_MAX_LABELS)
 
 
@@ -43,8 +44,8 @@ class StreamRun:
         self._report = report = Report(wanted)
         self._findings, self._continuity = report.findings, report.continuity
         self._client = client_of(wanted.token, wanted.tls)
-        patience = Patience(wanted.retry_seconds)
-        self._reader = EventReader(self._client, wanted.url, wanted.cursor, patience, wanted.say)
+        retries = Retries(wanted.retry_seconds)
+        self._reader = EventReader(self._client, wanted.url, wanted.cursor, retries, wanted.say)
         self._again = StreamAgain(self._client, wanted.url, wanted.retry_seconds)
         self._queries = LabelQueries(self._client, wanted.url, wanted.retry_seconds)
         if not report.not_compared:
@@ -58,7 +59,7 @@ class StreamRun:
         self._progress = Progress(report.continuity, wanted.say)
 
     def run(self) -> Report:
-        """Read, read again, and return the report; raise Refused when there never was a stream."""
+        """Do both readings, and return the report. Raises Refused when no stream ever opened."""
         report, crosscheck = self._report, self._report.crosscheck
         with self._client:
             try:
@@ -72,14 +73,14 @@ class StreamRun:
             if crosscheck is not None:
                 crosscheck.compare(report.continuity.position)
                 if not (report.interrupted and crosscheck.ended):
-                    # Else whoever stopped it would wait again.
+                    # Not after an interrupt with a failed comparison: the user would wait again.
                     crosscheck.read_holes(report.continuity.holes)
         return report
 
     def stop(self) -> None:
-        """End the first reading, but not in the midst of an event; to be called by a signal, once.
+        """End the first reading after the current event. A signal handler calls this once.
 
-        What it has read is still compared, and for that no server is waited for.
+        The events read so far are still compared, without waiting for a server.
         """
         self._again.retry_seconds = self._queries.retry_seconds = 0.0
         self._report.interrupted = True
@@ -101,7 +102,7 @@ class StreamRun:
     def _opened(self, opened: Opened) -> None:
         if self._epoch is None:
             if opened.head is None and not self._follow:
-                raise Refused(f"{self._reader.place} does not tell its head (no Sse-Labels-Head)")
+                raise Refused(f"{self._reader.place} does not send its head (no Sse-Labels-Head)")
             self._report.head, self._epoch = opened.head, opened.epoch
         else:
             self._continuity.reconnects += 1
@@ -155,7 +156,7 @@ class StreamRun:
 
 
 class StreamAgain:
-    """Reads parts of the same stream again."""
+    """Reads parts of the stream again."""
 
     def __init__(self, client: httpx.Client, url: httpx.URL, retry_seconds: float) -> None:
         self._client = client
@@ -163,11 +164,11 @@ class StreamAgain:
         self.retry_seconds = retry_seconds
 
     def after(self, cursor: int, until: int) -> Again:
-        """Return what is in `(cursor, until]`, the first events if there are many."""
+        """Return the events in `(cursor, until]`, or the first `AGAIN_MAX_EVENTS` of them."""
         events: list[Event] = []
         epoch = ""
         deadline = time.monotonic() + SILENCE_SECONDS
-        reader = EventReader(self._client, self._url, cursor, Patience(self.retry_seconds))
+        reader = EventReader(self._client, self._url, cursor, Retries(self.retry_seconds))
         try:
             with closing(iter(reader)) as blocks:
                 for block in blocks:
@@ -187,6 +188,6 @@ class StreamAgain:
 
 
 def label_in(data: str) -> Any:
-    """Return the label of an event, or what stands in its place."""
+    """Return the label of an event, or the value in its place."""
     labels = (object_in(data) or {}).get("labels")
     return labels[0] if isinstance(labels, list) and len(labels) == 1 else labels

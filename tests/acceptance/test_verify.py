@@ -606,7 +606,7 @@ def test_a_connection_that_is_cut_is_made_anew_after_the_last_id() -> None:
         (404, {"error": "NotFound", "message": "Not Found"}, "answered 404, NotFound: Not Found"),
         (403, b"<html>no", "answered 403, Forbidden"),
         (200, b"<html>yes", "does not answer as its lexicon says"),
-        (200, {"labels": [], "cursor": "0"}, "the cursor behind 0 is '0'"),
+        (200, {"labels": [], "cursor": "0"}, "the cursor after 0 is '0'"),
         (200, {"labels": [label(n) for n in range(9)]}, "does not answer as its lexicon says"),
     ],
 )
@@ -639,7 +639,7 @@ def test_one_reading_is_enough_if_one_says_so() -> None:
     [
         (Odd([], headers={"Content-Type": "text/html"}), "is no event stream: it answers with"),
         (Odd([], status=404), "answered 404, Not Found"),
-        (Odd([], headers={"Sse-Labels-Head": "?"}), "does not tell its head"),
+        (Odd([], headers={"Sse-Labels-Head": "?"}), "does not send its head"),
         (Odd([], status=302, headers={"Location": "/stream"}), "redirects"),
         (Odd([], status=302, headers={"Location": "http://a:b/"}), "Invalid URL in location"),
         (Odd([], headers={"Content-Encoding": "gzip"}), "Error -3 while decompressing"),

@@ -13,35 +13,35 @@ from sse_labels.client.retries import (
     HINT_MAX_SECONDS,
     STEADY_SECONDS,
     Lost,
-    Patience,
     Refused,
+    Retries,
     after_seconds,
 )
 
 
 def test_one_waits_as_long_as_one_wants_to() -> None:
     now = [0.0]
-    patience = Patience(10, lambda: now[0])
+    retries = Retries(10, lambda: now[0])
     waits = []
     with pytest.raises(Refused, match=r"^away; given up after \d+\.\d s of waiting$"):
-        waits.extend(patience.wait_seconds(Lost("away")) for _ in range(100))
+        waits.extend(retries.wait_seconds(Lost("away")) for _ in range(100))
     assert sum(waits) <= 10
     assert len(waits) >= 4
-    patience.progress()
-    assert patience.wait_seconds(Lost("away")) <= 0.5
+    retries.progress()
+    assert retries.wait_seconds(Lost("away")) <= 0.5
     with pytest.raises(Refused, match="it asks to wait 60 s"):
-        patience.wait_seconds(Lost("full", after_seconds=60))
+        retries.wait_seconds(Lost("full", after_seconds=60))
     # A connection that held for long was a good one.
-    patience.opened()
+    retries.opened()
     now[0] = STEADY_SECONDS + 1
-    assert patience.wait_seconds(Lost("away")) <= 0.5
+    assert retries.wait_seconds(Lost("away")) <= 0.5
 
 
 def test_who_waits_for_ever_follows_no_hint_for_longer_than_an_hour() -> None:
-    patience = Patience(None)
-    patience.hint_seconds = 60
-    assert 60 < patience.wait_seconds(Lost("full")) <= 61
-    wait = patience.wait_seconds(Lost("full", after_seconds=10**9))
+    retries = Retries(None)
+    retries.hint_seconds = 60
+    assert 60 < retries.wait_seconds(Lost("full")) <= 61
+    wait = retries.wait_seconds(Lost("full", after_seconds=10**9))
     assert HINT_MAX_SECONDS < wait <= HINT_MAX_SECONDS + 30
 
 
