@@ -51,7 +51,7 @@ unexport PYTHONPATH PYTHONHOME PIP_USER PIP_TARGET PIP_PREFIX PIP_REQUIRE_VIRTUA
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .SUFFIXES:
-.PHONY: help demo test system soak bench lint format clean FORCE
+.PHONY: help demo test system soak bench lint format lock clean FORCE
 
 ## What there is
 
@@ -152,24 +152,39 @@ $(DONE)/python: FORCE
 	echo "$$wanted" >$@
 
 # What pyproject.toml asks for, without the package itself: a change of the sources alone then
-# costs one second. Wheels are kept: test_wheel.py installs from them into an empty environment.
+# costs one second. What it runs on and is tested with is locked, with versions and hashes, so that
+# a year from now the same command passes; `make lock` makes the locks anew.
 requirements = $(BIN)/python -c 'import sys, tomllib; \
 	of = tomllib.load(open("pyproject.toml", "rb")); \
-	of["project"]["optional-dependencies"]["run"] = of["build-system"]["requires"] + of["project"]["dependencies"]; \
-	print(*of["project"]["optional-dependencies"][sys.argv[1]], sep="\n")'
+	extras = of["project"]["optional-dependencies"]; \
+	extras["run"] = of["build-system"]["requires"] + of["project"]["dependencies"]; \
+	extras["dev"] += extras["run"]; \
+	print(*extras[sys.argv[1]], sep="\n")'
+LOCKS := tests/python
 
-$(DONE)/run: $(DONE)/python pyproject.toml
-	@$(requirements) run >$@.wanted
-	@cmp -s $@.wanted $@.installed || { echo 'installing what it runs on'; \
-	  $(PIP) wheel -q -w $(WHEELS) -r $@.wanted && \
-	  $(PIP) install -q --no-index --find-links $(WHEELS) -r $@.wanted && mv $@.wanted $@.installed; }
+# Wheels are kept: test_wheel.py installs from them into an empty environment. One that was built
+# here has no hash of the lock, so the second step goes by versions.
+$(DONE)/run: $(DONE)/python $(LOCKS)/run.lock
+	@cmp -s $(LOCKS)/run.lock $@.installed || { echo 'installing what it runs on'; \
+	  $(PIP) wheel -q -w $(WHEELS) --require-hashes -r $(LOCKS)/run.lock && \
+	  sed -n 's/ *\\$$//; /^[a-z]/p' $(LOCKS)/run.lock >$@.wanted && \
+	  $(PIP) install -q --no-index --find-links $(WHEELS) -r $@.wanted && \
+	  cp $(LOCKS)/run.lock $@.installed; }
 	@touch $@
 
-$(DONE)/dev: $(DONE)/run
-	@$(requirements) dev >$@.wanted
-	@cmp -s $@.wanted $@.installed || { echo 'installing what it is tested with'; \
-	  $(PIP) install -q -r $@.wanted && mv $@.wanted $@.installed; }
+$(DONE)/dev: $(DONE)/run $(LOCKS)/dev.lock
+	@cmp -s $(LOCKS)/dev.lock $@.installed || { echo 'installing what it is tested with'; \
+	  $(PIP) install -q --require-hashes -r $(LOCKS)/dev.lock && cp $(LOCKS)/dev.lock $@.installed; }
 	@touch $@
+
+# For every Python that is supported; those of `run` are the same versions.
+lock: $(DONE)/python ## Lock what it runs on and is tested with at today's versions
+	@set -eu; tools=$(VENV)/lock; [ -x $$tools/bin/uv ] || { $(PYTHON) -m venv $$tools; $$tools/bin/pip install -q uv; }; \
+	for of in dev run; do \
+	  $(requirements) $$of >$(DONE)/$$of.in; also=''; [ $$of = dev ] || also='-c $(LOCKS)/dev.lock'; \
+	  $$tools/bin/uv pip compile -q --universal --python-version 3.11 --upgrade --generate-hashes \
+	    --no-header --no-annotate --no-emit-index-url $$also $(DONE)/$$of.in -o $(LOCKS)/$$of.lock; \
+	done
 
 $(DONE)/javascript: $(DONE)/dev $(JAVASCRIPT)/package-lock.json
 	@echo 'installing what the page is checked with'
