@@ -23,9 +23,7 @@ def test_it_finds_the_embedded_database_of_a_server_that_runs(tmp_path: Path) ->
     assert idle.process.returncode == 0
     lines = done.output.splitlines()
     assert lines[0].startswith("ok         connection: PostgreSQL ")
-    assert any(
-        line.startswith("ok         a label's way: a label took") for line in lines
-    )
+    assert any(line.startswith("ok         a label's way: a label took") for line in lines)
     assert lines[-1].endswith(" 0 failure, 2 unchecked")
     assert (done.process.returncode, done.errors) == (0, "")
     report = json.loads(told.output)
