@@ -75,11 +75,12 @@ class StreamAuth:
         }
         keys = [name for name, value in given.items() if value is not None]
         if len(keys) > 1:
-            raise ConfigError(keys[1], "(not shown)", f"none beside {keys[0]}: there is one key")
+            expected = f"nothing, because {keys[0]} already sets the key"
+            raise ConfigError(keys[1], "(not shown)", expected)
         if not keys:
             for name, value in (("--jwt-issuer", self._issuer), ("--jwt-audience", self._audience)):
                 if value is not None:
-                    raise ConfigError(name, value, f"one of {', '.join(given)} beside it")
+                    raise ConfigError(name, value, f"one of {', '.join(given)} too")
         if secret is not None:
             try:
                 key = parse_secret(secret.encode("utf-8", "surrogateescape"))

@@ -48,7 +48,7 @@ class HealthHandlers:
         elif not self._sequencer.following:
             reasons.append("the sequencer is not following: the database is away")
         elif not self._listener.listening.is_set():
-            reasons.append("notifications do not arrive: labels come by polling alone")
+            reasons.append("notifications do not arrive: labels come only by polling")
         if reasons:
             return error_response(NotReady("; ".join(reasons)))
         return json_response({"status": "ready", "head": self._sequencer.head})

@@ -594,10 +594,10 @@ class TestKeysThatCannotBeUsed:
 
     def test_there_is_one_key_or_none(self, key_file: KeyFile) -> None:
         file = key_file(pem(EC_KEY))
-        with pytest.raises(ConfigError, match="none beside --jwt-secret") as caught:
+        with pytest.raises(ConfigError, match="because --jwt-secret already") as caught:
             auth_of(jwt_secret=SECRET, jwt_key_file=file)
         assert SECRET not in str(caught.value)
-        with pytest.raises(ConfigError, match="none beside --jwt-secret-file"):
+        with pytest.raises(ConfigError, match="because --jwt-secret-file already"):
             auth_of(jwt_secret_file=file, jwt_key_file=file)
 
     def test_an_issuer_or_audience_without_a_key_protects_nothing_and_is_refused(self) -> None:
