@@ -7,15 +7,15 @@
  *     stream.addEventListener("labels", ({ detail }) => console.log(detail.events));
  *     stream.addEventListener("state", ({ detail }) => console.log(detail.name, detail.message));
  *
- * Promises: every label after the cursor that the filter lets through is handed over once and
- * in order, through lost connections, restarts, hidden tabs and slow ones; what it waits for is
- * always told. All tabs of a browser that read one stream share one connection, and one more
- * while some of them read history: a browser opens only six to a host over HTTP/1.1.
+ * Promises: every label after the cursor that passes the filter is dispatched once and in order,
+ * also after lost connections, restarts, and hidden or slow tabs. The `state` always says what the
+ * stream waits for. All tabs of a browser that read one stream share one connection, and a second
+ * one while some tabs read history: a browser opens only six connections to a host over HTTP/1.1.
  *
- * `EventSource` would do neither: it hides the status and the body of a refusal, and each tab
- * would have its own. So the stream is read by `fetch`, in a SharedWorker. Where there is none
- * (Chrome on Android, a page of another origin, a `token`), the page reads for itself, and rests
- * while it is hidden.
+ * `EventSource` does not suffice: it hides the status and the body of a refusal, and each tab
+ * would open its own connection. So `fetch` reads the stream, in a SharedWorker. Without a
+ * SharedWorker (Chrome on Android, a page of another origin, a `token`) each page reads by itself,
+ * and stops while it is hidden.
  *
  * From the page to the wire: LabelStream -> Hub -> Connection -> Parser (`reading/`).
  *
@@ -27,21 +27,21 @@ import { Reader, WORKER_NAME } from "./reading/hub.js";
 import { Memory, isSeq } from "./reading/memory.js";
 
 /**
- * One label, as in the lexicon `com.atproto.label.defs#label`; absent fields are left out.
+ * One label, as in the lexicon `com.atproto.label.defs#label`. Absent fields are left out.
  * @typedef {object} Label
  * @property {number} [ver]
  * @property {string} src  DID of the labeler
- * @property {string} uri  what is labeled: a record (at://…) or an account (did:…)
+ * @property {string} uri  the labeled record (at://…) or account (did:…)
  * @property {string} [cid]
  * @property {string} val
- * @property {boolean} [neg]  true: takes the label back
- * @property {string} cts  when it was made, RFC 3339
+ * @property {boolean} [neg]  true: negates the label
+ * @property {string} cts  when the label was made, RFC 3339
  * @property {string} [exp]
  * @property {{$bytes: string}} [sig]
  */
 /** @typedef {{seq: number, labels: Label[]}} LabelEvent */
 /**
- * Which labels pass: every part must agree, an empty part agrees with anything.
+ * Which labels pass. All three lists must match, and an empty list matches every label.
  * @typedef {object} Filter
  * @property {string[]} [sources]  DIDs
  * @property {string[]} [values]
@@ -51,70 +51,72 @@ import { Memory, isSeq } from "./reading/memory.js";
  * @typedef {"connecting" | "catching-up" | "live" | "reconnecting" | "too-slow" | "refused"
  *   | "resting" | "closed"} StateName
  *
- * - `connecting`    for the first time
- * - `catching-up`   labels come, and there are older ones still to come
+ * - `connecting`    the first connection is not open yet
+ * - `catching-up`   labels of the history come
  * - `live`          labels come as they are published
- * - `reconnecting`  the connection is gone, or the server has no place: it tries again by itself
- * - `too-slow`      this page read slower than labels came; it goes on by itself, nothing is lost
- * - `refused`       trying again would not help; `retry()` tries all the same
- * - `resting`       the page is hidden and has a connection of its own: it goes on when it is seen
- * - `closed`        by `close()`
+ * - `reconnecting`  the connection was lost, or the server is full: the stream retries by itself
+ * - `too-slow`      this page read slower than labels came; the stream continues by itself, and
+ *                   nothing is lost
+ * - `refused`       a retry would most likely fail; `retry()` retries anyway
+ * - `resting`       the page is hidden and has its own connection: it continues when it is visible
+ * - `closed`        `close()` was called
  */
 /**
  * @typedef {object} State
  * @property {StateName} name
  * @property {string} message  for people, in English
- * @property {string} [error]  the server's name for what is wrong, e.g. "TooManyConnections"
+ * @property {string} [error]  the server's name of the error, e.g. "TooManyConnections"
  * @property {number} [status]  HTTP status of a refusal
- * @property {number} [retryAt]  when it tries again, as `Date.now()`
- * @property {string} [notReady]  the stream is open, and why labels may not come all the same,
- *   such as a database that is away; with the option `health` alone
- * @property {number} [head]  newest seq that the server has told: when the connection opened, and
- *   with the option `health`
- * @property {string} [epoch]  the database's life; seqs of another one name other labels
+ * @property {number} [retryAt]  the time of the next try, as `Date.now()`
+ * @property {string} [notReady]  why labels may not come although the stream is open, such as a
+ *   database that is away; only with the option `health`
+ * @property {number} [head]  the newest seq that the server has sent: when the connection opened,
+ *   and later with the option `health`
+ * @property {string} [epoch]  the epoch of the database; in another epoch a seq is another label
  * @property {number} [readers]  how many streams in this browser share the connection
  */
-/** What happened to the stream although it goes on: OutdatedCursor, EpochChanged, …
+/** What happened to a stream that continues, such as OutdatedCursor or EpochChanged.
  * @typedef {{name: string, message: string, floor?: number}} News
  */
 /** @typedef {"now" | "everything" | "left-off" | number} From */
 /**
  * @typedef {object} Settings
- * @property {string | URL} [url]  of the stream; `/stream` beside this file if not given
- * @property {From} [from]  where to start: "now", "everything" that is kept, after a seq, or where
- *   `remember` left off (else "now")
- * @property {string} [remember]  name under which the cursor is kept in this browser's storage:
- *   the furthest that any stream of this name came to. With `from: "left-off"` it is "default"
- *   if not given, otherwise nothing is kept
- * @property {() => string | Promise<string>} [token]  gives a token for each connection. The
+ * @property {string | URL} [url]  of the stream; default: `stream` in the folder of this file
+ * @property {From} [from]  where to start: "now", "everything" that is kept, after a seq, or
+ *   "left-off": at the cursor of `remember` (without one: "now")
+ * @property {string} [remember]  the name under which the cursor is kept in this browser's
+ *   storage: the highest cursor of all streams with this name. The default is "default" with
+ *   `from: "left-off"`; otherwise no cursor is kept
+ * @property {() => string | Promise<string>} [token]  returns a token for each connection. The
  *   connection is then not shared with other tabs
- * @property {boolean} [background]  go on while the page is hidden, also when the connection is
- *   not shared
+ * @property {boolean} [background]  continue while the page is hidden, even when the connection
+ *   is not shared
  * @property {boolean} [health]  ask the server every 5 s whether it is ready, at `health/ready`
- *   beside the stream, once for all tabs and while the stream is open
- * @property {RequestCredentials} [credentials]  as in `fetch`: "include" sends cookies elsewhere
+ *   in the stream's folder, once for all tabs and while the stream is open
+ * @property {RequestCredentials} [credentials]  as in `fetch`: "include" also sends cookies to
+ *   other origins
  */
 /** @typedef {Settings & Filter} Options */
 export { filterOf, matches };
 
-/** The worker that tabs share. */
+/** The file of the worker that tabs share. */
 const WORKER_URL = new URL("reading/hub.js", import.meta.url);
-/** How long a hidden page keeps a connection of its own. */
+/** How long a hidden page keeps its own connection. */
 const REST_AFTER_MS = 5000;
 
 /**
  * A stream of labels. Dispatches
  *
- * - `labels`, with `detail: {events: LabelEvent[]}`: several at once when many come. Its cursor
- *   is kept after the listeners ran: labels that a page was shown last may come again if it dies
- *   in between.
+ * - `labels`, with `detail: {events: LabelEvent[]}`: several events at once when many come. The
+ *   cursor is kept after the listeners ran: after a crash of the page the last labels may come
+ *   again.
  * - `state`, with `detail: State`, whenever the state changes
  * - `news`, with `detail: News`
  */
 export class LabelStream extends EventTarget {
   /** @type {State} */
   state = { name: "connecting", message: "connecting …" };
-  /** Every label up to here was handed over, or hidden by the filter. @type {number | null} */
+  /** Every label up to this seq was dispatched, or hidden by the filter. @type {number | null} */
   position = null;
 
   /** @type {URL} */ #url;
@@ -125,15 +127,15 @@ export class LabelStream extends EventTarget {
   /** @type {string | null} */ #epoch = null;
   /** @type {MessagePort | null} */ #port = null;
   #shared = true;
-  /** Of a connection that is not shared. Kept, with when the server may be asked again, while the
-   * page rests. @type {Map<string, import("./reading/hub.js").Hub>} */
+  /** The hub of a connection that is not shared. It is kept while the page rests, because it holds
+   * the time of the next try. @type {Map<string, import("./reading/hub.js").Hub>} */
   #hubs = new Map();
   /** @type {ReturnType<typeof setTimeout> | undefined} */ #resting;
 
   /**
    * Open a stream.
    * @param {Options} [options]
-   * @throws {TypeError} when an option makes no sense
+   * @throws {TypeError} when an option is wrong
    */
   constructor(options = {}) {
     super();
@@ -154,30 +156,30 @@ export class LabelStream extends EventTarget {
       const left = this.#memory?.read();
       if (left) [this.position, this.#epoch] = [left.seq, left.epoch];
     }
-    addEventListener("pagehide", this.#leave);
-    addEventListener("pageshow", this.#comeBack);
-    document.addEventListener("visibilitychange", this.#look);
+    addEventListener("pagehide", this.#onPageHide);
+    addEventListener("pageshow", this.#onPageShow);
+    document.addEventListener("visibilitychange", this.#onVisibility);
     this.#subscribe();
   }
 
-  /** The URL that a reader without this file would use to read the same from here on. */
+  /** The URL of the same stream from the current position, for readers without this file. */
   get href() {
     return String(streamUrl(this.#url, this.position, null, this.#filter));
   }
 
-  /** Try again now, because a person wants it: not sooner than 0.5 s after the last try. */
+  /** Retry now, because a person wants it, but not sooner than 0.5 s after the last try. */
   retry() {
     if (this.state.name === "closed") return;
     if (this.#port) this.#port.postMessage({ type: "retry" });
     else this.#subscribe();
   }
 
-  /** End the stream; nothing is dispatched any more. */
+  /** End the stream. No event is dispatched after that. */
   close() {
     this.#unsubscribe();
-    removeEventListener("pagehide", this.#leave);
-    removeEventListener("pageshow", this.#comeBack);
-    document.removeEventListener("visibilitychange", this.#look);
+    removeEventListener("pagehide", this.#onPageHide);
+    removeEventListener("pageshow", this.#onPageShow);
+    document.removeEventListener("visibilitychange", this.#onVisibility);
     this.#memory?.write();
     this.state = { name: "closed", message: "closed" };
   }
@@ -185,7 +187,7 @@ export class LabelStream extends EventTarget {
   #subscribe() {
     if (this.#port) return;
     this.#port = this.#shared ? this.#sharedPort() : this.#ownPort();
-    this.#port.onmessage = ({ data }) => this.#hear(data);
+    this.#port.onmessage = ({ data }) => this.#receive(data);
     this.#port.postMessage({
       type: "subscribe",
       url: String(this.#url),
@@ -206,7 +208,7 @@ export class LabelStream extends EventTarget {
 
   #sharedPort() {
     const worker = new SharedWorker(WORKER_URL, { type: "module", name: WORKER_NAME });
-    // The file did not load, or the browser knows no modules in workers.
+    // The file did not load, or the browser does not support modules in workers.
     worker.onerror = () => {
       this.#unsubscribe();
       this.#shared = false;
@@ -222,27 +224,27 @@ export class LabelStream extends EventTarget {
   }
 
   /** @param {any} message  what the hub posts */
-  #hear(message) {
+  #receive(message) {
     const port = this.#port;
     if (message.type === "labels") {
-      if (message.events.length) this.#tell("labels", { events: message.events });
+      if (message.events.length) this.#dispatch("labels", { events: message.events });
       this.#moveTo(message.position);
     } else if (message.type === "state") {
       this.#epoch = message.state.epoch ?? this.#epoch;
       this.#setState(message.state);
     } else if (message.type === "news") {
-      if (message.news.name === "EpochChanged") this.#startAnew();
-      this.#tell("news", message.news);
+      if (message.news.name === "EpochChanged") this.#startAgain();
+      this.#dispatch("news", message.news);
     } else if (message.type === "gone") {
-      // This page was taken for dead, having been asleep.
+      // The page was asleep, and the hub removed it.
       this.#unsubscribe();
       this.#subscribe();
     }
     port?.postMessage({ type: "read", number: message.number });
   }
 
-  /** The seqs that are known name other labels now. */
-  #startAnew() {
+  /** Start again after the epoch changed: the known seqs are other labels now. */
+  #startAgain() {
     this.#unsubscribe();
     this.#memory?.forget();
     this.#epoch = null;
@@ -259,25 +261,25 @@ export class LabelStream extends EventTarget {
   /** @param {State} state */
   #setState(state) {
     this.state = state;
-    this.#tell("state", state);
+    this.#dispatch("state", state);
   }
 
   /** @param {string} type @param {object} detail */
-  #tell(type, detail) {
+  #dispatch(type, detail) {
     this.dispatchEvent(new CustomEvent(type, { detail }));
   }
 
-  #leave = () => {
+  #onPageHide = () => {
     this.#memory?.write();
     this.#unsubscribe();
   };
 
   /** @param {PageTransitionEvent} event */
-  #comeBack = (event) => {
+  #onPageShow = (event) => {
     if (event.persisted) this.#subscribe();
   };
 
-  #look = () => {
+  #onVisibility = () => {
     if (this.#shared || this.#options.background) return;
     clearTimeout(this.#resting);
     if (document.visibilityState === "visible") this.#subscribe();

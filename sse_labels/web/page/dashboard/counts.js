@@ -1,8 +1,8 @@
 // @ts-check
 /**
- * How many labels came by value, or by source.
+ * The number of labels by value, or by source.
  *
- * Promises: at most `KEYS_MAX` are told apart, whatever comes; the others are counted together.
+ * Promises: at most `KEYS_MAX` values have their own count. All others share one count.
  */
 
 import { element, shown } from "./document.js";
@@ -17,7 +17,7 @@ export class Counts {
 
   /**
    * @param {HTMLElement} list
-   * @param {(key: string) => void} choose  called when somebody wants to see one alone
+   * @param {(key: string) => void} choose  called when the user clicks a value
    */
   constructor(list, choose) {
     this.list = list;
@@ -42,7 +42,7 @@ export class Counts {
   }
 
   draw() {
-    // Nothing moves under whoever is about to press.
+    // Nothing moves under the pointer of a user who is about to click.
     if (!this.#changed || this.list.matches(":hover, :focus-within")) return;
     this.#changed = false;
     const all = [...this.#counts].sort((one, other) => other[1] - one[1]);

@@ -1,5 +1,5 @@
 // @ts-check
-/** One label with all that it says. */
+/** A dialog that shows one label with all its fields. */
 
 import { byId, element, on } from "./document.js";
 
@@ -27,7 +27,7 @@ export class Detail {
   constructor(narrow) {
     on("detail-close", "click", () => this.#dialog.close());
     this.#dialog.addEventListener("click", ({ target }) => {
-      // The backdrop is the dialog itself; what is in it has elements of its own.
+      // A click on the backdrop has the dialog as its target. A click inside has another element.
       if (target === this.#dialog) this.#dialog.close();
       const only = target instanceof HTMLElement ? target.dataset.only : undefined;
       if (!only || !this.#event) return;

@@ -1,7 +1,7 @@
 // @ts-check
-/** What all parts of the page ask the document for. */
+/** Access to the document's elements, for all parts of the page. */
 
-/** @param {string} id @returns {HTMLElement}  it must be there */
+/** @param {string} id @returns {HTMLElement}  the element must exist */
 export function byId(id) {
   const found = document.getElementById(id);
   if (!found) throw new Error(`no element has the id ${id}`);
@@ -23,7 +23,7 @@ export function on(id, type, listener) {
 }
 
 /**
- * A new element with text in it; text is never read as HTML.
+ * A new element with a text. The text is never parsed as HTML.
  * @param {string} tag
  * @param {string} className
  * @param {string} [text]

@@ -1,13 +1,13 @@
 // @ts-check
 /**
- * Position against head: how far what is shown lies behind what the server has.
+ * The position, the head, and the distance between them.
  */
 
 import { byId, input, shown } from "./document.js";
 
 export class Head {
   #head = 0;
-  /** Where what is left of history began. @type {number | null} */ #start = null;
+  /** The first position: the progress bar starts there. @type {number | null} */ #start = null;
 
   clear() {
     this.#start = null;

@@ -2,9 +2,9 @@
 /**
  * The list of labels, newest first.
  *
- * Promises: at most `ROWS_MAX` rows, whatever comes; nothing moves under whoever reads: while
- * somebody has scrolled down, has a row in focus, points at one or has paused, labels are held,
- * the newest `ROWS_MAX` of them.
+ * Promises: the list never has more than `ROWS_MAX` rows. Rows do not move while a user reads: new
+ * labels are held while the user has scrolled down, has a row in focus, points at a row or has
+ * paused the list. Only the newest `ROWS_MAX` labels are held.
  */
 
 import { byId, element, on, shown } from "./document.js";
@@ -12,14 +12,14 @@ import { byId, element, on, shown } from "./document.js";
 /** @typedef {import("../labels.js").LabelEvent} LabelEvent */
 
 const ROWS_MAX = 200;
-/** Rows are drawn so often at most: more often nobody could read. */
+/** How often rows are drawn: nobody could read rows that change more often. */
 const DRAW_MS = 200;
-/** So long after the pointer moved over the rows, somebody still aims at one. */
+/** How long after a move over the rows the user still points at a row. */
 const AIM_MS = 2000;
 
 export class List {
-  /** Not drawn yet, oldest first. @type {LabelEvent[]} */ #held = [];
-  /** How many came since the last were drawn. */
+  /** Events that are not drawn yet, oldest first. @type {LabelEvent[]} */ #held = [];
+  /** The number of events since the last drawing. */
   #came = 0;
   /** @type {WeakMap<Element, LabelEvent>} */ #events = new WeakMap();
   #paused = false;
@@ -27,7 +27,7 @@ export class List {
   #rows = byId("rows");
   #scroller = byId("scroller");
 
-  /** @param {(event: LabelEvent) => void} open  called when somebody wants to see all of one */
+  /** @param {(event: LabelEvent) => void} open  called when the user clicks a row */
   constructor(open) {
     this.#rows.addEventListener("click", ({ target }) => {
       const row = target instanceof Element && target.closest("li");
@@ -56,10 +56,10 @@ export class List {
     this.#held = [];
     this.#came = 0;
     byId("empty").hidden = false;
-    this.#tell(null);
+    this.#showHeld(null);
   }
 
-  /** Why nothing may move now, in words; null: it may. */
+  /** The reason why rows may not move now, as a text. null: rows may move. */
   #why() {
     if (this.#paused) return "paused";
     if (document.querySelector("dialog[open]")) return "paused while you look at one";
@@ -73,11 +73,11 @@ export class List {
     if (document.visibilityState === "hidden") return;
     const why = this.#why();
     if (why === null && this.#held.length) this.#insert();
-    this.#tell(why);
+    this.#showHeld(why);
   }
 
   /** @param {string | null} why */
-  #tell(why) {
+  #showHeld(why) {
     const held = why !== null && this.#came > 0;
     setText("held", why ?? "");
     const button = byId("show-held");
@@ -123,16 +123,16 @@ export class List {
     this.#draw();
   }
 
-  /** Show what was held, at the top. */
+  /** Show the held labels at the top. */
   #show() {
     if (this.#rows.contains(document.activeElement)) this.#scroller.focus();
     this.#aimedAt = -Infinity;
     this.#scroller.scrollTop = 0;
     if (this.#held.length) this.#insert();
-    this.#tell(this.#why());
+    this.#showHeld(this.#why());
   }
 
-  /** Up and down through the rows. @param {KeyboardEvent} event */
+  /** Move the focus up or down through the rows. @param {KeyboardEvent} event */
   #move(event) {
     const buttons = [...this.#rows.querySelectorAll("button")];
     const here = buttons.indexOf(/** @type {HTMLButtonElement} */ (document.activeElement));
@@ -145,7 +145,10 @@ export class List {
   }
 }
 
-/** Written only when it changes: it is read aloud. @param {string} id @param {string} text */
+/** Write a text only when it changes: screen readers read each write aloud.
+ * @param {string} id
+ * @param {string} text
+ */
 function setText(id, text) {
   const target = byId(id);
   if (target.textContent !== text) target.textContent = text;
@@ -154,6 +157,6 @@ function setText(id, text) {
 /** @param {string} cts */
 function time(cts) {
   const made = new Date(cts);
-  // Some labels carry dates that no browser reads.
+  // Some labels have dates that no browser can parse.
   return Number.isNaN(made.valueOf()) ? cts : made.toLocaleTimeString("en-GB");
 }

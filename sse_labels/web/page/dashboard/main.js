@@ -1,8 +1,8 @@
 // @ts-check
 /**
- * The dashboard: wires the stream to what is on the page.
+ * The dashboard: connects the stream with the parts of the page.
  *
- * Does not belong here: how any of it looks or counts (its neighbours), how a stream is read
+ * Does not belong here: drawing and counting (the other files of this folder), reading a stream
  * (`../labels.js`).
  */
 
@@ -19,14 +19,14 @@ import { View } from "./view.js";
 
 /** @typedef {import("../labels.js").LabelEvent} LabelEvent */
 
-/** Figures are drawn so often at most; the list draws itself. */
+/** How often figures are drawn. The list draws itself. */
 const DRAW_MS = 500;
-/** The name under which the cursor is kept, see `remember` in `labels.js`. */
+/** The name under which the cursor is kept: see `remember` in `labels.js`. */
 const REMEMBERED = "dashboard";
 
 /** @type {LabelStream | null} */
 let stream = null;
-/** The seq after which what is shown began. @type {number | null} */
+/** The seq after which the shown labels begin. @type {number | null} */
 let start = null;
 
 const detail = new Detail((name, entry) => view.narrow(name, entry, start));
@@ -39,7 +39,7 @@ const head = new Head();
 const snippets = new Snippets();
 const view = new View(open);
 
-/** Show what the view says, as a reload of its address would. */
+/** Show the stream of the view, like a reload of the page's address. */
 function open() {
   stream?.close();
   for (const part of [list, byValue, bySource, rate, head]) part.clear();
@@ -73,7 +73,7 @@ function open() {
 /** @param {{events: LabelEvent[]}} detail */
 function take({ events }) {
   list.add(events);
-  // History comes as fast as it can be read: that is no rate of anything.
+  // History comes as fast as it can be read: its speed is not the rate of new labels.
   if (stream?.state.name === "live") rate.add(events.length);
   for (const { labels } of events) {
     for (const { val, src } of labels) {
@@ -88,7 +88,7 @@ function draw() {
   rate.draw();
   byValue.draw();
   bySource.draw();
-  // What was asked for and not yet taken is no position: it may be refused.
+  // A requested cursor is not a position until the stream is open: the server may refuse it.
   if (stream && ["live", "catching-up"].includes(stream.state.name)) head.draw(stream.position);
   if (stream) snippets.show(stream.href);
 }

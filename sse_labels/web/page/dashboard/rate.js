@@ -1,8 +1,8 @@
 // @ts-check
 /**
- * Labels a second over the last five minutes, as they came live.
+ * Live labels per second over the last five minutes.
  *
- * Promises: only whole seconds are shown; the one that runs counts when it is over.
+ * Promises: only complete seconds are shown. The current second counts after its end.
  */
 
 import { byId, shown } from "./document.js";
@@ -14,17 +14,17 @@ const WIDTH = 300;
 const HEIGHT = 60;
 
 export class Rate {
-  /** Labels in the second that runs and in each before it, by second modulo the array's length. */
+  /** Labels in the current second and in each earlier one, by second modulo the array's length. */
   #counts = new Uint32Array(SECONDS + 1);
   #second = now();
-  /** The second in which live labels began to come. @type {number | null} */ #since = null;
+  /** The second in which the stream became live. @type {number | null} */ #since = null;
 
   clear() {
     this.#counts.fill(0);
     this.#since = null;
   }
 
-  /** Live labels come from now on. */
+  /** Note that the stream is live. */
   start() {
     this.#since ??= now();
   }
@@ -52,7 +52,7 @@ export class Rate {
     byId("rate-top").textContent = `up to ${shown(Math.ceil(top))}`;
   }
 
-  /** Labels a second over so many seconds. @param {number} seconds @param {number} ago */
+  /** The mean labels per second over some seconds. @param {number} seconds @param {number} ago */
   #mean(seconds, ago) {
     let sum = 0;
     for (let second = ago; second < ago + seconds; second++) {

@@ -1,9 +1,9 @@
 // @ts-check
-/** The same stream for elsewhere: a line for a terminal, lines for a page. */
+/** Code that reads the same stream elsewhere: a line for a terminal, lines for a page. */
 
 import { byId } from "./document.js";
 
-/** How long a button says that it has copied. */
+/** How long a button shows that it has copied. */
 const SAID_MS = 1500;
 
 export class Snippets {
@@ -19,7 +19,7 @@ export class Snippets {
   show(href) {
     if (href === this.#href) return;
     this.#href = href;
-    // A colon, a slash and a star need no escape in a query, and are easier to read.
+    // A colon, a slash and a comma need no escape in a query, and are easier to read without one.
     const plain = href.replaceAll("%3A", ":").replaceAll("%2F", "/").replaceAll("%2C", ",");
     byId("curl").textContent = `curl -N '${plain.replaceAll("'", "%27")}'`;
     byId("js").textContent = `const source = new EventSource(${JSON.stringify(plain)});
@@ -39,10 +39,10 @@ async function copy(button) {
   setTimeout(() => (button.textContent = before), SAID_MS);
 }
 
-/** @param {HTMLElement} from @returns {Promise<boolean>}  false: it is selected, at least */
+/** @param {HTMLElement} from @returns {Promise<boolean>}  false: the text is only selected */
 async function copied(from) {
   try {
-    // Only on https and on this machine.
+    // Browsers allow this only on https and on localhost.
     await navigator.clipboard.writeText(from.textContent ?? "");
     return true;
   } catch {

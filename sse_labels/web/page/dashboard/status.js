@@ -1,5 +1,5 @@
 // @ts-check
-/** How the connection is, in words; and what happened to it before. */
+/** Shows the state of the connection as a text, and the list of past states. */
 
 import { byId, element, shown } from "./document.js";
 
@@ -8,7 +8,7 @@ import { byId, element, shown } from "./document.js";
 
 const HAPPENED_MAX = 20;
 
-/** What a state means to whoever looks on, by the server's name for it, else by the state's. */
+/** The text of a state, by the server's name of the error, else by the name of the state. */
 const WORDS = {
   TooManyConnections: "The server is full",
   TooManyFromAddress: "Too many connections from your address",
@@ -61,7 +61,7 @@ export class Status {
     if (place.textContent !== words) place.textContent = words;
   }
 
-  /** @param {boolean} now  with what changes by the second */
+  /** @param {boolean} now  include the parts that change every second */
   #words(now) {
     const { name, error, message, notReady, retryAt, readers } = this.#state;
     const known = /** @type {Record<string, string>} */ (WORDS);

@@ -1,7 +1,7 @@
 // @ts-check
 /**
- * What is shown: from where, and which labels. It stands in the form and in the page's address,
- * so that it can be kept, shared and gone back to.
+ * The view: where the stream starts, and its filter. The form and the page's address both contain
+ * the view, so a user can bookmark it, share it and go back to it.
  */
 
 import { filterOf } from "../labels.js";
@@ -39,11 +39,11 @@ export class View {
   }
 
   /**
-   * Show only these, of all that was shown. "Now" and "where I left off" are other places by then,
-   * so the address names the place itself.
+   * Show only one value, source or prefix of the shown labels. "Now" and "where I left off" mean
+   * another seq by then, so the address gets the seq of the start.
    * @param {"values" | "sources" | "prefix"} id
    * @param {string} entry
-   * @param {number | null} start  where what is shown began; null: nothing was shown
+   * @param {number | null} start  the seq after which the shown labels begin; null: none was shown
    */
   narrow(id, entry, start) {
     input(id).value = entry;
@@ -69,14 +69,14 @@ export class View {
     this.changed();
   }
 
-  /** Take what the form says. @throws {TypeError} */
+  /** Read the form. @throws {TypeError} */
   #take() {
     const start = input("from").value;
     const seq = input("seq").value.trim();
     if (start === "seq" && !/^\d{1,15}$/.test(seq)) {
       throw new TypeError(`seq: got '${seq}', expected the last seq you have`);
     }
-    // Not split: a value may hold a space, a prefix is one.
+    // The prefix is not split at commas: the field contains one prefix only.
     const prefix = input("prefix").value.trim();
     const filter = filterOf({
       values: entries("values"),
@@ -122,7 +122,7 @@ export class View {
   }
 }
 
-/** What stands in a field, between commas. @param {string} id */
+/** The entries of a field, which commas separate. @param {string} id */
 function entries(id) {
   return input(id)
     .value.split(",")

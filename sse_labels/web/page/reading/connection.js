@@ -1,65 +1,56 @@
 // @ts-check
 /**
- * One connection to the server: opens it when it is its turn, and reads it to its end.
+ * One connection to the server: opens it when the backoff allows, and reads it to its end.
  *
- * Promises: its readers get every event after its position, once and in order; it reads no
- * faster than they do; how it ended is told in the server's words.
- * Does not belong here: which reader has which connection (`hub.js`), when it is whose turn
- * (`backoff.js`).
+ * Promises: its readers get every event after its position, once and in order. It reads no faster
+ * than its readers. Its state contains the server's message about the end.
+ * Does not belong here: which reader has which connection (`hub.js`), when a connection may try
+ * (`backoff.js`), the meaning of a refusal (`end.js`).
  */
 
 import { RETRY_MAX_MS } from "./backoff.js";
+import { endOfStream, isEnd, refusal } from "./end.js";
 import { covers, streamUrl, union } from "./filter.js";
-import { isSeq } from "./memory.js";
+import { seqOf } from "./memory.js";
 import { Parser, isEventStream } from "./parser.js";
 
 /** @typedef {import("../labels.js").Filter} Filter */
 /** @typedef {import("../labels.js").LabelEvent} LabelEvent */
 /** @typedef {import("../labels.js").State} State */
 /** @typedef {import("../labels.js").StateName} StateName */
+/** @typedef {import("./end.js").End} End */
 /** @typedef {import("./hub.js").Hub} Hub */
 /** @typedef {import("./hub.js").Reader} Reader */
 /** @typedef {import("./parser.js").Block} Block */
 
-/** How long a page that does not read is waited for, if others read along. */
-const PATIENCE_MS = 2000;
-/** Silence after which a connection is taken for dead: three heartbeats, if the server says. */
+/** How long the connection waits for a page that does not read, if other pages read. */
+const SLOW_READER_MS = 2000;
+/** A connection counts as dead after so many missed heartbeats. The server may send another time
+ * between heartbeats. */
 const HEARTBEAT_SECONDS = 15;
 const HEARTBEATS_MISSED = 3;
 
-/** How a connection ended, or did not begin.
- * @typedef {object} End
- * @property {"lost" | "too-slow" | "refused" | "epoch" | "again"} how
- * @property {string} message
- * @property {string} [error]
- * @property {number} [status]
- * @property {number} [askedMs]  how long the server asks to wait
- */
-
-/** Errors of the stream that do not only mean "come back". @type {Record<string, End["how"]>} */
-const HOW = { ConsumerTooSlow: "too-slow", EpochChanged: "epoch" };
-
-/** One connection to the server, opened again as often as it takes; it has one position. */
+/** One connection to the server, which reconnects after a loss. It has one position. */
 export class Connection {
   /** @type {Set<Reader>} */ readers = new Set();
-  /** Events up to here were given to the readers; null: from now, and not open yet.
+  /** The readers got all events up to this seq. null: live only, and not open yet.
    * @type {number | null} */
   position;
-  /** It has been where the newest labels are. */
+  /** Whether it has reached the head. */
   isLive;
 
   /** @type {Hub} */ #hub;
   /** @type {string | null} */ #epoch;
-  /** What the server is asked for; null: not yet. @type {Required<Filter> | null} */
+  /** The filter of the request. null: there is no request yet. @type {Required<Filter> | null} */
   #filter = null;
-  /** Ends one answer. @type {AbortController} */ #abort = new AbortController();
+  /** Ends the current request. @type {AbortController} */ #abort = new AbortController();
   /** Ends the connection. */ #close = new AbortController();
   /** @type {End | null} */ #ended = null;
   isOpen = false;
   #openedAt = 0;
   #head = 0;
   #heartbeatMs = 1000 * HEARTBEAT_SECONDS;
-  /** Lets whoever waits for readers, or for a person, look again. @type {() => void} */
+  /** Ends the wait for readers, or for a person. @type {() => void} */
   #wake = () => {};
 
   /**
@@ -74,13 +65,13 @@ export class Connection {
     this.#epoch = epoch;
   }
 
-  /** @param {Reader} reader  at this position or in front of it; else it goes back for it */
+  /** @param {Reader} reader  with an earlier cursor, the connection opens again from there */
   add(reader) {
     this.readers.add(reader);
     reader.connection = this;
     const known = this.#epoch;
     if (reader.epoch !== null && known !== null && reader.epoch !== known) {
-      this.#tellEpochChanged(reader, "the database was rebuilt");
+      this.#removeForEpoch(reader, "the database was rebuilt");
       return;
     }
     if (reader.cursor === null) reader.cursor = this.position;
@@ -90,9 +81,9 @@ export class Connection {
     } else if (this.#filter && !covers(this.#filter, reader.filter)) {
       this.#again("more is wanted");
     }
-    // Somebody new wants it: it is tried once more, when it may be.
+    // A new reader came: the connection tries once more, when the backoff allows.
     if (this.#ended?.how === "refused") this.#forgetRefusal();
-    this.tellState();
+    this.postState();
   }
 
   /** @param {Reader} reader */
@@ -106,11 +97,11 @@ export class Connection {
     this.#wake();
   }
 
-  /** A person wants the next try now. */
+  /** Try now, because a person wants it. */
   retry() {
     this.#hub.backoff.cut();
     if (this.#ended?.how === "refused") this.#forgetRefusal();
-    this.#hub.tellAll();
+    this.#hub.postStates();
   }
 
   #forgetRefusal() {
@@ -118,18 +109,18 @@ export class Connection {
     this.#wake();
   }
 
-  tellState() {
+  postState() {
     const state = this.#state();
-    for (const reader of this.readers) reader.tell(state);
+    for (const reader of this.readers) reader.postState(state);
   }
 
-  /** Read until nobody is left who wants it. */
+  /** Read until no reader is left. */
   async run() {
     const { backoff } = this.#hub;
     const { signal } = this.#close;
     while (await backoff.turn(signal)) {
       const end = await this.#read();
-      // An idle stream brings nothing: that it lasted is good enough.
+      // An idle stream brings no labels. A stream that lasted is good enough.
       if (this.isOpen && performance.now() - this.#openedAt > RETRY_MAX_MS) backoff.delivered();
       this.isOpen = false;
       if (signal.aborted || end.how === "again") {
@@ -141,10 +132,10 @@ export class Connection {
       const final = end.how === "refused" || end.how === "epoch";
       backoff.failed(signal, { askedMs: end.askedMs, answered, final });
       if (end.how === "epoch") {
-        for (const reader of [...this.readers]) this.#tellEpochChanged(reader, end.message);
+        for (const reader of [...this.readers]) this.#removeForEpoch(reader, end.message);
         break;
       }
-      this.#hub.tellAll();
+      this.#hub.postStates();
       while (!signal.aborted && this.#ended?.how === "refused") await this.#woken();
     }
     this.#end();
@@ -157,7 +148,8 @@ export class Connection {
     this.#wake();
   }
 
-  /** Open the connection anew, because of what its readers want. @param {string} message */
+  /** Open the connection again, because its readers need another request.
+   * @param {string} message */
   #again(message) {
     this.#filter = null;
     this.isOpen = false;
@@ -187,7 +179,7 @@ export class Connection {
     return { name, message, error, status, retryAt, ...more };
   }
 
-  /** Wait until somebody wakes it, at most `ms` if they are given. @param {number} [ms] */
+  /** Wait until `#wake` is called, at most `ms` if it is given. @param {number} [ms] */
   async #woken(ms) {
     /** @type {ReturnType<typeof setTimeout> | undefined} */
     let timer;
@@ -241,7 +233,7 @@ export class Connection {
       }
     } catch (error) {
       if (isEnd(signal.reason)) return signal.reason;
-      // What `token` throws is for people, too; what `fetch` throws tells them nothing.
+      // An error of `token` is meant for people. An error of `fetch` does not help them.
       const message = error instanceof TypeError ? "the server cannot be reached" : String(error);
       return { how: "lost", message };
     } finally {
@@ -259,10 +251,10 @@ export class Connection {
   }
 
   /**
-   * Give the readers what came.
+   * Give the readers the events of these blocks.
    * @param {Block[]} blocks
    * @returns {End | null}
-   * @throws {Error} when it is not what a stream of labels sends
+   * @throws {Error} when a block does not belong to a stream of labels
    */
   #take(blocks) {
     /** @type {LabelEvent[]} */
@@ -274,19 +266,18 @@ export class Connection {
     };
     for (const { id, event, data } of blocks) {
       if (event === "message" && data !== null) events.push(JSON.parse(data));
-      // Without an id, or with an empty one, the last seq is still the best place to go on from.
+      // Without an id, or with an empty one, the position stays at the last seq.
       if (id !== "") this.#moveTo(seqOf(id));
       if (event === "info" && data !== null) {
         flush();
-        this.#hearInfo(JSON.parse(data));
+        this.#takeInfo(JSON.parse(data));
       } else if (event === "error" && data !== null) {
         flush();
-        const { error, message } = JSON.parse(data);
-        return { how: HOW[error] ?? "lost", message, error };
+        return endOfStream(data);
       }
     }
     flush();
-    this.lookWhere();
+    this.checkLive();
     return null;
   }
 
@@ -299,13 +290,13 @@ export class Connection {
   }
 
   /** @param {any} info */
-  #hearInfo(info) {
-    // Its id has moved the position; that is all it says.
+  #takeInfo(info) {
+    // The id of the event has already moved the position.
     if (info.name === "CaughtUp") return;
     if (info.name !== "StreamOpened") {
       for (const reader of this.readers) {
         const concerned = info.floor === undefined || (reader.cursor ?? info.floor) < info.floor;
-        if (concerned) reader.tellNews(info);
+        if (concerned) reader.postNews(info);
       }
       return;
     }
@@ -318,27 +309,27 @@ export class Connection {
     if (info.heartbeatSeconds) this.#heartbeatMs = 1000 * info.heartbeatSeconds;
     for (const reader of [...this.readers]) {
       if (reader.epoch !== null && reader.epoch !== info.epoch) {
-        this.#tellEpochChanged(reader, "the database was rebuilt");
+        this.#removeForEpoch(reader, "the database was rebuilt");
       }
     }
-    this.lookWhere();
-    this.#hub.tellAll();
+    this.checkLive();
+    this.#hub.postStates();
   }
 
-  /** See whether history is done. */
-  lookWhere() {
+  /** Check whether history is complete. */
+  checkLive() {
     if (this.isLive || !this.isOpen || Number(this.position) < this.#head) return;
     if (this.#hub.merge(this)) return;
     this.isLive = true;
-    this.tellState();
+    this.postState();
   }
 
-  /** Wait until the readers can take more; so the server waits, too. */
+  /** Wait until all readers have room. The server waits too, because nothing is read meanwhile. */
   async #room() {
-    const patience = Date.now() + PATIENCE_MS;
+    const deadline = Date.now() + SLOW_READER_MS;
     const { signal } = this.#abort;
     while (!signal.aborted && [...this.readers].some((reader) => !reader.hasRoom)) {
-      const left = patience - Date.now();
+      const left = deadline - Date.now();
       if (left <= 0) {
         const slow = [...this.readers].filter((reader) => !reader.hasRoom);
         if (slow.length < this.readers.size) {
@@ -351,55 +342,9 @@ export class Connection {
   }
 
   /** @param {Reader} reader @param {string} message */
-  #tellEpochChanged(reader, message) {
+  #removeForEpoch(reader, message) {
     reader.connection = null;
     this.remove(reader);
-    reader.tellNews({ name: "EpochChanged", message });
+    reader.postNews({ name: "EpochChanged", message });
   }
-}
-
-/** @param {string} id @throws {Error} */
-function seqOf(id) {
-  const seq = Number(id);
-  if (!/^\d+$/.test(id) || !isSeq(seq)) throw new Error(`its event id is ${JSON.stringify(id)}`);
-  return seq;
-}
-
-/** @param {unknown} reason @returns {reason is End} */
-function isEnd(reason) {
-  return typeof reason === "object" && reason !== null && "how" in reason;
-}
-
-/**
- * What an answer that is no stream means.
- * @param {Response} response
- * @param {string} type
- * @returns {Promise<End>}
- */
-async function refusal(response, type) {
-  const { status } = response;
-  /** @type {{error?: string, message?: string}} */
-  let said = {};
-  try {
-    said = await response.json();
-  } catch {
-    // Not by the service: a proxy's page, perhaps.
-  }
-  const error = said.error;
-  if (response.ok) {
-    return { how: "refused", status, message: `not an event stream, but ${type || "nothing"}` };
-  }
-  const message = said.message ?? `the answer was ${status} ${response.statusText}`.trim();
-  if (error === "EpochChanged") return { how: "epoch", status, error, message };
-  if (status !== 408 && status !== 425 && status !== 429 && status < 500) {
-    return { how: "refused", status, error, message };
-  }
-  const askedMs = retryAfterMs(response.headers.get("Retry-After") ?? "");
-  return { how: "lost", status, error, message, askedMs };
-}
-
-/** Seconds or a date (RFC 9110, section 10.2.3). @param {string} value */
-function retryAfterMs(value) {
-  if (/^\d+$/.test(value)) return 1000 * Number(value);
-  return value.endsWith("GMT") ? Math.max(0, Date.parse(value) - Date.now()) || 0 : 0;
 }

@@ -1,14 +1,12 @@
 // @ts-check
 /**
- * Which labels pass, decided as the server decides it; and where a stream is read.
- *
- * Does not belong here: connections.
+ * The filter of a stream, with the same rules as the server's, and the URL of a stream.
  */
 
 /** @typedef {import("../labels.js").Filter} Filter */
 /** @typedef {import("../labels.js").Label} Label */
 
-/** What an entry of a filter must look like; the server refuses others, too. */
+/** The format of a filter's entries. The server has the same rules. */
 const EXPECTED = {
   sources: {
     pattern: /^did:[a-z]+:[a-zA-Z0-9._:%-]*[a-zA-Z0-9._-]$/,
@@ -23,8 +21,8 @@ const EXPECTED = {
 const ENTRIES_MAX = 100;
 
 /**
- * A filter in its one form. A connection that tabs share asks for all that they want, so the
- * server does not see what each of them asks: it is checked here.
+ * A checked filter in its normal form. Tabs that share a connection may ask the server for more
+ * than each of them wants, so the server may not see the filter of each tab. It is checked here.
  * @param {Filter} options
  * @returns {Required<Filter>}
  * @throws {TypeError} names the entry and what was expected
@@ -39,12 +37,12 @@ export function filterOf({ sources = [], values = [], uriPatterns = [] }) {
       if (!pattern.test(entry)) throw new TypeError(`${name}: got '${entry}', expected ${words}`);
     }
   }
-  // In an order of its own, so that equal filters are equal as JSON.
+  // Sorted, so that equal filters are equal as JSON.
   return { sources: sorted(sources), values: sorted(values), uriPatterns: sorted(uriPatterns) };
 }
 
 /**
- * Whether a label passes, as the server decides it.
+ * Whether a label passes, with the same rules as the server's.
  * @param {Filter} filter
  * @param {Label} label
  */
@@ -58,7 +56,7 @@ export function matches({ sources, values, uriPatterns }, { src, val, uri }) {
 }
 
 /**
- * Where a stream is read.
+ * The URL of a stream.
  * @param {string | URL} url
  * @param {number | null} cursor
  * @param {string | null} epoch
@@ -74,7 +72,7 @@ export function streamUrl(url, cursor, epoch, filter) {
   return full;
 }
 
-/** What the server is asked for: what all want, or everything when they want different things.
+/** The filter for a shared connection: the filter of all readers, or no filter when they differ.
  * @param {Required<Filter>[]} filters
  */
 export function union(filters) {
@@ -83,7 +81,7 @@ export function union(filters) {
   return first;
 }
 
-/** Whether whoever asked for `asked` gets all of `wanted`.
+/** Whether a stream with the filter `asked` contains all labels of the filter `wanted`.
  * @param {Required<Filter>} asked
  * @param {Required<Filter>} wanted
  */

@@ -1,18 +1,20 @@
 // @ts-check
 /**
- * How the server is while its stream is open: then a database that is away looks like silence.
+ * Asks whether the server is ready while its stream is open: without this, a database that is away
+ * looks like a stream without labels.
  *
- * Promises: no question while no stream is open or nobody wants to know; a server that does not
- * answer this question is not asked again until a stream opens anew.
+ * Promises: the server is asked only while a stream is open and a reader wants the answer. A server
+ * that does not answer is not asked again until the next stream opens.
  */
 
-/** How often it is asked. */
+/** How often the server is asked. */
 const ASK_MS = 5000;
 
 export class Health {
-  /** Why labels may not come now; undefined: they do, or nobody knows. @type {string | undefined} */
+  /** Why labels may not come now. undefined: they come, or it is not known.
+   * @type {string | undefined} */
   notReady;
-  /** The newest seq that the server has told. */
+  /** The newest seq that the server has sent. */
   head = 0;
 
   /** @type {ReturnType<typeof setInterval> | undefined} */ #timer;
@@ -23,7 +25,7 @@ export class Health {
     this.changed = changed;
   }
 
-  /** @param {boolean} wanted  while a stream is open and somebody wants to know */
+  /** @param {boolean} wanted  true while a stream is open and a reader wants the answer */
   watch(wanted) {
     if (wanted === (this.#timer !== undefined)) return;
     clearInterval(this.#timer);
@@ -43,7 +45,7 @@ export class Health {
       if (said.error === "NotReady") notReady = said.message;
       else if (!answer.ok) throw new Error(said.error);
     } catch {
-      // A proxy keeps the address to itself, or pages of this origin may not read it.
+      // A proxy does not pass this address on, or pages of this origin may not read it.
       clearInterval(timer);
     }
     if (timer !== this.#timer) return;

@@ -1,11 +1,12 @@
 // @ts-check
 /**
- * The hub of a browser: all its readers of a stream, and the connections that they share.
+ * The hub: all readers of a stream in one browser, and the connections that they share.
  *
- * Promises: one connection however many read, and one more while some of them read history; a
- * page that is gone, or asleep, holds nobody up and is told when it comes back.
- * Runs in a SharedWorker, which is this file; or in the page, where there is none.
- * Does not belong here: HTTP (`connection.js`), what a page is told (`../labels.js`).
+ * Promises: all readers share one connection, and a second one while some of them read history. A
+ * page that is closed or asleep does not delay the others. If the hub has removed a sleeping page,
+ * the page gets the message `gone` when it wakes.
+ * This file runs as a SharedWorker, or inside the page when there is no SharedWorker.
+ * Does not belong here: HTTP (`connection.js`), the events of a page (`../labels.js`).
  */
 
 import { Backoff } from "./backoff.js";
@@ -18,21 +19,22 @@ import { Health } from "./health.js";
 /** @typedef {import("../labels.js").News} News */
 /** @typedef {import("../labels.js").State} State */
 
-/** Names the worker, and this version of what it and a page tell each other. */
+/** The name of the worker. It contains the version of the messages between worker and page. */
 export const WORKER_NAME = "sse_labels 2";
-/** Events that a page may have before it; then it is waited for. */
+/** The most events that a page may have received and not read. Above this the hub waits. */
 const WAITING_MAX = 5000;
-/** How often a page is asked whether it is still there, and how long it may owe the answer. */
+/** How often the hub checks that a page is alive, and how long a page may take to answer. */
 const BEAT_MS = 10_000;
 const GONE_MS = 60_000;
-/** How often a page is told its position while its filter hides all. */
+/** How often a page gets its position while its filter hides all events. */
 const POSITION_MS = 500;
 
 /** All readers of one stream in this browser, and the connections that they share. */
 export class Hub {
   /** @type {Set<Reader>} */ readers = new Set();
   backoff = new Backoff();
-  /** Those whose page could not follow; they come back when they have read. @type {Set<Reader>} */
+  /** Readers whose page is too slow. They are attached again when they have read.
+   * @type {Set<Reader>} */
   #behind = new Set();
   /** @type {Set<Connection>} */ #connections = new Set();
   /** @type {ReturnType<typeof setInterval> | undefined} */ #timer;
@@ -46,7 +48,7 @@ export class Hub {
     this.url = url;
     this.credentials = credentials;
     this.token = token;
-    this.health = new Health(url, () => this.tellAll());
+    this.health = new Health(url, () => this.postStates());
   }
 
   /** @param {Reader} reader */
@@ -54,7 +56,7 @@ export class Hub {
     this.readers.add(reader);
     this.#timer ??= setInterval(() => this.#beat(), BEAT_MS);
     this.attach(reader);
-    this.tellAll();
+    this.postStates();
   }
 
   /** @param {Reader} reader */
@@ -66,7 +68,7 @@ export class Hub {
       clearInterval(this.#timer);
       this.#timer = undefined;
     }
-    this.tellAll();
+    this.postStates();
   }
 
   /** @param {Reader} reader */
@@ -86,7 +88,7 @@ export class Hub {
     else if (this.readers.has(reader)) this.attach(reader);
   }
 
-  /** Give the reader a connection: one that is where it is, else one of the past.
+  /** Give the reader a connection: the live one if it fits, else one that reads history.
    * @param {Reader} reader
    */
   attach(reader) {
@@ -106,10 +108,10 @@ export class Hub {
   }
 
   /**
-   * Past and live become one: readers that have caught up go over to the live connection; while
-   * that one waits for its next try, its readers come here.
+   * Merge a connection that has read history with the live one. Its readers move to the live
+   * connection. If the live one is not open, the live readers move here.
    * @param {Connection} past  at its head
-   * @returns {boolean}  whether there is a live one still; `past` may have to come further
+   * @returns {boolean}  whether a live connection exists; `past` may have to read further
    */
   merge(past) {
     const live = this.#find((connection) => connection.isLive);
@@ -119,26 +121,26 @@ export class Hub {
     return true;
   }
 
-  /** @param {Connection} from  ends without them @param {Connection} to */
+  /** @param {Connection} from  it ends without readers @param {Connection} to */
   #moveReaders(from, to) {
     const readers = [...from.readers];
     for (const reader of readers) to.add(reader);
     for (const reader of readers) from.remove(reader);
   }
 
-  /** @param {Reader} reader  whose page does not follow, while others do */
+  /** @param {Reader} reader  its page is too slow, and the pages of others are not */
   leaveBehind(reader) {
     this.#detach(reader);
     this.#behind.add(reader);
     const message = "this page reads slower than labels come; it goes on when it has read them";
-    reader.tell({ name: "too-slow", message, readers: this.readers.size });
+    reader.postState({ name: "too-slow", message, readers: this.readers.size });
   }
 
   /** @param {Connection} connection */
   forget(connection) {
     this.#connections.delete(connection);
     this.#watchHealth();
-    for (const other of this.#connections) other.lookWhere();
+    for (const other of this.#connections) other.checkLive();
   }
 
   /** @param {(connection: Connection) => boolean} wanted */
@@ -156,7 +158,7 @@ export class Hub {
   #beat() {
     for (const reader of [...this.readers]) {
       if (reader.isGone) {
-        reader.sayGone();
+        reader.postGone();
         this.leave(reader);
       } else {
         reader.beat();
@@ -164,9 +166,9 @@ export class Hub {
     }
   }
 
-  tellAll() {
+  postStates() {
     this.#watchHealth();
-    for (const connection of this.#connections) connection.tellState();
+    for (const connection of this.#connections) connection.postState();
   }
 
   #watchHealth() {
@@ -175,40 +177,41 @@ export class Hub {
   }
 }
 
-/** A stream of a page, as the hub sees it: where it is, and what it has not read yet. */
+/** One stream of a page, on the hub's side: its cursor, and the messages it has not read. */
 export class Reader {
   /** @type {Required<Filter>} */ filter = filterOf({});
-  /** What it has been sent up to; null: from now on. @type {number | null} */ cursor = null;
+  /** Events up to this seq were posted. null: live only. @type {number | null} */ cursor = null;
   /** @type {string | null} */ epoch = null;
   wantsHealth = false;
-  /** Events that were posted and not read. */
+  /** The number of events that were posted and not read. */
   waiting = 0;
   /** @type {Connection | null} */ connection = null;
 
-  /** Posted and not read, oldest first. @type {{number: number, events: number, at: number}[]} */
-  #owed = [];
+  /** Messages that were posted and not read, oldest first.
+   * @type {{number: number, events: number, at: number}[]} */
+  #unread = [];
   #posted = 0;
-  #told = 0;
+  #positionAt = 0;
   #state = "";
   /** @type {Hub | null} */ #hub = null;
 
   /**
    * @param {MessagePort} port
-   * @param {Map<string, Hub>} hubs  to find those who read the same
+   * @param {Map<string, Hub>} hubs  by stream; readers of the same stream share a hub
    * @param {(() => string | Promise<string>) | undefined} [token]
    */
   constructor(port, hubs, token) {
     this.port = port;
-    this.port.onmessage = ({ data }) => this.#hear(data, hubs, token);
+    this.port.onmessage = ({ data }) => this.#receive(data, hubs, token);
   }
 
   get hasRoom() {
     return this.waiting < WAITING_MAX;
   }
 
-  /** Whether it has not read for so long that it must be gone. */
+  /** Whether the page has not read for so long that it must be gone. */
   get isGone() {
-    return this.#owed.length > 0 && Date.now() - this.#owed[0].at > GONE_MS;
+    return this.#unread.length > 0 && Date.now() - this.#unread[0].at > GONE_MS;
   }
 
   /**
@@ -225,45 +228,45 @@ export class Reader {
       ({ seq, labels }) =>
         seq > cursor && (all || labels.some((label) => matches(this.filter, label))),
     );
-    if (passing.length || Date.now() - this.#told >= POSITION_MS) this.#giveAll(passing);
+    if (passing.length || Date.now() - this.#positionAt >= POSITION_MS) this.#giveAll(passing);
   }
 
-  /** Tell the position, which also asks whether it is still there. */
+  /** Post the position. The page's answer shows that it is alive. */
   beat() {
     if (this.cursor !== null) this.#giveAll([]);
   }
 
   /** @param {State} state */
-  tell(state) {
+  postState(state) {
     const text = JSON.stringify(state);
     if (text === this.#state) return;
     this.#state = text;
     this.epoch = state.epoch ?? this.epoch;
-    // Before the state: who is told "live" knows where that is.
+    // Before the state: a page that gets "live" already has the position.
     this.beat();
     this.#post({ type: "state", state }, 0);
   }
 
   /** @param {News} news */
-  tellNews(news) {
+  postNews(news) {
     this.#post({ type: "news", news }, 0);
   }
 
-  /** Tell it that it was taken for dead, if it should wake. */
-  sayGone() {
+  /** Post that the hub removed the page. A sleeping page reads this when it wakes. */
+  postGone() {
     this.#post({ type: "gone" }, 0);
   }
 
   /** @param {LabelEvent[]} events */
   #giveAll(events) {
-    this.#told = Date.now();
+    this.#positionAt = Date.now();
     this.#post({ type: "labels", events, position: this.cursor }, events.length);
   }
 
   /** @param {object} message @param {number} events */
   #post(message, events) {
     this.#posted += 1;
-    this.#owed.push({ number: this.#posted, events, at: Date.now() });
+    this.#unread.push({ number: this.#posted, events, at: Date.now() });
     this.waiting += events;
     this.port.postMessage({ ...message, number: this.#posted });
   }
@@ -273,7 +276,7 @@ export class Reader {
    * @param {Map<string, Hub>} hubs
    * @param {(() => string | Promise<string>) | undefined} token
    */
-  #hear(message, hubs, token) {
+  #receive(message, hubs, token) {
     if (message.type === "subscribe") {
       this.filter = message.filter;
       this.cursor = message.cursor;
@@ -284,8 +287,8 @@ export class Reader {
       hubs.set(key, this.#hub);
       this.#hub.enter(this);
     } else if (message.type === "read") {
-      while (this.#owed.length && this.#owed[0].number <= message.number) {
-        this.waiting -= this.#owed.shift()?.events ?? 0;
+      while (this.#unread.length && this.#unread[0].number <= message.number) {
+        this.waiting -= this.#unread.shift()?.events ?? 0;
       }
       this.#hub?.hasRead(this);
     } else if (message.type === "retry") {

@@ -1,12 +1,12 @@
 // @ts-check
 /**
- * Where a page left off, kept in the browser's storage.
+ * Keeps the cursor of a page in the browser's storage.
  */
 
-/** At most so often it is written. */
+/** How often the cursor is written. */
 const REMEMBER_MS = 1000;
 
-/** A cursor in the browser's storage: it grows only, as long as its epoch lasts. */
+/** A cursor in the browser's storage. Within one epoch it only grows. */
 export class Memory {
   /** @type {{epoch: string, seq: number} | null} */ #kept = null;
   /** @type {ReturnType<typeof setTimeout> | undefined} */ #timer;
@@ -22,7 +22,7 @@ export class Memory {
       const { epoch, seq } = JSON.parse(localStorage.getItem(this.key) ?? "");
       return typeof epoch === "string" && isSeq(seq) ? { epoch, seq } : null;
     } catch {
-      // Nothing there, something else there, or no storage allowed.
+      // The storage has no cursor, has another value, or is not allowed.
       return null;
     }
   }
@@ -40,12 +40,12 @@ export class Memory {
     this.#kept = null;
     if (!kept) return;
     const there = this.read();
-    // Another tab is further.
+    // Another tab has a higher cursor.
     if (there && there.epoch === kept.epoch && there.seq >= kept.seq) return;
     try {
       localStorage.setItem(this.key, JSON.stringify(kept));
     } catch {
-      // Full, or not allowed: it starts from now the next time, and says so.
+      // The storage is full or not allowed. The next time the stream starts from now, and says so.
     }
   }
 
@@ -56,7 +56,7 @@ export class Memory {
     try {
       localStorage.removeItem(this.key);
     } catch {
-      // Not allowed: then nothing is there.
+      // The storage is not allowed, so it has no cursor.
     }
   }
 }
@@ -64,4 +64,11 @@ export class Memory {
 /** @param {unknown} value @returns {value is number} */
 export function isSeq(value) {
   return Number.isSafeInteger(value) && Number(value) >= 0;
+}
+
+/** The seq in an event id. @param {string} id @throws {Error} */
+export function seqOf(id) {
+  const seq = Number(id);
+  if (!/^\d+$/.test(id) || !isSeq(seq)) throw new Error(`its event id is ${JSON.stringify(id)}`);
+  return seq;
 }

@@ -1,27 +1,28 @@
 // @ts-check
 /**
- * Cuts an event stream into blocks, as the HTML standard interprets one (9.2.6).
+ * Cuts an event stream into blocks, as in the HTML standard (9.2.6).
  *
- * Does not belong here: what the blocks mean.
+ * Does not belong here: the meaning of the blocks.
  */
 
 /**
- * `id` is the last event ID: it holds until another is sent. `event` is "message" when none is
- * named. `data` is null where there is none: `EventSource` dispatches nothing then.
+ * `id` is the last event ID, also from an earlier block. `event` is "message" when the block names
+ * no event. `data` is null when the block has none: `EventSource` dispatches nothing then.
  * @typedef {{id: string, event: string, data: string | null}} Block
  */
 
-/** Unlike `EventSource` it tells of blocks without data, too: an id alone is a position. */
+/** Unlike `EventSource` it also returns blocks without data: an id alone is a position. */
 export class Parser {
-  /** The last `retry:` in ms; it counts from its line on. @type {number | null} */
+  /** The last `retry:` in ms. It applies from its line on. @type {number | null} */
   retry = null;
 
-  /** Always UTF-8, whatever the answer says. */
+  /** Always UTF-8, even if the answer names another encoding. */
   #decoder = new TextDecoder("utf-8", { ignoreBOM: true });
-  /** One byte order mark is dropped there; Node's decoder drops two when the first comes in parts. */
+  /** One byte order mark is dropped at the begin. Node's decoder drops two when the first one comes
+   * in parts. */
   #atBegin = true;
   #rest = "";
-  /** The last character was a CR: a LF after it belongs to the same end of a line. */
+  /** The last character was a CR. A LF after it belongs to the same line end. */
   #afterCr = false;
   /** @type {string[]} */ #data = [];
   #event = "";
@@ -68,7 +69,7 @@ export class Parser {
   }
 }
 
-/** Whether a Content-Type is an event stream's: its parameters and its case do not matter.
+/** Whether a Content-Type is that of an event stream, with any parameters and case.
  * @param {string} type
  */
 export function isEventStream(type) {
