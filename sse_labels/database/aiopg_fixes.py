@@ -1,8 +1,7 @@
-"""What aiopg 1.4 gets wrong, and the fixes.
+"""Fixes for two errors of aiopg 1.4. Importing this module applies `SelectByPoll`.
 
-A third stands in `Connection`: aiopg raises CancelledError when the server cancels a query.
-
-Each fix names the test that fails without it. Importing this module applies `SelectByPoll`.
+Each fix names the test that fails without it. The fix for a third error stands in `Connection`:
+aiopg raises CancelledError when the server cancels a query.
 """
 
 from __future__ import annotations
@@ -20,10 +19,10 @@ T = TypeVar("T")
 
 
 class SelectByPoll:
-    """What aiopg asks `select` for: whether a descriptor is still open, beyond 1,023 too.
+    """Replaces `select` in aiopg, which uses it to check whether a descriptor is still open.
 
-    `select.select` raises ValueError there, which aiopg does not expect: a lost connection would
-    end the server as soon as it holds a thousand streams. Guarded by
+    For descriptors above 1,023, `select.select` raises ValueError, which aiopg does not expect. A
+    lost connection would then end a server with a thousand streams. Guarded by
     test_lost_database_is_survived_with_more_than_1024_descriptors.
     """
 
@@ -31,7 +30,7 @@ class SelectByPoll:
     def select(
         readers: list[int], writers: list[int], others: list[int], timeout: float
     ) -> tuple[list[int], list[int], list[int]]:
-        """Raise OSError(EBADF) when one of `readers` is closed; nobody looks at the answer."""
+        """Raise OSError(EBADF) when one of `readers` is closed. aiopg ignores the result."""
         poll = select.poll()
         for descriptor in readers:
             poll.register(descriptor, select.POLLIN)
@@ -46,11 +45,11 @@ aiopg.connection.select = SelectByPoll  # type: ignore[attr-defined,assignment]
 async def keep_cancellation(
     waiting: Awaitable[T], undo: Callable[[T], object] = lambda result: None
 ) -> T:
-    """Await `waiting`; raise the CancelledError that it swallowed, after `undo(result)`.
+    """Await `waiting`. Raise the CancelledError that it swallowed, after `undo(result)`.
 
-    aiopg waits by `asyncio.wait_for`, which before Python 3.12 returns the result and forgets
-    the cancellation when both arrive in the same step of the event loop. A server that was told
-    to stop then follows its table for ever. Guarded by
+    aiopg uses `asyncio.wait_for`. Before Python 3.12, `wait_for` returns the result and forgets a
+    cancellation that arrives in the same step of the event loop. Then a server that must stop
+    would follow its table forever. Guarded by
     test_cancellation_that_comes_together_with_the_answer_is_not_lost.
     """
     task = asyncio.current_task()

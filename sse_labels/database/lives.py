@@ -1,8 +1,8 @@
-"""The lives of a database: which seqs belong together.
+"""Epochs of a database. Seqs of one epoch belong together.
 
-Promises: a database that was rebuilt from a backup begins a new epoch before anything is streamed
-from it, and no seq that a consumer has seen is used again after `reseed`.
-Does not belong here: what a consumer of another epoch is told (`web`).
+Promises: a database that was rebuilt from a backup begins a new epoch before any label is streamed
+from it. After `reseed`, no seq that a consumer has seen is used again.
+Does not belong here: the answer to a consumer of another epoch (`web`).
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ log = logging.getLogger(__name__)
 
 
 async def claim_epoch(database: Database, schema: Schema) -> str | None:
-    """Return the epoch; a new one when this database was rebuilt since it was last claimed.
+    """Return the epoch. Begin a new epoch if this database was rebuilt since the last claim.
 
-    Raises SchemaError when it was, and this role may not begin a new one.
+    Raises SchemaError when a new epoch is needed and this role may not begin it.
     """
     if not schema.has_state:
         return None
@@ -37,19 +37,20 @@ async def claim_epoch(database: Database, schema: Schema) -> str | None:
     [(epoch,)] = await database.fetch("claim_identity", identity=identity)
     if epoch != before:
         log.warning(
-            "this database was rebuilt: consumers that name the old epoch are told so. If it is "
-            "older than what they have seen, run `sse-labels reseed` before anything is published",
+            "this database was rebuilt: consumers that name the old epoch get an error. If the "
+            "backup is older than the labels that consumers have seen, run `sse-labels reseed` "
+            "before any label is published",
             extra={"old_epoch": before, "new_epoch": epoch},
         )
     return str(epoch)
 
 
 async def others_here(database: Database) -> list[int]:
-    """Return the sessions that servers and other commands have on this database."""
+    """Return the sessions of servers and other commands on this database."""
     return [pid for (pid,) in await database.fetch("others_here")]
 
 
 async def reseed(database: Database, above: int) -> tuple[int, str]:
-    """Use no seq up to `above` again and begin a new epoch; return the seq and the epoch."""
+    """Continue above seq `above` and begin a new epoch. Return the seq and the epoch."""
     [(seq, epoch)] = await database.fetch("reseed", above=above)
     return int(seq), str(epoch)

@@ -1,10 +1,8 @@
-"""Bringing the schema up to date.
+"""Migrations: bring the schema up to date.
 
-Promises: safe to run by several servers at once and again and again; each
-migration is applied whole or not at all; a schema newer than this program, and
-a `label` table that somebody else made, are refused and left alone.
-Stands beside the store, before anything else touches the database.
-Does not belong here: the migrations themselves (`sql/migrations/`).
+Promises: several servers may migrate at once, and any number of times. Each migration in
+`sql/migrations/` is applied as a whole or not at all. A schema newer than this program, and a
+`label` table of another program, are refused and not changed.
 """
 
 from __future__ import annotations
@@ -18,21 +16,21 @@ from sse_labels.errors import SchemaError
 
 log = logging.getLogger(__name__)
 
-#: Waiting for another server's migration, and building an index on a large table, may take long.
+#: Another server's migration, or building an index on a large table, may take long.
 TIMEOUT_SECONDS = 3600.0
 
 
 async def migrate(database: Database) -> int:
-    """Apply what is missing; return the schema's version.
+    """Apply the missing migrations. Return the schema's version.
 
-    Raises SchemaError when the schema is newer than this program, or foreign.
+    Raises SchemaError when the schema is newer than this program, or another program's.
     """
     connection = await database.connect()
     try:
         await connection.fetch("lock_schema", timeout_seconds=TIMEOUT_SECONDS)
         return await _apply_missing(connection)
     finally:
-        # Closing ends the session, and with it the advisory lock.
+        # Closing ends the session, which releases the advisory lock.
         connection.close()
 
 

@@ -1,11 +1,10 @@
-"""The pool: connections to PostgreSQL, each made as this program needs it.
+"""The pool: a limited number of connections to PostgreSQL.
 
-Promises: at most so many connections are lent at a time; each is to a primary whose encoding is
-UTF8, with the settings that the SQL depends on; a connection that is lent is alive.
-Does not belong here: statements and their errors (`connection`).
+Promises: at most `max_connections` connections are lent at a time. Each leads to a primary whose
+encoding is UTF8, and has the settings that the SQL needs. A lent connection is alive.
 
-libpq's own attempt at one address after the other changes the socket under the event loop, so
-addresses are resolved first and tried one by one.
+When libpq itself tries several addresses, it changes the socket while the event loop watches it. So
+this module resolves the addresses first, and tries them one by one.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from sse_labels.errors import ConfigError, DatabaseUnavailable, SchemaError
 
 log = logging.getLogger(__name__)
 
-#: A connection whose peer vanished is noticed in 25 s (10 + 3 x 5), or 15 s while data waits.
+#: The loss of a silent connection is noticed within 25 s (10 + 3 x 5), or 15 s while data waits.
 KEEPALIVE = {
     "keepalives": "1",
     "keepalives_idle": "10",
@@ -36,17 +35,17 @@ KEEPALIVE = {
     "keepalives_count": "3",
     "tcp_user_timeout": "15000",
 }
-#: An idle connection of the pool that was used so recently is taken for alive.
+#: An idle connection that was used within this time is not checked.
 TRUSTED_SECONDS = 1.0
-#: What every session has, whatever the role, the database, the DSN or the environment say; the
-#: block `begin_session` sets the rest. All are known to PostgreSQL 13 and may be set by any role.
-#: Left to others, because nothing here depends on it: time zone, styles of dates and intervals,
-#: planning. Theirs to say: search_path (where the tables are), time-outs, default_transaction_
-#: read_only (a provider sets it when the disk is full). Guarded by test_sessions.py.
+#: Settings of every session, whatever the role, the database, the DSN or the environment say. The
+#: block `begin_session` sets the rest. PostgreSQL 13 knows all of them, and any role may set them.
+#: Nothing here depends on the time zone, the styles of dates and intervals, or planning. The user
+#: decides about search_path (it finds the tables), time-outs, and default_transaction_read_only (a
+#: provider sets it when the disk is full). Guarded by test_sessions.py.
 PINNED = {
-    # The settled rule needs each statement to see what was committed since the one before.
+    # For the settled rule, each statement must see all that was committed before it.
     "default_transaction_isolation": "read committed",
-    # psycopg2 and libpq quote by it.
+    # psycopg2 and libpq quote strings according to this setting.
     "standard_conforming_strings": "on",
     # psycopg2 writes a list of None as '{NULL}'.
     "array_nulls": "on",
@@ -54,16 +53,16 @@ PINNED = {
     "transform_null_equals": "off",
     # Seconds since 1970 keep their microseconds.
     "extra_float_digits": "1",
-    # A policy that hides labels is an error, for they would be skipped.
+    # A policy that hides rows must cause an error, because hidden labels would be skipped.
     "row_security": "off",
 }
-#: Labels are Unicode, and a database of another encoding refuses some of them, or (SQL_ASCII) takes
-#: bytes that are no text.
+#: Labels are Unicode. A database with another encoding refuses some labels, or (SQL_ASCII) accepts
+#: bytes that are not text.
 ENCODING = "UTF8"
 
 
 class Database:
-    """One PostgreSQL server (or the hosts of one cluster), and a bounded pool of connections."""
+    """A bounded pool of connections to one PostgreSQL server, or to the hosts of one cluster."""
 
     def __init__(
         self,
@@ -73,11 +72,11 @@ class Database:
         query_timeout_seconds: float,
         max_connections: int,
     ) -> None:
-        """Raise ConfigError when `dsn` is not one that libpq can read."""
+        """Raise ConfigError when libpq cannot read `dsn`."""
         try:
             self._dsn: dict[str, str] = parse_dsn(dsn)
         except psycopg2.ProgrammingError:
-            # libpq's own message repeats parts of the DSN, and a password may be one of them.
+            # libpq's own message repeats parts of the DSN, perhaps a password.
             raise ConfigError(
                 "--dsn", "(not shown)", "a connection URI postgresql://…, or host=… dbname=…"
             ) from None
@@ -89,7 +88,7 @@ class Database:
         self._read_only = False
 
     def read_only(self) -> None:
-        """Let PostgreSQL refuse every write of the sessions that begin from now on."""
+        """Make all new sessions read-only: PostgreSQL then refuses every write."""
         self._read_only = True
         while self._idle:
             self._idle.pop().close()
@@ -103,20 +102,20 @@ class Database:
                 return await self._connect_to(address)
             except (psycopg2.Error, TimeoutError, OSError, DatabaseUnavailable) as error:
                 cause = error
-                reasons.append(self._why(error))
+                reasons.append(self._reason(error))
         raise DatabaseUnavailable("cannot connect: " + "; ".join(reasons)) from cause
 
-    def _why(self, error: BaseException) -> str:
+    def _reason(self, error: BaseException) -> str:
         if isinstance(error, TimeoutError):
             return f"no answer in {self._connect_timeout:g} s"
-        # libpq says nothing when there is no descriptor left for the socket.
+        # libpq's message is empty when there is no descriptor left for the socket.
         return str(error).strip() or "libpq gives no reason (are too many files open?)"
 
     @contextlib.asynccontextmanager
     async def borrow(self) -> AsyncIterator[Connection]:
-        """Lend a connection of the pool; waits while all of them are lent."""
+        """Lend a connection of the pool. While all of them are lent, wait."""
         async with self._slots:
-            connection = await self._rested() or await self.connect()
+            connection = await self._idle_connection() or await self.connect()
             try:
                 yield connection
             finally:
@@ -126,7 +125,7 @@ class Database:
                     connection.returned_at = time.monotonic()
                     self._idle.append(connection)
 
-    async def _rested(self) -> Connection | None:
+    async def _idle_connection(self) -> Connection | None:
         """Return an idle connection that is alive, None when there is none."""
         while self._idle:
             connection = self._idle.pop()
@@ -135,7 +134,7 @@ class Database:
             if time.monotonic() - connection.returned_at < TRUSTED_SECONDS:
                 return connection
             try:
-                # Its server may be gone since, and the one who asks next should not find out.
+                # The server may have gone meanwhile. Then the borrower must not get the connection.
                 await connection.fetch("ping", timeout_seconds=self._connect_timeout)
             except DatabaseUnavailable:
                 connection.close()
@@ -152,7 +151,7 @@ class Database:
             return await connection.fetch(name, **parameters)
 
     def close(self) -> None:
-        """Close what is idle now, and what is lent when it comes back."""
+        """Close idle connections now, and lent ones when they come back."""
         self._closed = True
         while self._idle:
             self._idle.pop().close()
@@ -161,11 +160,11 @@ class Database:
         pinned = PINNED | ({"default_transaction_read_only": "on"} if self._read_only else {})
         options = self._dsn.get("options", "")
         for name, value in pinned.items():
-            # What comes later in the options wins.
+            # The last value of an option wins.
             options += f" -c {name}=" + value.replace(" ", r"\ ")
-        mine = {"application_name": "sse-labels", **KEEPALIVE}
+        defaults = {"application_name": "sse-labels", **KEEPALIVE}
         session = {"options": options, "client_encoding": ENCODING}
-        dsn = make_dsn(**{**mine, **self._dsn, **address, **session})
+        dsn = make_dsn(**{**defaults, **self._dsn, **address, **session})
         async with asyncio.timeout(self._connect_timeout):
             connecting = aiopg.connect(
                 dsn,
@@ -176,21 +175,22 @@ class Database:
             )
             raw = await keep_cancellation(connecting, undo=aiopg.Connection.close)
         connection = Connection(raw, self._query_timeout)
-        # psycopg2 quotes as it found the strings when it connected, and they must stay so.
-        dropped = {name: pinned[name] for name in pinned if name != "standard_conforming_strings"}
+        # psycopg2 reads standard_conforming_strings once, when it connects. It must not be reset.
+        again = {name: pinned[name] for name in pinned if name != "standard_conforming_strings"}
         try:
             [(standby, encoding, no_triggers, _)] = await connection.fetch(
                 "begin_session",
                 timeout_seconds=self._connect_timeout,
-                names=list(dropped),
-                values=list(dropped.values()),
+                names=list(again),
+                values=list(again.values()),
             )
         except BaseException:
             connection.close()
             raise
         if standby:
-            # It may lag, and shows none of the primary's locks: the settled rule would be blind,
-            # and a page read here would end too early. Another host of the DSN may be the primary.
+            # A standby may lag, and does not show the primary's locks. The settled rule could not
+            # see open transactions, and a page would end too early. Another host of the DSN may be
+            # the primary.
             connection.close()
             raise DatabaseUnavailable("this server is a standby")
         if encoding != ENCODING:
@@ -203,7 +203,8 @@ class Database:
                 "pg_dump --encoding=UTF8 and psql",
             )
         if no_triggers:
-            # Nobody would be told of new labels, nor a mirror kept from sources that are ours.
+            # Without triggers there are no notifications about new labels, and a mirror could
+            # store labels of a source that this server publishes.
             connection.close()
             raise SchemaError(
                 "session_replication_role",
@@ -214,15 +215,15 @@ class Database:
         return connection
 
     async def _addresses(self) -> list[dict[str, str]]:
-        """Return what to add to the DSN for each address, in the order to try them."""
-        given = self._dsn.get("hostaddr", "").split(",")
-        hosts = self._dsn.get("host", "," * (len(given) - 1)).split(",")
+        """Return the parameters to add to the DSN for each address, in the order to try them."""
+        addresses = self._dsn.get("hostaddr", "").split(",")
+        hosts = self._dsn.get("host", "," * (len(addresses) - 1)).split(",")
         ports = self._dsn.get("port", "").split(",")
-        if len(given) == 1:
-            given *= len(hosts)
-        if len(given) != len(hosts):
+        if len(addresses) == 1:
+            addresses *= len(hosts)
+        if len(addresses) != len(hosts):
             raise ConfigError(
-                "--dsn", ",".join(given), f"as many addresses as hosts, which are {len(hosts)}"
+                "--dsn", ",".join(addresses), f"as many addresses as hosts, which are {len(hosts)}"
             )
         if len(ports) not in (1, len(hosts)):
             raise ConfigError(
@@ -231,7 +232,7 @@ class Database:
         if len(ports) == 1:
             ports *= len(hosts)
         found: list[dict[str, str]] = []
-        for host, address, port in zip(hosts, given, ports, strict=True):
+        for host, address, port in zip(hosts, addresses, ports, strict=True):
             place = {"host": host} if host else {}
             if address:
                 place["hostaddr"] = address

@@ -1,9 +1,7 @@
-"""The SQL of this service, by name.
+"""Reads the SQL of this service from files: named blocks, and migrations.
 
-Promises: every statement stands in `sql/`, is found by its name, and nothing in
-Python builds SQL. The files travel inside the wheel as `sse_labels/sql`.
-Stands beside the corridor, below the store.
-Does not belong here: running a statement.
+Promises: every statement stands in `sql/` and is found by its name. No Python code builds SQL. The
+wheel contains the files as `sse_labels/sql`.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ _MIGRATION = re.compile(r"^(?P<number>\d{4})_(?P<name>\w+)\.sql$")
 
 
 class Migration(NamedTuple):
-    """One step of the schema; numbers start at 1 and have no gaps."""
+    """One step of the schema. Numbers start at 1 and have no gaps."""
 
     number: int
     name: str
@@ -29,7 +27,7 @@ class Migration(NamedTuple):
 
 
 def folder() -> Path:
-    """Return where the SQL files are: in the installed package, or in a checkout beside it."""
+    """Return the folder of the SQL files: in the installed package, or beside it in a checkout."""
     package = Path(__file__).parents[1]
     installed = package / "sql"
     return installed if installed.is_dir() else package.parent / "sql"
@@ -39,7 +37,7 @@ def folder() -> Path:
 def blocks() -> dict[str, str]:
     """Return all named blocks of `sql/queries/`: name to statement.
 
-    A fragment is no block: each block that has its name in braces holds its text.
+    A fragment is a part of blocks: its text replaces its name in braces.
     """
     found: dict[str, str] = {}
     fragments: dict[str, str] = {}
@@ -61,7 +59,7 @@ def blocks() -> dict[str, str]:
 
 
 def block(name: str) -> str:
-    """Return one statement; a name that does not exist is a KeyError."""
+    """Return one statement. An unknown name raises KeyError."""
     return blocks()[name]
 
 

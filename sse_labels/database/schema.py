@@ -1,7 +1,7 @@
-"""Whose label table it is, what it has, and what this role may do with it.
+"""The schema: who owns the label table, what it contains, and which rights this role has.
 
 Promises: `check` raises a SchemaError that says what to do, unless labels can be streamed without
-loss; it reads, and changes nothing.
+loss. It reads, and changes nothing.
 Does not belong here: applying migrations (`migrations`), reading labels (`store`).
 """
 
@@ -16,27 +16,27 @@ log = logging.getLogger(__name__)
 
 
 class Schema:
-    """The tables of one database; its attributes hold once `check` has returned."""
+    """The tables of one database. The attributes are valid once `check` has returned."""
 
     def __init__(self, database: Database, source: str = "auto") -> None:
-        """`source` is whose table is to be read: `own`, `ozone`, or `auto` to look."""
+        """`source` says who owns the table to read: `own`, `ozone`, or `auto` to find out."""
         self._database = database
         self._source = source
-        #: Whether the table is Ozone's: it is read, and nothing is ever written.
+        #: Whether the table is Ozone's: it is only read, never written.
         self.attached = False
-        #: Whether there is a floor and an epoch.
+        #: Whether the database has a floor and an epoch.
         self.has_state = False
         self.has_commit_time = False
-        #: Whether each (src, uri, cid, val) has one row, as in Ozone's table: it is the newest.
+        #: Whether each (src, uri, cid, val) has only its newest row, as in Ozone's table.
         self.keys_are_unique = False
         self.may_publish = False
         self.may_delete = False
         self.may_claim = False
 
     async def find_source(self) -> None:
-        """See whose table it is; of Ozone's database, every later session is read-only.
+        """Find out who owns the table. In Ozone's database, all later sessions are read-only.
 
-        Raises SchemaError when it is not the one that was asked for.
+        Raises SchemaError when the owner is not the given `source`.
         """
         [(is_ozone, is_own)] = await self._database.fetch("is_ozone")
         if self._source == "ozone" and not is_ozone:
@@ -67,8 +67,8 @@ class Schema:
                 "(GRANT USAGE ON SCHEMA); --migrate makes it",
             )  # fmt: skip
         if 130000 <= version <= 130004 or version == 140000:
-            # There PREPARE TRANSACTION changes the name under which a transaction holds its locks:
-            # it would seem to have ended (release notes of 13.5 and 14.1).
+            # In these versions PREPARE TRANSACTION changes the name of the transaction that holds a
+            # lock. The transaction would seem to have ended (release notes of 13.5 and 14.1).
             raise SchemaError("the PostgreSQL server", version, "13.5, 14.1 or newer")
         if sequence is None:
             raise SchemaError("label.id", "no sequence", "an id that is filled by its own sequence")
@@ -76,7 +76,7 @@ class Schema:
             raise SchemaError(
                 f"the cache of sequence {sequence}",
                 cache,
-                "1, else sessions hand out ids they took long ago and labels could be skipped: "
+                "1, else sessions use ids that they took long ago, and labels could be skipped: "
                 f"ALTER SEQUENCE {sequence} CACHE 1",
             )
         self.has_state = has_state

@@ -1,1 +1,1 @@
-"""Notices of labels that expire, for the streams that ask for them."""
+"""Notices of expired labels, for the streams that ask for them."""

@@ -1,11 +1,10 @@
-"""The expiry: tells those who ask when a label in force expires.
+"""The expiry: sends a notice to each reader when a label in force expires. One per process.
 
-Promises: each label that was in force when it expired is told once to each stream that asks for it
-at that time, in order of their times; late, while the database is away or slow, and never not at
-all. While nobody asks it does nothing.
-Stands beside the corridor, one per process: the sequencer feeds it with what is new, the table
-with what was there before, and each stream that asks has an ExpiryReader on it.
-Does not belong here: what a stream does with a notice, and when it is its turn.
+Promises: each label that is in force when it expires is reported once to each reader, in the order
+of the times. Notices may be late while the database is away or slow, but none is lost. Without
+readers the expiry does nothing.
+The sequencer passes new labels to the expiry. It reads older labels from the table. Each stream
+that asks for notices has an ExpiryReader.
 """
 
 from __future__ import annotations
@@ -35,54 +34,54 @@ from sse_labels.protocol.seq import SEQ_MAX
 
 log = logging.getLogger(__name__)
 
-#: What expires within this time is in the schedule …
+#: The schedule holds the labels that expire within this time.
 HORIZON_SECONDS = 3600.0
-#: … and so long before its end the next part is loaded: on Ozone's table that is a scan.
+#: The next labels are loaded this long before the schedule ends: on Ozone's table that is a scan.
 REFILL_SECONDS = 300.0
-#: Labels in the schedule, about 120 bytes each; when more expire, the horizon is nearer.
+#: Labels in the schedule, about 120 bytes each. When more labels expire, it ends earlier.
 SCHEDULE_MAX_LABELS = 100_000
 #: Rows read at once for the schedule: 5 ms of the event loop.
 LOAD_ROWS = 5000
-#: Labels checked and told at once.
+#: Labels checked and reported at once.
 CHECKED_AT_ONCE = 500
-#: Labels in a page of what had expired before …
+#: Labels in a page of notices from the table.
 PAGE_LABELS = 2000
-#: … of so many that are looked for at once, since that reads three days of the table at least.
+#: Labels of several pages that are searched at once: a search reads three days at least.
 RUN_LABELS = 20_000
-#: A clock that is set shows within this time.
+#: A change of the system's clock is noticed within this time.
 LOOK_SECONDS = 5.0
-#: The clock is not looked at more often than this.
+#: The clock is read at most this often.
 EARLY_SECONDS = 0.001
-#: How far the date in `exp` may be from the one in UTC: an offset is less than a day.
+#: The date in `exp` differs from the date in UTC by less than this: an offset is below one day.
 DAY_SECONDS = 86_400.0
-#: 0001-01-01T00:00:00Z, the first time that Python's datetime can tell.
+#: 0001-01-01T00:00:00Z, the first time that Python's datetime supports.
 FIRST_TIME = -62_135_596_800.0
 
 LabelKey = tuple[str, str, str, str]
 
 
 class NoticeConsumer(Protocol):
-    """Who is told. May neither await nor raise; may leave."""
+    """Receives notices. No method may await or raise; each may unsubscribe."""
 
-    def tell(self, notices: Sequence[Notice], late: int) -> None:
-        """Take what has just expired, in order; the first `late` of them are out of order.
+    def report(self, notices: Sequence[Notice], late: int) -> None:
+        """Take notices of labels that have just expired, in order.
 
-        Those came when others that expired after them had been told already.
+        The first `late` of them are late: labels that expired after them were reported before.
         """
 
     def set_back(self, now: float) -> None:
-        """Take what expires after `now`, too: the clock was ahead."""
+        """Take notices of all labels that expire after `now`: the clock was set back to `now`."""
 
 
 class NoticePage(NamedTuple):
-    """What had expired up to `end`, as far as it is in force."""
+    """Notices of labels that expired up to `end` and were in force."""
 
     notices: list[Notice]
     end: Due
 
 
 class Run(NamedTuple):
-    """All that expires after `begin` and up to `end`, in force or not."""
+    """All labels that expire after `begin` and up to `end`, in force or not."""
 
     begin: Due
     dues: list[Due]
@@ -91,12 +90,12 @@ class Run(NamedTuple):
 
 #: Before all times.
 NEVER = Due(-inf, 0)
-#: Nothing has been looked for.
-NOTHING = Run(NEVER, [], NEVER)
+#: The run before the first search.
+EMPTY_RUN = Run(NEVER, [], NEVER)
 
 
 class Expiry:
-    """Keeps the schedule while somebody asks; `run` is its one task."""
+    """Keeps the schedule while there are readers. `run` is its only task."""
 
     def __init__(
         self,
@@ -108,41 +107,41 @@ class Expiry:
         clock: Callable[[], float] = time.time,
         max_labels: int = SCHEDULE_MAX_LABELS,
     ) -> None:
-        """`clock` is what times are compared with; it may be set. Nothing below `floor` is told."""
+        """`clock` returns seconds since 1970; it may be set. No label below `floor` is reported."""
         self._store = store
         self._head = head
         self._floor = floor
         self._max_labels = max_labels
         self._readers: dict[Filter | None, dict[NoticeConsumer, None]] = {}
-        self._asked = asyncio.Event()
+        self._has_readers = asyncio.Event()
         self._wake = asyncio.Event()
         self._schedule = Schedule(NEVER, max_labels)
-        #: Notices that somebody has not read yet, by what a newer label makes of them.
-        self._alive: WeakValueDictionary[LabelKey, Notice] = WeakValueDictionary()
-        #: How many checks are under way, and what was streamed meanwhile.
+        #: Notices that a reader still holds, by the key with which a newer label replaces them.
+        self._held: WeakValueDictionary[LabelKey, Notice] = WeakValueDictionary()
+        #: The number of running checks, and the labels that were streamed during these checks.
         self._checks = 0
         self._newer: dict[LabelKey, int] = {}
-        #: Where pages are cut from. What was stored since is told to readers as late.
-        self._run = NOTHING
+        #: Pages are slices of this run. Labels stored later are reported to readers as late.
+        self._run = EMPTY_RUN
         self._reads = Reads(1)
         self.clock = clock
-        #: What the clock said last.
-        self._looked_at = 0.0
-        #: All that was due up to here has been told, but for what was not here yet.
-        self.told = NEVER
+        #: The time that the clock showed last.
+        self._last_now = 0.0
+        #: All labels due up to here have been reported, except those that were not stored yet.
+        self.reported = NEVER
         metrics.gauges["expiries_scheduled"] = lambda: len(self._schedule)
 
-    def ask(self, reader: NoticeConsumer, filter: Filter | None, now: float) -> None:
-        """Tell `reader` of all that expires from now on and that `filter` lets through."""
+    def subscribe(self, reader: NoticeConsumer, filter: Filter | None, now: float) -> None:
+        """Report to `reader` all labels that expire from now on and match `filter`."""
         if not self._readers:
-            self.told = Due(now, SEQ_MAX)
-            self._schedule = Schedule(self.told, self._max_labels)
-            self._looked_at = now
-            self._asked.set()
+            self.reported = Due(now, SEQ_MAX)
+            self._schedule = Schedule(self.reported, self._max_labels)
+            self._last_now = now
+            self._has_readers.set()
         self._readers.setdefault(filter, {})[reader] = None
 
-    def leave(self, reader: NoticeConsumer, filter: Filter | None) -> None:
-        """Tell it nothing more; harmless when it has not asked."""
+    def unsubscribe(self, reader: NoticeConsumer, filter: Filter | None) -> None:
+        """Report no more labels to `reader`. Without a subscription, nothing happens."""
         group = self._readers.get(filter, {})
         if reader not in group:
             return
@@ -150,25 +149,25 @@ class Expiry:
         if not group:
             del self._readers[filter]
         if not self._readers:
-            self._asked.clear()
-            # Another one, so that what is under way fills the one that nobody looks at.
+            self._has_readers.clear()
+            # A new schedule: a read that is still running fills the old one, which is not used.
             self._schedule = Schedule(NEVER, self._max_labels)
-            self._run = NOTHING
+            self._run = EMPTY_RUN
             self.wake()
 
     def wake(self) -> None:
-        """Look at the clock now."""
+        """Read the clock now."""
         self._wake.set()
 
     def take(self, rows: Sequence[Row]) -> None:
-        """Schedule what the sequencer is about to stream; let go of what it takes the place of."""
+        """Schedule labels that the sequencer is about to stream. Mark notices that they replace."""
         if not (self._readers or self._checks):
             return
         for row in rows:
             key = row.key
             if self._checks:
                 self._newer[key] = row.seq
-            before = self._alive.get(key)
+            before = self._held.get(key)
             if before is not None:
                 before.superseded = True
             at = None if row.neg else expires_at(row.exp)
@@ -176,10 +175,10 @@ class Expiry:
                 self.wake()
 
     async def run(self) -> None:
-        """Tell until cancelled; what the database does not answer is asked again."""
+        """Report until cancelled. While the database is away, try again."""
         backoff = Backoff()
         while True:
-            await self._asked.wait()
+            await self._has_readers.wait()
             try:
                 await self._step()
                 backoff.reset()
@@ -189,43 +188,43 @@ class Expiry:
                 await asyncio.sleep(wait)
 
     async def page(self, client: str, after: Due) -> NoticePage:
-        """Return the next of what has been told already, from the table; raise DatabaseUnavailable.
+        """Return the next page after `after` of labels that have been reported, from the table.
 
-        One page is read at a time, when it is the turn of `client`.
+        One page is read at a time, at the turn of `client`. Raises DatabaseUnavailable.
         """
         return await self._reads.read(client, after, partial(self._page, after))
 
     async def close(self) -> None:
-        """End the reads that are under way; called when no stream is left."""
+        """Cancel the reads in progress. Called when no stream is left."""
         await self._reads.close()
 
     async def _step(self) -> None:
-        """Tell what is due; else load what comes next; else wait."""
+        """Report due labels. If there are none, load the next ones, or wait."""
         self._wake.clear()
         now = self.clock()
         schedule = self._schedule
-        if now < self._looked_at:
+        if now < self._last_now:
             self._set_back(now, schedule)
-        self._looked_at = now
+        self._last_now = now
         if dues := schedule.pop(now, CHECKED_AT_ONCE):
-            await self._tell(dues, schedule)
+            await self._report(dues, schedule)
         elif schedule.end.at - now < REFILL_SECONDS and 2 * len(schedule) <= self._max_labels:
             await self._load(now, schedule)
         else:
             await self._pause(now, schedule)
 
     def _set_back(self, now: float, schedule: Schedule) -> None:
-        """Begin at `now` once more: what expires between is told again, when it does."""
-        log.warning("the clock was set back", extra={"seconds": self._looked_at - now})
+        """Begin at `now` again: labels that expire after `now` are reported again at that time."""
+        log.warning("the clock was set back", extra={"seconds": self._last_now - now})
         back = Due(now, SEQ_MAX)
-        self.told = min(self.told, back)
+        self.reported = min(self.reported, back)
         schedule.shorten(back)
         for group in self._readers.values():
             for reader in group:
                 reader.set_back(now)
 
-    async def _tell(self, dues: list[Due], schedule: Schedule) -> None:
-        """Tell which of these have expired in force, or put them back."""
+    async def _report(self, dues: list[Due], schedule: Schedule) -> None:
+        """Report those of `dues` that are in force. On an error, put all back."""
         try:
             notices = await self._check(dues)
         except DatabaseUnavailable:
@@ -233,21 +232,21 @@ class Expiry:
                 schedule.add(due)
             raise
         if schedule is not self._schedule:
-            # All who had asked are gone, and those who ask now did so later.
+            # All readers of that time have left. The current readers subscribed later.
             return
-        # No await from here: a reader that now finds itself at `told` is told of all that follows.
-        told, self.told = self.told, max(self.told, dues[-1])
+        # No await from here: a reader that has read up to `reported` receives all later notices.
+        before, self.reported = self.reported, max(self.reported, dues[-1])
         for filter, group in tuple(self._readers.items()):
-            seen = [n for n in notices if filter is None or filter.matches(*n.looks)]
-            if seen:
-                late = bisect_right(seen, told, key=_due)
+            matching = [n for n in notices if filter is None or filter.matches(*n.filter_key)]
+            if matching:
+                late = bisect_right(matching, before, key=_due)
                 for reader in tuple(group):
-                    reader.tell(seen, late)
+                    reader.report(matching, late)
 
     async def _load(self, now: float, schedule: Schedule) -> None:
-        """Bring the end of the schedule to the horizon, or to where it is full."""
+        """Extend the schedule up to the horizon, or until it is full."""
         begin, end = schedule.end, Due(now + HORIZON_SECONDS, SEQ_MAX)
-        # From here on new labels go in up to the new end: those that came before are in the table.
+        # From now on `take` adds new labels up to the new end. Earlier labels are in the table.
         schedule.extend((), end)
         try:
             dues, reached = await self._earliest(begin, end, schedule.room)
@@ -258,9 +257,9 @@ class Expiry:
         schedule.extend(dues, schedule.end)
 
     async def _pause(self, now: float, schedule: Schedule) -> None:
-        """Wait until something is due, by a clock that may be set meanwhile."""
+        """Wait until a label is due. The clock may be set during the wait."""
         due = schedule.end.at - REFILL_SECONDS if schedule.next_at is None else schedule.next_at
-        # Timers go by another clock and may be early: not again and again at once.
+        # Timers use another clock and may be early. The minimum avoids a busy loop.
         seconds = min(max(EARLY_SECONDS, due - now), LOOK_SECONDS)
         try:
             async with asyncio.timeout(seconds):
@@ -271,7 +270,7 @@ class Expiry:
     async def _page(self, after: Due) -> NoticePage:
         run, schedule = self._run, self._schedule
         if not run.begin <= after < run.end:
-            run = Run(after, *await self._earliest(after, self.told, RUN_LABELS))
+            run = Run(after, *await self._earliest(after, self.reported, RUN_LABELS))
             if schedule is self._schedule:
                 self._run = run
         first = bisect_right(run.dues, after)
@@ -280,7 +279,10 @@ class Expiry:
         return NoticePage(await self._check(dues), run.end if whole else dues[-1])
 
     async def _earliest(self, after: Due, end: Due, most: int) -> tuple[list[Due], Due]:
-        """Return the first of what the table has after one and up to another, and up to where."""
+        """Return the first `most` of the table after `after` and up to `end`.
+
+        Also returns the end of the search: all labels up to it were returned.
+        """
         found: list[Due] = []
         date, seq = _date(after.at - DAY_SECONDS), 0
         while True:
@@ -299,7 +301,7 @@ class Expiry:
             date, seq, _ = rows[-1]
 
     async def _check(self, dues: Sequence[Due]) -> list[Notice]:
-        """Return notices of those that are in force now, in order."""
+        """Return notices of the labels that are in force now, in order."""
         if not dues:
             return []
         self._checks += 1
@@ -309,8 +311,8 @@ class Expiry:
             notices = [
                 self._notice(at[row.seq], row)
                 for row in rows
-                # Rows below the floor stay for as long as a sweep takes, or until the next one.
-                # What was streamed since the head of the query: a newer one came first.
+                # Rows below the floor may stay until the next sweep. `_newer` has the labels that
+                # were streamed after the query's head: a newer label replaces the row.
                 if row.seq >= self._floor() and self._newer.get(row.key, 0) <= row.seq
             ]
         finally:
@@ -320,12 +322,12 @@ class Expiry:
         return sorted(notices, key=_due)
 
     def _notice(self, at: float, row: Row) -> Notice:
-        """Return the notice of a row, the one that others wait for if there is any."""
+        """Return the notice of a row. Readers share one notice."""
         key = row.key
-        notice = self._alive.get(key)
+        notice = self._held.get(key)
         if notice is None or notice.seq != row.seq:
             notice = Notice(at, row)
-            self._alive[key] = notice
+            self._held[key] = notice
         return notice
 
 

@@ -1,10 +1,10 @@
-"""The expiry reader: what one stream is told of expiries, from its time on to now, then live.
+"""The expiry reader: collects the notices for one stream, first from the table, then live.
 
-Promises: all that expired after its time and is still in force comes once, from the table at the
-stream's pace, and then what expires from then on; what a newer label has superseded meanwhile is
-left out. At least once at the seams, and never not at all.
-Stands between the expiry, which it asks, and the outbox, which takes when labels have come first.
-Does not belong here: when it is its turn; how much may wait.
+Promises: a label that expired after the given time and is still in force is reported once, from the
+table, at the stream's pace. Labels that expire later are reported live. A notice is left out when a
+newer label has replaced its label. At the change to live, and after the clock was set back, a
+notice may come twice. No notice is lost.
+The outbox takes the notices after it has sent the labels.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class ExpiryReader:
-    """Asks while it is between `begin` and `leave`; not reusable."""
+    """Collects notices from `begin` to `leave`. Not reusable."""
 
     __slots__ = (
         "__weakref__",
@@ -42,45 +42,45 @@ class ExpiryReader:
     )  # fmt: skip
 
     def __init__(self, expiry: Expiry, client: str, filter: Filter | None, since: float) -> None:
-        """Tell of what expires after `since`, in seconds since 1970; of none before `begin`."""
+        """Collect labels that expire after `since`, in seconds since 1970."""
         self._expiry = expiry
         self._client = client
         self._filter = filter
         self._since = since
-        #: What expired up to here has been read, or is not asked for.
+        #: Labels that expired up to here have been read, or are not asked for.
         self._mark = Due(since, SEQ_MAX)
         self._live = False
         self._reading: asyncio.Task[NoticePage] | None = None
-        #: Of a page from the table, what has not been taken.
+        #: Notices of a page of the table that have not been taken.
         self._page: list[Notice] = []
-        #: What came live.
+        #: Live notices that have not been taken.
         self._waiting: list[Notice] = []
         self._on_news: Callable[[], None] = _nothing
 
     def __len__(self) -> int:
-        """Return how many wait that came live."""
+        """Return the number of waiting live notices."""
         return len(self._waiting)
 
     def begin(self, on_news: Callable[[], None]) -> None:
-        """Ask; `on_news` is called when there may be something to take."""
+        """Subscribe. `on_news` is called when there may be notices to take."""
         now = self._expiry.clock()
         self._since = min(self._since, now)
         self._mark = Due(self._since, SEQ_MAX)
         self._on_news = on_news
-        self._expiry.ask(self, self._filter, now)
+        self._expiry.subscribe(self, self._filter, now)
 
     def leave(self) -> None:
-        """Be told nothing more, and free what waits."""
-        self._expiry.leave(self, self._filter)
+        """Unsubscribe, and free the waiting notices."""
+        self._expiry.unsubscribe(self, self._filter)
         self._on_news = _nothing
         self._page, self._waiting = [], []
         if self._reading is not None:
             self._reading.cancel()
 
-    def tell(self, notices: Sequence[Notice], late: int) -> None:
-        """Take what has just expired; called by the expiry."""
+    def report(self, notices: Sequence[Notice], late: int) -> None:
+        """Take notices of labels that have just expired. Called by the expiry."""
         if not self._live:
-            # The rest is found in the table; what came late may lie before the mark.
+            # The table will return the others. A late label may be before the mark.
             notices = notices[:late]
         fresh = [notice for notice in notices if notice.at > self._since]
         if fresh:
@@ -88,52 +88,52 @@ class ExpiryReader:
             self._on_news()
 
     def set_back(self, now: float) -> None:
-        """Take what expires after `now`, too; called by the expiry."""
+        """Take notices of all labels that expire after `now`. Called by the expiry."""
         self._since = min(self._since, now)
 
     def take(self, most: int) -> list[Notice]:
-        """Return what is to be told now, at most so many; called while the stream is live."""
+        """Return the next notices, at most `most`. Called while the stream is live."""
         while True:
             if not (self._page or self._live):
-                self._go_on()
+                self._next_page()
             waiting = self._page or (self._waiting if self._live else [])
             if not waiting:
                 return []
-            told = [notice for notice in waiting[:most] if not notice.superseded]
+            taken = [notice for notice in waiting[:most] if not notice.superseded]
             del waiting[:most]
-            if told:
-                return told
+            if taken:
+                return taken
 
-    def _go_on(self) -> None:
-        """Take a page that has been read, and find what comes next: another one, or live."""
+    def _next_page(self) -> None:
+        """Take a page that has been read. Then start the next read, or become live."""
         if self._reading is not None:
             if not self._reading.done():
                 return
             page, self._reading = self._reading.result(), None
             self._mark = page.end
             matches = None if self._filter is None else self._filter.matches
-            self._page = [n for n in page.notices if matches is None or matches(*n.looks)]
-        # Nothing awaits between this look and being live: what is told next reaches it.
-        if self._mark >= self._expiry.told:
+            self._page = [n for n in page.notices if matches is None or matches(*n.filter_key)]
+        # No await between this check and `_live`: the reader receives all notices that come later.
+        if self._mark >= self._expiry.reported:
             self._live = True
         else:
             self._reading = asyncio.create_task(self._read(), name=f"expired after {self._mark.at}")
-            self._reading.add_done_callback(self._has_read)
+            self._reading.add_done_callback(self._on_read)
 
-    def _has_read(self, reading: asyncio.Task[NoticePage]) -> None:
+    def _on_read(self, reading: asyncio.Task[NoticePage]) -> None:
         if not reading.cancelled():
-            # Whoever leaves does not look at the error, and it is no surprise.
+            # If the stream has left, nobody else retrieves the error.
             reading.exception()
         self._on_news()
 
     async def _read(self) -> NoticePage:
-        """Read one page, as often as it takes: the stream outlives its database."""
+        """Read one page. While the database is away, try again: the stream must survive this."""
         backoff = Backoff()
         while True:
             try:
                 return await self._expiry.page(self._client, self._mark)
             except DatabaseRefused as error:
-                # Each of 15,000 streams may cause such a line: they are limited together.
+                # Each of 15,000 streams may log this line. `caused_by` limits them together.
                 log.error(
                     "expiries may not be read", extra={"error": error, "caused_by": "expiries"}
                 )
@@ -148,4 +148,4 @@ class ExpiryReader:
 
 
 def _nothing() -> None:
-    """Nobody is to be told."""
+    """Do nothing: the stream has not begun, or has left."""

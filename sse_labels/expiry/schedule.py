@@ -1,9 +1,7 @@
-"""The schedule: what expires next, up to a horizon, in bounded memory.
+"""The schedule: the labels that expire next, up to `end`, in bounded memory.
 
-Promises: everything that was added and lies up to `end` is handed out once, the earliest first;
-there are never more than `most`, because `end` draws nearer when there would be.
-Stands beside the corridor, under the expiry, which loads it and is its only user.
-Does not belong here: clocks, the database, whether a label is still in force.
+Promises: every label that was added and is due up to `end` is returned once, the earliest first.
+The schedule holds at most `most` labels: when it is full, `end` moves to an earlier time.
 """
 
 from __future__ import annotations
@@ -14,20 +12,20 @@ from typing import NamedTuple
 
 
 class Due(NamedTuple):
-    """When a label expires, in seconds since 1970, and its seq: the order in which it is told."""
+    """The time when a label expires, in seconds since 1970, and its seq. The order of notices."""
 
     at: float
     seq: int
 
 
 class Schedule:
-    """A heap of what is due after the beginning, and not after `end`."""
+    """A heap of labels that are due up to `end`."""
 
     def __init__(self, end: Due, most: int) -> None:
-        """Hold nothing yet: all up to `end` has been handed out already, or is not asked for."""
+        """Begin empty: labels due up to `end` have been returned already, or are not asked for."""
         self._heap: list[Due] = []
         self._most = most
-        #: What lies beyond is not here; whoever wants it loads it and calls `extend`.
+        #: Labels due later are not here. The caller loads them and calls `extend`.
         self.end = end
 
     def __len__(self) -> int:
@@ -35,47 +33,48 @@ class Schedule:
 
     @property
     def room(self) -> int:
-        """How many more it holds."""
+        """The number of labels that may still be added."""
         return self._most - len(self._heap)
 
     @property
     def next_at(self) -> float | None:
-        """When the earliest is due; None when there is none."""
+        """The time when the earliest label is due, None when the schedule is empty."""
         return self._heap[0].at if self._heap else None
 
     def add(self, due: Due) -> bool:
-        """Take one more, unless it lies beyond the end; say whether it was taken.
+        """Add a label unless it is due after `end`. Return whether it was added.
 
-        One that is here already may be added again.
+        A label may be added twice; it is returned once.
         """
         if due > self.end:
             return False
         heappush(self._heap, due)
         if len(self._heap) > self._most:
-            # A quarter at once, so that a flood does not sort the heap for each label.
+            # A quarter is dropped at once, so that a flood of labels does not sort for each label.
             self._heap.sort()
             del self._heap[3 * self._most // 4 :]
             self.end = self._heap[-1]
         return True
 
     def extend(self, dues: Iterable[Due], end: Due) -> None:
-        """Take all that lies between the end and a new one."""
+        """Move `end` to a later time, and add the labels up to it."""
         self.end = end
         for due in dues:
             self.add(due)
 
     def shorten(self, end: Due) -> None:
-        """Let go of what lies beyond an end, if that is nearer."""
+        """Move `end` to an earlier time, and drop the labels after it."""
         if end < self.end:
             self._heap = sorted(due for due in self._heap if due <= end)
             self.end = end
 
     def pop(self, now: float, most: int) -> list[Due]:
-        """Hand out what is due by now, at most so many."""
+        """Return labels that are due at `now`, at most `most`."""
         dues: list[Due] = []
         while self._heap and self._heap[0].at <= now and len(dues) < most:
             due = heappop(self._heap)
-            # Loaded and fed: equal ones come one after the other.
+            # A label may be added from the table and by the sequencer. The heap returns both
+            # one after the other.
             if not dues or due != dues[-1]:
                 dues.append(due)
         return dues

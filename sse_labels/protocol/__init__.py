@@ -1,1 +1,1 @@
-"""The AT Protocol and the wire: pure, no I/O, no clock."""
+"""The AT Protocol and its bytes on the wire. Pure functions: no I/O, no clock."""

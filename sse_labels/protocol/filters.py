@@ -1,7 +1,7 @@
-"""What a consumer asked to see: which labels pass, and one value for all who asked the same.
+"""Filters: decide which labels a consumer receives.
 
-Promises: `matches` is exact and cheap enough to run per event, and filters that mean the same
-are equal and hash alike, so that a filter chunk is made once per distinct filter.
+Promises: `matches` is exact, and cheap enough to run for each event. Filters with the same meaning
+are equal and have the same hash, so that each chunk is filtered once for each distinct filter.
 Does not belong here: reading a query string (`web`), the filter's SQL form (`store`).
 
 Source: lexicon `com.atproto.label.queryLabels`, parameters `uriPatterns` and `sources`; `values`
@@ -24,20 +24,21 @@ from sse_labels.protocol.formats import (
     unsafe_in,
 )
 
-#: How many entries each parameter may carry, counted as sent. It bounds what one event costs.
+#: The most entries of one parameter, counted as sent. This bounds the time that one event costs.
 FILTER_MAX_ENTRIES = 100
-#: What a filter takes without any entry, and what each entry takes beside its characters (one to
-#: four bytes each): a string's header, and its place in a set that is half empty.
+#: The memory of a filter without entries.
 EMPTY_BYTES = 1024
+#: The memory of an entry without its characters (one to four bytes each): a string's header, and
+#: its place in a set that is half empty.
 ENTRY_BYTES = 128
 
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """The labels that pass: every part must agree, an empty part agrees with anything.
+    """A filter: a label matches when every part matches. An empty part matches every label.
 
-    A URI agrees when it is one of `uris` or begins with one of `uri_prefixes`. Made by
-    `parse_filter`, the parts are in canonical form, and equality is equality of meaning.
+    A URI matches when it is one of `uris` or begins with one of `uri_prefixes`. `parse_filter`
+    returns the parts in canonical form, so that filters with the same meaning are equal.
     """
 
     sources: frozenset[str] = frozenset()
@@ -47,18 +48,18 @@ class Filter:
 
     @property
     def nbytes(self) -> int:
-        """Return about how much memory it takes: sets, and one object for each entry."""
+        """About how much memory the filter takes, in bytes: sets, and one object for each entry."""
         entries = [*self.sources, *self.uris, *self.uri_prefixes, *self.values]
         return EMPTY_BYTES + sum(ENTRY_BYTES + 4 * len(entry) for entry in entries)
 
     def of_any_uri(self) -> Filter | None:
-        """Return the part of it that is about sources and values, None when there is none."""
+        """Return the filter without its URIs, None when it has neither sources nor values."""
         if not (self.sources or self.values):
             return None
         return Filter(sources=self.sources, values=self.values)
 
     def matches(self, src: str, uri: str, val: str) -> bool:
-        """Tell whether the label with these columns passes; case and bytes must agree exactly."""
+        """Return whether a label with these fields matches. Strings must be equal byte by byte."""
         if self.values and val not in self.values:
             return False
         if self.sources and src not in self.sources:
@@ -71,11 +72,12 @@ class Filter:
 def parse_filter(
     sources: Sequence[str], uri_patterns: Sequence[str], values: Sequence[str]
 ) -> Filter | None:
-    """Return the filter these parameters describe, None when they let everything pass.
+    """Return the filter that these parameters describe, None when every label matches.
 
-    Entries of one parameter are alternatives. A pattern is a whole URI or, ending in `*`, the
-    string that a URI must begin with; the lone `*` lets every URI pass, whatever stands beside it.
-    Raises `InvalidRequest` naming the parameter, the value and what was expected.
+    Different parameters combine with AND, entries of one parameter with OR. A pattern is a whole
+    URI, or the start of a URI followed by `*`. A pattern `*` alone matches every URI, whatever the
+    other patterns are.
+    Raises `InvalidRequest`, which names the parameter, the value and the expected form.
     """
     if not (sources or uri_patterns or values):
         return None
@@ -97,7 +99,7 @@ def parse_filter(
 
 
 def _parse_patterns(patterns: Sequence[str]) -> tuple[frozenset[str], tuple[str, ...]]:
-    """Split patterns into URIs and prefixes, without those that a shorter prefix covers anyway."""
+    """Split patterns into URIs and prefixes. Drop all that a shorter prefix covers."""
     uris: set[str] = set()
     prefixes: set[str] = set()
     for pattern in patterns:
@@ -105,7 +107,7 @@ def _parse_patterns(patterns: Sequence[str]) -> tuple[frozenset[str], tuple[str,
         if "*" in prefix:
             raise _refusal("uriPatterns", pattern, "'*' at the end only")
         if prefix == pattern:
-            # Only a whole URI is checked as one: a prefix may end anywhere, in the scheme too.
+            # Only a whole URI is checked as a URI: a prefix may end anywhere, even in the scheme.
             if not is_uri(pattern):
                 raise _refusal("uriPatterns", pattern, "a URI, or the start of one and then '*'")
             uris.add(pattern)
@@ -119,7 +121,7 @@ def _parse_patterns(patterns: Sequence[str]) -> tuple[frozenset[str], tuple[str,
         return frozenset(), ()
     shortest: list[str] = []
     for prefix in sorted(prefixes):
-        # Sorted, a prefix stands before all that begin with it, with nothing else in between.
+        # In sorted order, all longer prefixes that begin with this one directly follow it.
         if not (shortest and prefix.startswith(shortest[-1])):
             shortest.append(prefix)
     covered = tuple(shortest)

@@ -1,13 +1,14 @@
 """The formats of strings in a label: DIDs, URIs, CIDs, datetimes, values.
 
-Promises: each `is_…` says whether a string keeps its format, and reads nothing into it;
-no string that passes has a control character, a line separator or a lone surrogate.
+Promises: each `is_…` function checks the format of a string, and changes nothing. A string that
+passes has no control character, no line separator and no lone surrogate.
 
-Sources: https://atproto.com/specs/did for DIDs; https://atproto.com/specs/at-uri-scheme, /handle,
-/nsid and /record-key for AT-URIs; https://atproto.com/specs/lexicon#string-formats for `uri`,
-`cid`, `datetime`; and for the corner cases the test vectors that implementations share,
-`interop-test-files/syntax` of bluesky-social/atproto, and for CIDs and URIs
-`atproto/syntax/testdata` of bluesky-social/indigo.
+Sources:
+- DIDs: https://atproto.com/specs/did
+- AT-URIs: https://atproto.com/specs/at-uri-scheme, and /handle, /nsid and /record-key
+- `uri`, `cid`, `datetime`: https://atproto.com/specs/lexicon#string-formats
+- corner cases: the shared test vectors `interop-test-files/syntax` of bluesky-social/atproto, and
+  for CIDs and URIs `atproto/syntax/testdata` of bluesky-social/indigo
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from datetime import UTC, datetime
 
 DID_MAX_BYTES = 2048  # the hard limit of the DID specification
 URI_MAX_BYTES = 8192  # 8 KiB, the specification's limit for the format
-CID_MAX_BYTES = 256  # the limit Bluesky's Go implementation (indigo) sets
-DATETIME_MAX_BYTES = 64  # the limit both of Bluesky's implementations set
+CID_MAX_BYTES = 256  # the limit of Bluesky's Go implementation (indigo)
+DATETIME_MAX_BYTES = 64  # the limit of both of Bluesky's implementations
 VAL_MAX_BYTES = 128  # `maxLength` in the lexicon, which counts UTF-8 bytes
 
 SECONDS_IN_400_YEARS = 146_097 * 86_400
 
-# The formats. Each pattern is plain ASCII and meant for `fullmatch`, so that a control character, a
-# separator or a lone surrogate cannot pass: `$` would let a trailing line feed through.
+# Each pattern allows ASCII alone and is used with `fullmatch`, so that no control character, no
+# separator and no lone surrogate passes. With `$` a trailing line feed would pass.
 
 _DID = re.compile(r"did:[a-z]+:[a-zA-Z0-9._:%-]*[a-zA-Z0-9._-]")
 _URI = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*:/*[!-.0-~][!-~]*")
@@ -44,29 +45,30 @@ _AT_URI = re.compile(
 )
 _CID = re.compile(r"(?!Qm)[a-zA-Z0-9+=]{8,}")
 _DATETIME = re.compile(
-    # The days of every month that has them; whether 29 February exists is left to the year.
+    # The days that each month has. `is_datetime` checks whether the year has a 29 February.
     r"[0-9]{4}-(?:(?:0[1-9]|1[0-2])-(?:0[1-9]|[12][0-9])"
     r"|(?:0[13-9]|1[0-2])-30|(?:0[13578]|1[02])-31)"
     r"T(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\.[0-9]+)?"
     r"(?:Z|(?!-00:00)[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])"
 )
 
-# What no string of a label may hold: Unicode's control characters (NUL, which PostgreSQL cannot
-# store, CR and LF, which end a line of a frame, U+0085), the line and paragraph separators, which
-# other line splitters take for an end of line, and lone surrogates, which UTF-8 cannot encode.
+# The characters that no string of a label may contain:
+# - Unicode's control characters: PostgreSQL cannot store NUL, CR and LF end a line of a frame;
+# - the line and paragraph separators: some line splitters split at them;
+# - lone surrogates: UTF-8 cannot encode them.
 _UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 def is_did(text: str) -> bool:
-    """Tell whether `text` is a DID: lower-case method, no path, query or fragment, ≤ 2048 bytes.
+    """Return whether `text` is a DID: lower-case method, no path, query or fragment, ≤ 2048 bytes.
 
-    Any method passes and percent-encoding is not decoded, as the specification wants it.
+    As the specification says, any method passes and percent-encoding is not decoded.
     """
     return len(text) <= DID_MAX_BYTES and _DID.fullmatch(text) is not None
 
 
 def is_uri(text: str) -> bool:
-    """Tell whether `text` is a URI: a scheme (RFC 3986, 3.1), then more than slashes, ≤ 8192 bytes.
+    """Return whether `text` is a URI: a scheme (RFC 3986, 3.1), not only slashes, ≤ 8192 bytes.
 
     Printable ASCII without spaces: other characters must be percent-encoded (RFC 3986, 2).
     """
@@ -74,17 +76,17 @@ def is_uri(text: str) -> bool:
 
 
 def is_at_uri(text: str) -> bool:
-    """Tell whether `text` is an AT-URI: `at://`, a DID or handle, then `/` NSID, then `/` key.
+    """Return whether `text` is an AT-URI: `at://`, a DID or handle, then `/` NSID, then `/` key.
 
-    Neither a query nor a fragment, nor a slash at the end: the form that lexicons allow. Every
-    AT-URI is a URI, but `at://handle.example.com/nsid/rkey`, which the vectors list as a URI, is
-    no AT-URI: `nsid` is no NSID.
+    As lexicons require, there is no query, no fragment and no slash at the end. Every AT-URI is a
+    URI. The test vectors list `at://handle.example.com/nsid/rkey` as a URI. It is not an AT-URI,
+    because `nsid` is not an NSID.
     """
     return _AT_URI.fullmatch(text) is not None
 
 
 def is_cid(text: str) -> bool:
-    """Tell whether `text` looks like a CID of version 1: 8 to 256 characters, none decoded.
+    """Return whether `text` looks like a CID of version 1, 8 to 256 characters. It is not decoded.
 
     Version 0 (`Qm…`) is not allowed in the AT Protocol.
     """
@@ -92,18 +94,19 @@ def is_cid(text: str) -> bool:
 
 
 def is_datetime(text: str) -> bool:
-    """Tell whether `text` is a datetime of the AT Protocol: RFC 3339 and ISO 8601 at once.
+    """Return whether `text` is a datetime of the AT Protocol: valid in RFC 3339 and in ISO 8601.
 
-    The day must exist, and the time in UTC must lie in the years 0000 to 9999. A leap second is
-    refused, as by Bluesky's implementations: neither JavaScript's `Date` nor Go's `time` parses it.
+    The day must exist, and the time in UTC must be in the years 0000 to 9999. A leap second is
+    refused: Bluesky's implementations refuse it too, because neither JavaScript's `Date` nor Go's
+    `time` parses it.
     """
     if len(text) > DATETIME_MAX_BYTES or _DATETIME.fullmatch(text) is None:
         return False
     if text[5:10] == "02-29" and not isleap(int(text[:4])):
         return False
     if text[-1] != "Z" and text.startswith(("0000-01-01", "9999-12-31")):
-        # The two days that an offset can carry out of the four-digit years; `datetime` has no
-        # year 0 to ask.
+        # On these two days an offset may lead to a year outside 0000 to 9999. `datetime` cannot
+        # decide this: it has no year 0.
         minutes = int(text[11:13]) * 60 + int(text[14:16])
         offset = int(text[-5:-3]) * 60 + int(text[-2:])
         if text[0] == "0":
@@ -113,16 +116,17 @@ def is_datetime(text: str) -> bool:
 
 
 def is_expired(exp: str | None, now: float) -> bool:
-    """Tell whether the time `exp` has passed at `now`, in seconds since 1970."""
+    """Return whether the time `exp` has passed at `now`, in seconds since 1970."""
     at = expires_at(exp)
     return at is not None and at <= now
 
 
 def expires_at(exp: str | None) -> float | None:
-    """Return the time `exp` in seconds since 1970; None when it never comes.
+    """Return the time `exp` in seconds since 1970; None when the label never expires.
 
-    In another program's table a time without an offset is UTC. What cannot be read as a time
-    never comes. The date must be written as 2024-05-01: the SQL block `expiring` finds by it.
+    Another program's table may contain a time without an offset: it is UTC. A text that is not a
+    time never expires. The date must have the form 2024-05-01: the SQL block `expiring` searches by
+    this form.
     """
     if not exp or exp[4:5] != "-" or exp[7:8] != "-":
         return None
@@ -138,16 +142,16 @@ def expires_at(exp: str | None) -> float | None:
 
 
 def is_val(text: str) -> bool:
-    """Tell whether `text` can be a label's value: 1 to 128 UTF-8 bytes, all of them safe."""
+    """Return whether `text` can be a label's value: 1 to 128 UTF-8 bytes, no unsafe character."""
     if not 0 < len(text) <= VAL_MAX_BYTES or _UNSAFE.search(text) is not None:
         return False
     return text.isascii() or len(text.encode()) <= VAL_MAX_BYTES
 
 
 def unsafe_in(text: str) -> str | None:
-    """Return the complaint about the first character no string here may hold, None if all are fine.
+    """Return an error text about the first unsafe character, None if there is none.
 
-    Those are control characters, U+2028, U+2029 and lone surrogates.
+    Unsafe characters are control characters, U+2028, U+2029 and lone surrogates.
     """
     found = _UNSAFE.search(text)
     if found is None:
@@ -164,7 +168,7 @@ def unsafe_in(text: str) -> str | None:
 
 
 def problem_in(value: object) -> str:
-    """Return what was got, as an error message names it, and the complaint of `unsafe_in`."""
+    """Return the value as an error message shows it, and the error text of `unsafe_in`."""
     unsafe = unsafe_in(value) if isinstance(value, str) else None
     return f"got {shown(value)}" + (f", which {unsafe}" if unsafe else "")
 
@@ -173,10 +177,10 @@ SHOWN_MAX_CHARACTERS = 60
 
 
 def shown(value: object) -> str:
-    """Return a decoded JSON value as an error message names it: short, printable, in JSON's words.
+    """Return a decoded JSON value as an error message shows it: short, printable, in JSON's words.
 
-    Long strings are cut, and arrays and objects are not spelt out, so a message stays a line
-    whatever was sent.
+    Long strings are cut, and the contents of arrays and objects are not shown. So a message is one
+    short line, whatever was sent.
     """
     if value is None:
         return "null"

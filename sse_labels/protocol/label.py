@@ -1,8 +1,8 @@
-"""What a label is: its checked form on the way in, its JSON form on the way out.
+"""Labels: check a label that comes in, and make the JSON form of a label that goes out.
 
-Promises: a `Label` made by `parse_label` keeps the lexicon, survives PostgreSQL and cannot break
-the frame it is written into; what is refused is refused by field, with what was got and expected.
-Does not belong here: the formats of its strings (`formats`), who may publish.
+Promises: a `Label` from `parse_label` follows the lexicon, can be stored in PostgreSQL, and cannot
+break the frame that contains it. A refusal names the field, the value and the expected form.
+Does not belong here: the formats of a label's strings (`formats`).
 
 Sources: lexicon `com.atproto.label.defs#label`; https://atproto.com/specs/data-model for `$bytes`.
 """
@@ -32,14 +32,14 @@ from sse_labels.protocol.formats import (
 )
 
 LABEL_TYPE = "com.atproto.label.defs#label"
-SIG_MAX_BYTES = 1024  # ours: the signatures in use (K-256, P-256) have 64 bytes
+SIG_MAX_BYTES = 1024  # our own limit: the signatures in use (K-256, P-256) have 64 bytes
 
 
 class Label(NamedTuple):
-    """One label as its row holds it; every string is exactly as it was given.
+    """One label as its row contains it. Every string is exactly as it was given.
 
-    `cid` is `''` when absent, as in Ozone's column, which is NOT NULL; `neg`, `exp` and `sig` are
-    None. A `neg` of False was stated: a signature covers it.
+    An absent `cid` is `''`, because Ozone's column is NOT NULL. An absent `neg`, `exp` or `sig` is
+    None. A `neg` of False was given as false: a signature covers it.
     """
 
     src: str
@@ -67,24 +67,25 @@ class Row(NamedTuple):
 
     @property
     def key(self) -> tuple[str, str, str, str]:
-        """What a newer label must share to take this one's place: (src, uri, cid, val)."""
+        """(src, uri, cid, val). A newer label with the same key replaces this one."""
         return self[1:5]
 
     @property
     def columns(
         self,
     ) -> tuple[str, str, str, str, bool | None, str, str | None, memoryview | None]:
-        """The label: `label_json` and `Label` take these, in this order."""
+        """The label's columns, in the order of the parameters of `label_json` and `Label`."""
         return self[1:]
 
 
 def parse_label(obj: object) -> Label:
-    """Return the label that a decoded JSON object describes, nothing reformatted.
+    """Return the label that a decoded JSON object describes. No value is reformatted.
 
-    Raises `InvalidLabel` for the first thing wrong; its `field` is `''` when `obj` is no object.
-    An optional field is left out, not null: the lexicon knows no nullable field here, and a null
-    taken for absent would change what a signature covers. Unknown fields are refused, since a
-    misspelt `neg` would publish the opposite of what was meant: `known_fields` is for readers.
+    Raises `InvalidLabel` for the first error. Its `field` is `''` when `obj` is not an object.
+    An absent field must be left out. A null is refused: the lexicon has no nullable field here, and
+    treating null as absent would change the bytes that a signature covers. Unknown fields are
+    refused: a misspelt `neg` would publish the opposite of what was meant. A reader that must
+    ignore unknown fields calls `known_fields` first.
     """
     if not isinstance(obj, dict):
         raise InvalidLabel("", f"got {shown(obj)}, expected a JSON object")
@@ -108,9 +109,9 @@ def parse_label(obj: object) -> Label:
 
 
 def known_fields(obj: object) -> object:
-    """Return a label without the fields that the lexicon does not know: readers ignore those.
+    """Return a label without the fields that the lexicon does not know: readers ignore them.
 
-    What is no object comes back as it is.
+    A value that is not an object is returned unchanged.
     """
     if not isinstance(obj, dict):
         return obj
@@ -118,9 +119,9 @@ def known_fields(obj: object) -> object:
 
 
 def check_subject(label: Label) -> None:
-    """Raise `InvalidLabel` for a `uri` that begins as an AT-URI and is none: it names nothing.
+    """Raise `InvalidLabel` for a `uri` that begins with `at://` and is not an AT-URI.
 
-    The lexicon asks for a URI alone, so this is for labels that are made here, and not for others'.
+    The lexicon allows any URI. So this check is only for labels that are published here.
     """
     if label.uri.startswith("at://") and not is_at_uri(label.uri):
         raise _refusal(label._asdict(), "uri", _EXPECTED_AT_URI)
@@ -136,13 +137,13 @@ def label_json(
     exp: str | None,
     sig: bytes | memoryview | None,
 ) -> dict[str, Any]:
-    """Return the wire form of a label, ready for a JSON encoder; takes the columns as they come.
+    """Return the JSON form of a label, ready for a JSON encoder.
 
-    Absent fields are left out (an empty `cid`, a `neg` that is null), and `sig` becomes
-    `{"$bytes": base64 without padding}`. A `neg` that is false says nothing, and is left out as
-    well, unless there is a signature, which covers it: skyware's labelers sign it (0.2). The order
-    of the keys is fixed. Nothing is checked: it runs once per event, and the row may be another
-    program's.
+    Absent fields are left out: an empty `cid`, a `neg` that is null. `sig` becomes
+    `{"$bytes": base64 without padding}`. A `neg` that is false is left out too, because it has no
+    meaning. But with a signature it stays, because the signature covers it: skyware's labelers
+    (0.2) sign it. The order of the keys is fixed. No value is checked, because this function runs
+    once for each event, and the row may come from another program.
     """
     label: dict[str, Any] = {"ver": 1, "src": src, "uri": uri}
     if cid:
@@ -154,7 +155,7 @@ def label_json(
     if exp:
         label["exp"] = exp
     if sig:
-        # No padding: strict readers, Bluesky's Go among them, refuse it.
+        # No padding: strict readers, such as Bluesky's Go code, refuse padding.
         label["sig"] = {"$bytes": b2a_base64(sig, newline=False).rstrip(b"=").decode("ascii")}
     return label
 
@@ -192,8 +193,8 @@ def _string(obj: dict[Any, Any], field: str, is_valid: Callable[[str], bool]) ->
 def _signature(obj: dict[Any, Any]) -> bytes:
     """Decode `{"$bytes": …}`: standard base64 alphabet, with or without padding.
 
-    The digits must be those that encoding the bytes gives: other bits in the last one (RFC 4648,
-    3.5) would come out as another text than went in.
+    Encoding the bytes again must give the same digits. Unused bits of the last digit (RFC 4648,
+    3.5) must be zero, because otherwise readers would receive another text.
     """
     sig = obj["sig"]
     if isinstance(sig, dict) and len(sig) == 1:
@@ -201,7 +202,7 @@ def _signature(obj: dict[Any, Any]) -> bytes:
         if isinstance(text, str) and _BASE64.fullmatch(text):
             digits = text.rstrip("=")
             padding = "=" * (-len(digits) % 4)
-            # One digit over holds six bits, which is no byte; padding is whole or not there.
+            # A single last digit has six bits, which is no byte. Padding is complete or absent.
             if len(padding) < 3 and text in (digits, digits + padding):
                 decoded = a2b_base64(digits + padding)
                 canonical = b2a_base64(decoded, newline=False).decode("ascii") == digits + padding

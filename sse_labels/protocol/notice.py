@@ -1,9 +1,7 @@
-"""A notice: one label has expired, encoded once and shared by all connections.
+"""A notice: reports that one label has expired. Encoded once and shared by all connections.
 
-Promises: each wire's form is made when the first consumer asks for it, and never again; the label
-in it is the one that the stream carried, in the same form.
-Stands in the corridor beside the chunk: the expiry makes notices, everything behind hands them on.
-Does not belong here: when a label expires, who is told.
+Promises: each encoding is made when the first consumer needs it, and only once. The label in a
+notice has the same form as it had on the stream.
 """
 
 from __future__ import annotations
@@ -19,14 +17,14 @@ NAME = "LabelExpired"
 
 
 class Notice:
-    """That the label of a row expired at a time, in seconds since 1970."""
+    """The label of a row expired at the time `at`, in seconds since 1970."""
 
     def __init__(self, at: float, row: Row) -> None:
         self.at = at
         self.seq = row.seq
-        #: What a filter looks at.
-        self.looks = (row.src, row.uri, row.val)
-        #: A newer label of its key is being streamed: whoever has not been told needs not be.
+        #: The fields that a filter compares.
+        self.filter_key = (row.src, row.uri, row.val)
+        #: A newer label with the same key is streamed: the notice need not be sent any more.
         self.superseded = False
         self._label = label_json(*row.columns)
         self._message = f"the label of seq {self.seq} has expired"
@@ -36,16 +34,16 @@ class Notice:
 
     @cached_property
     def block(self) -> bytes:
-        """The `info` event."""
+        """The notice as an `info` event."""
         return encode_info(NAME, self._message, seq=self.seq, label=self._label)
 
     @cached_property
     def wire(self) -> bytes:
-        """The `info` event in HTTP's chunked coding."""
+        """The notice as an `info` event in HTTP's chunked coding."""
         return chunked(self.block)
 
     @cached_property
     def message(self) -> bytes:
-        """The `#info` message of `subscribeLabels`."""
+        """The notice as an `#info` message of `subscribeLabels`."""
         label = cbor_label(self._label)
         return encode_message(NAME, self._message, seq=self.seq, label=label)

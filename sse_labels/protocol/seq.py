@@ -1,9 +1,7 @@
-"""The largest seq, and the one way to read a whole number that came as text.
+"""Seqs: the largest seq, and the only function that reads a whole number from text.
 
-Promises: a number is read from ASCII digits alone and within its bounds, or not at all; a long
-text costs nothing. Zeros in front change nothing, as long as the whole has `DIGITS_MAX` digits
-at most: `007` is 7.
-Does not belong here: what to answer when it is no number.
+Promises: only ASCII digits within the bounds are a number. A text that is too long is refused
+before it is parsed. Leading zeros are allowed, up to `DIGITS_MAX` digits in all: `007` is 7.
 """
 
 from __future__ import annotations
@@ -14,8 +12,8 @@ DIGITS_MAX = len(str(SEQ_MAX))
 
 
 def number_in(text: str | bytes, low: int = 0, high: int = SEQ_MAX) -> int | None:
-    """Return the number from `low` to `high` that `text` is, None when it is none."""
-    # `int` and `isdigit` know the digits of all scripts; `int` also signs, blanks and `1_000`.
+    """Return the number in `text`, None when it is not a number from `low` to `high`."""
+    # `int` and `isdigit` accept digits of all scripts. `int` also accepts signs, blanks, `1_000`.
     if len(text) > DIGITS_MAX or not (text.isascii() and text.isdigit()):
         return None
     number = int(text)
@@ -23,9 +21,9 @@ def number_in(text: str | bytes, low: int = 0, high: int = SEQ_MAX) -> int | Non
 
 
 def seconds_in(text: str) -> int | None:
-    """Return the seconds of a `Retry-After` (RFC 9110, 10.2.3), None when it holds none.
+    """Return the seconds of a `Retry-After` (RFC 9110, 10.2.3), None when it is not a number.
 
-    Nobody waits that long: more than `SEQ_MAX` is `SEQ_MAX`, so that the caller's bound decides.
+    A larger number than `SEQ_MAX` becomes `SEQ_MAX`: the caller has its own bound.
     """
     if not (text.isascii() and text.isdigit()):
         return None

@@ -1,10 +1,8 @@
-"""Signatures of labels, as the AT Protocol wants them: made, and checked.
+"""Signatures: sign labels and check their signatures, as the AT Protocol specifies.
 
-Promises: what is signed is the label as it stands, nothing reformatted and no absent field
-filled in; a signature of ours is the one that Ozone makes with the same key; a signature that
-is malformed, or has a high S, is invalid and never an error.
-Stands beside the corridor: the publisher signs and checks, the watch and `verify` check.
-Does not belong here: which labels are signed, and what happens to a wrong one.
+Promises: a signature covers the label exactly as given: no value is reformatted, and no absent
+field is added. Our signature of a label equals the signature that Ozone makes with the same key. A
+malformed signature, or a signature with a high S, is invalid and never an error.
 
 Sources: https://atproto.com/specs/label#signatures (DAG-CBOR of the label with `ver` and without
 `sig`, SHA-256, ECDSA); https://atproto.com/specs/cryptography (curves, low S, did:key).
@@ -31,22 +29,22 @@ SIGNATURE_BYTES = 64
 #: Multicodec prefixes of public keys, as varints (https://github.com/multiformats/multicodec).
 K256_PREFIX = b"\xe7\x01"
 P256_PREFIX = b"\x80\x24"
-#: The order of P-256 (SEC 2, section 2.4.2); coincurve refuses a high S by itself.
+#: The order of P-256 (SEC 2, section 2.4.2). For K-256, coincurve itself refuses a high S.
 P256_ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
 
 
 class Verdict(Enum):
-    """What can be said of a label's signature."""
+    """The result of checking a label's signature."""
 
     VALID = "valid"
     INVALID = "invalid"
     UNSIGNED = "unsigned"
-    #: No key of its source is known here.
+    #: No key of the label's source is known here.
     UNKNOWN = "unknown"
 
 
 def signed_bytes(label: Label) -> bytes:
-    """Return what the signature of `label` covers."""
+    """Return the bytes that the signature of `label` covers."""
     covered = label_json(*label)
     covered.pop("sig", None)
     return libipld.encode_dag_cbor(covered)
@@ -56,7 +54,7 @@ class SigningKey:
     """A k256 private key."""
 
     def __init__(self, secret: bytes) -> None:
-        """Raise ValueError when 32 bytes `secret` are no key."""
+        """`secret` has 32 bytes. Raises ValueError when they are not a valid key."""
         self._key = K256PrivateKey(secret)
 
     @property
@@ -65,19 +63,19 @@ class SigningKey:
         encoded = K256_PREFIX + self._key.public_key.format(compressed=True)
         return "did:key:" + libipld.encode_multibase("z", encoded)
 
-    def made(self, label: Label) -> bool:
-        """Say whether the signature of `label` is this key's."""
+    def has_signed(self, label: Label) -> bool:
+        """Return whether this key made the signature of `label`."""
         sig = bytes(label.sig or b"")
         public = K256Key(self._key.public_key.format(compressed=True))
         return len(sig) == SIGNATURE_BYTES and public.verifies(sig, signed_bytes(label))
 
     def sign(self, label: Label) -> Label:
-        """Return the label with its signature: r and s, 32 bytes each, s low; always the same.
+        """Return the label with its signature: r and a low s, 32 bytes each.
 
-        As Ozone signs it, a `neg` of False is not stated.
+        The same label always gets the same signature. As in Ozone, a `neg` of False is left out.
         """
         bare = label._replace(neg=label.neg or None, sig=None)
-        # Without its last byte, which says which of two public keys it was.
+        # Without the last byte, which tells two possible public keys apart.
         sig = self._key.sign_recoverable(signed_bytes(bare))[:SIGNATURE_BYTES]
         return bare._replace(sig=sig)
 
@@ -86,18 +84,18 @@ class PublicKey(Protocol):
     """A key that can check signatures."""
 
     def verifies(self, sig: bytes, message: bytes) -> bool:
-        """Say whether `sig`, 64 bytes, is this key's for `message`."""
+        """Return whether `sig`, 64 bytes, is this key's signature of `message`."""
 
 
 class K256Key:
     """A public key on secp256k1."""
 
     def __init__(self, encoded: bytes) -> None:
-        """Raise ValueError when `encoded` is no compressed point."""
+        """Raise ValueError when `encoded` is not a compressed point."""
         self._key = K256PublicKey(encoded)
 
     def verifies(self, sig: bytes, message: bytes) -> bool:
-        """Say so; a high S is not accepted (libsecp256k1)."""
+        """Return whether `sig` is valid. A high S is not accepted (libsecp256k1)."""
         try:
             return self._key.verify(cdata_to_der(deserialize_compact(sig)), message)
         except ValueError:
@@ -108,11 +106,11 @@ class P256Key:
     """A public key on NIST's P-256."""
 
     def __init__(self, encoded: bytes) -> None:
-        """Raise ValueError when `encoded` is no point."""
+        """Raise ValueError when `encoded` is not a point."""
         self._key = ec.EllipticCurvePublicKey.from_encoded_point(ec.SECP256R1(), encoded)
 
     def verifies(self, sig: bytes, message: bytes) -> bool:
-        """Say so; a high S is not accepted (https://atproto.com/specs/cryptography)."""
+        """Return whether `sig` is valid. A high S is not (https://atproto.com/specs/cryptography)."""
         r, s = int.from_bytes(sig[:32], "big"), int.from_bytes(sig[32:], "big")
         if s > P256_ORDER // 2:
             return False
@@ -141,22 +139,22 @@ def parse_public_key(text: str) -> PublicKey:
 
 
 class SourceKeys:
-    """The public keys of sources, which may change."""
+    """The public keys of the sources. The keys may change while the program runs."""
 
-    def __init__(self, now: Callable[[], Mapping[str, Sequence[PublicKey]]]) -> None:
-        """`now` returns the keys of each source, which may have several."""
-        self._now = now
+    def __init__(self, current: Callable[[], Mapping[str, Sequence[PublicKey]]]) -> None:
+        """`current` returns the keys of each source. A source may have several keys."""
+        self._current = current
 
     def deny(self, did: str, key: SigningKey) -> bool:
-        """Say whether keys of this source are known, and `key` belongs to none of them."""
+        """Return whether keys of this source are known, and `key` belongs to none of them."""
         probe = Label(did, did, "", "probe", None, "2026-01-01T00:00:00Z", None, None)
         return self.check(key.sign(probe)) is Verdict.INVALID
 
     def check(self, label: Label) -> Verdict:
-        """Return what can be said of the signature of `label`."""
+        """Check the signature of `label`."""
         if not label.sig:
             return Verdict.UNSIGNED
-        keys = self._now().get(label.src)
+        keys = self._current().get(label.src)
         if not keys:
             return Verdict.UNKNOWN
         sig = bytes(label.sig)

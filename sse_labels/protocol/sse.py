@@ -1,10 +1,8 @@
-"""Bytes of an event stream, as the HTML standard reads them.
+"""The bytes of an event stream, as the HTML standard defines them.
 
-Promises: every function returns whole blocks (each ends with an empty line),
-pure ASCII, in which no value can start a line of its own; so blocks may be
-joined in any number, and no label can forge a frame. HTTP's chunked coding
-of such blocks is made here and nowhere else.
-Does not belong here: sockets, what is sent when.
+Promises: every `encode_…` function returns whole blocks: pure ASCII, with an empty line at the end.
+No value in a block can start a new line. So blocks may be joined in any number, and no label can
+forge a frame. Only this module makes HTTP's chunked coding.
 
 Source: HTML standard, section 9.2 "Server-sent events",
 https://html.spec.whatwg.org/multipage/server-sent-events.html
@@ -17,7 +15,7 @@ from typing import Any
 
 import ujson
 
-#: The comment that keeps a silent connection open: one line, dispatches nothing.
+#: The comment that keeps a silent connection open: one line, which dispatches no event.
 HEARTBEAT = b":\n\n"
 _DATA = b"\ndata: "
 
@@ -25,17 +23,17 @@ _DATA = b"\ndata: "
 def dumps(value: object) -> str:
     """Return compact JSON in ASCII.
 
-    All of ASCII, so that a client which splits lines the way Python's
-    `str.splitlines` does (at U+0085, U+2028, …) reads the frame whole.
+    Some clients split lines as Python's `str.splitlines` does, for example at U+0085 and U+2028.
+    Such characters are escaped, so that these clients read the whole frame too.
     """
     return ujson.dumps(value, escape_forward_slashes=False, ensure_ascii=True)
 
 
 def encode_frame(seq: int, label: Mapping[str, Any]) -> str:
-    """Return the frame of one event, still as text, so that a page is encoded in one go.
+    """Return the frame of one event as text, so that all frames of a page are encoded at once.
 
-    `label` is the wire form that `labels.label_json` makes. There is no `event:`
-    line: `EventSource.onmessage` receives it. The data is the JSON form of
+    `label` is the JSON form that `label_json` makes. There is no `event:` line, so that
+    `EventSource.onmessage` receives the event. The data is the JSON form of
     `com.atproto.label.subscribeLabels#labels`.
     """
     body = ujson.dumps(label, escape_forward_slashes=False, ensure_ascii=True)
@@ -49,33 +47,35 @@ def decode_frame(frame: bytes) -> tuple[int, dict[str, Any]]:
 
 
 def encode_id(seq: int) -> bytes:
-    """Return an id-only block: it moves the client's last event id and dispatches nothing."""
+    """Return a block with an id alone: it moves the client's last event id, without an event."""
     return b"id: %d\n\n" % seq
 
 
 def encode_opening(retry_ms: int, seq: int, message: str, **more: object) -> bytes:
-    """Return a stream's first bytes: how long to wait before reconnecting, and from where.
+    """Return a stream's first bytes: the time before a reconnect, and the position.
 
-    One block, and with data: of a block without, six clients hand out an empty message, and one
-    of them throws on it before it reads a label.
+    This is one block with data. From a block without data, six known clients make an empty message,
+    and one of the six fails before it reads a label.
     """
     return b"retry: %d\n" % retry_ms + encode_info("StreamOpened", message, position=seq, **more)
 
 
 def encode_info(name: str, message: str, *, position: int | None = None, **more: object) -> bytes:
-    """Return an `info` event: news about the stream, which goes on, from `position` if given."""
+    """Return an `info` event: a fact about the stream. It moves the client to `position`, if given.
+
+    The stream continues after it.
+    """
     data = dumps({"name": name, "message": message, **more})
     moved = "" if position is None else f"id: {position}\n"
     return f"{moved}event: info\ndata: {data}\n\n".encode("ascii")
 
 
 def encode_error(name: str, message: str, *, cursor: int | None, retry_ms: int) -> bytes:
-    """Return a stream's last bytes: why it ends, and when to come back.
+    """Return a stream's last bytes: why it ends, and the time before a reconnect.
 
-    `cursor` is where the client stands: the last seq that was written on this stream, or its own
-    position when it is refused. It is the block's id, too: a client that takes the id of each
-    event for its position would take a missing one for the empty id, and come back with that.
-    None when no position is known.
+    `cursor` is the client's position: the last seq that was written on this stream, or the
+    position that a refused client sent. None when no position is known. The block has it as its id
+    too: some clients take a missing id for an empty one, and would reconnect with an empty id.
     """
     fields: dict[str, object] = {"error": name, "message": message}
     position = ""
@@ -88,11 +88,11 @@ def encode_error(name: str, message: str, *, cursor: int | None, retry_ms: int) 
 def chunked(data: bytes | memoryview) -> bytes:
     """Return `data` as one chunk of HTTP/1.1's coding (RFC 9112, section 7.1).
 
-    Of no data nothing: a chunk of no bytes is the end of the body.
+    Empty data gives no bytes, because an empty chunk would end the body.
     """
     return b"".join((b"%x\r\n" % len(data), data, b"\r\n")) if data else b""
 
 
 def unchunked(coded: bytes) -> memoryview:
-    """Return the data of what `chunked` made, without a copy."""
+    """Return the data of bytes that `chunked` made, without a copy."""
     return memoryview(coded)[coded.find(b"\n") + 1 : -2]

@@ -1,9 +1,8 @@
-"""Bytes of `com.atproto.label.subscribeLabels`: XRPC messages in WebSocket frames.
+"""The bytes of `com.atproto.label.subscribeLabels`: XRPC messages in WebSocket frames.
 
-Promises: what the lexicon says and nothing else; every `encode_…` returns whole WebSocket
-frames as a server sends them (unmasked), so that they may be joined in any number; `decode`
-returns a message as it stands in one frame, or raises MalformedMessage.
-Does not belong here: sockets, handshakes, what is sent when.
+Promises: messages follow the lexicon. Every `encode_…` function returns a whole WebSocket frame
+as a server sends it (unmasked), so that frames may be joined in any number. `decode` returns the
+message of one frame, or raises MalformedMessage.
 
 Sources: https://atproto.com/specs/event-stream (header and body, each DAG-CBOR); lexicon
 `com.atproto.label.subscribeLabels`; RFC 6455, section 5.2 (frames), 7.4.1 (close codes).
@@ -20,23 +19,23 @@ import libipld
 from sse_labels.errors import SseLabelsError
 from sse_labels.protocol.formats import shown
 
-#: Where every labeler has it.
+#: The path of `subscribeLabels` on every labeler.
 SUBSCRIBE_PATH = "/xrpc/com.atproto.label.subscribeLabels"
-#: What the reference implementation closes with after an error message.
+#: The close code of the reference implementation after an error message.
 CLOSE_POLICY = 1008
 
-#: The heartbeat: a ping without a payload; dispatches nothing.
+#: The heartbeat: a ping without a payload. It dispatches no message.
 HEARTBEAT = b"\x89\x00"
 
 
 class MalformedMessage(SseLabelsError):
-    """Bytes that are no message of an event stream."""
+    """The bytes are not a message of an event stream."""
 
 
 class Message(NamedTuple):
-    """One message: `type` is `#labels`, `#info`, …, None for an error, or '' for what is unknown.
+    """One message. `type` is for example `#labels` or `#info`; None for an error.
 
-    The specification of event streams lets clients ignore an `op` that they do not know.
+    `type` is '' for an unknown `op`: the specification lets clients ignore such a message.
     """
 
     type: str | None
@@ -44,7 +43,7 @@ class Message(NamedTuple):
 
 
 def cbor_label(label: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the wire form of a label (`labels.label_json`) with its signature as bytes."""
+    """Return the JSON form of a label (`label_json`) with its signature as bytes."""
     sig = label.get("sig")
     if sig is None:
         return dict(label)
@@ -53,7 +52,7 @@ def cbor_label(label: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def json_label(label: Any) -> Any:
-    """Return a label of a message in its JSON form; what is no label comes back as it is."""
+    """Return a label of a message in its JSON form. Other values are returned unchanged."""
     if isinstance(label, dict) and isinstance(label.get("sig"), bytes):
         text = b2a_base64(label["sig"], newline=False).decode("ascii").rstrip("=")
         return {**label, "sig": {"$bytes": text}}
@@ -61,18 +60,18 @@ def json_label(label: Any) -> Any:
 
 
 def encode_labels(seq: int, label: Mapping[str, Any]) -> bytes:
-    """Return the frame of one event; `label` is its wire form in JSON."""
+    """Return the frame of one event. `label` is its JSON form."""
     body = libipld.encode_dag_cbor({"seq": seq, "labels": [cbor_label(label)]})
     return frame(_LABELS + body)
 
 
 def encode_info(name: str, message: str, **more: object) -> bytes:
-    """Return news about the stream, which goes on."""
+    """Return the frame of an `#info` message. The stream continues after it."""
     return frame(_INFO + libipld.encode_dag_cbor({"name": name, "message": message, **more}))
 
 
 def encode_error(name: str, message: str) -> bytes:
-    """Return the message that a stream ends with; a close has to follow."""
+    """Return the frame of an error, the last message of a stream. A close frame must follow."""
     return frame(_ERROR + libipld.encode_dag_cbor({"error": name, "message": message}))
 
 

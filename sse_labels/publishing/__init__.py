@@ -1,1 +1,1 @@
-"""Who may publish, what is published, and how it is signed."""
+"""Publishing: who may publish labels, checking and storing labels, and signing them."""

@@ -1,4 +1,4 @@
-"""The keys that labels are signed with and checked by, read from the files that settings name."""
+"""Keys: reads the keys that sign labels and check signatures from the files in the settings."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _EXPECTED_KEY = "a file with a k256 private key: 64 hex digits, or PEM (secp256k
 
 
 class Keys:
-    """What `--signing-key-file`, `--signing-did` and `--source-keys-file` say."""
+    """The keys of `--signing-key-file`, `--signing-did` and `--source-keys-file`."""
 
     def __init__(self, settings: Settings) -> None:
-        """Raise ConfigError for a file that is no key, or keys that contradict each other."""
+        """Raise ConfigError for a file without a key, or for keys that contradict each other."""
         self.signing_did = settings.signing_did
         self.signing_key: SigningKey | None = None
         self.source_keys: SourceKeys | None = None
@@ -40,7 +40,7 @@ class Keys:
         self._check(settings)
 
     def _check(self, settings: Settings) -> None:
-        """Refuse to sign what this server itself would call wrongly signed."""
+        """Refuse a key whose signatures this server itself would call wrong."""
         did, key = self.signing_did, self.signing_key
         if did is None or key is None or self.source_keys is None:
             return
@@ -52,7 +52,7 @@ class Keys:
 
 
 def signing_key_in(file: Path) -> SigningKey:
-    """Read a key; raise ConfigError, which never shows what stands in the file."""
+    """Read a key. Raises ConfigError, which never shows the content of the file."""
     try:
         with file.open("rb") as opened:
             content = opened.read(FILE_MAX_BYTES)
@@ -77,15 +77,15 @@ def _secret_of_pem(content: bytes) -> bytes:
 
 
 def source_keys_in(file: Path) -> SourceKeys:
-    """Return the keys in lines `DID did:key:z…`; raise ConfigError. `#` begins a comment.
+    """Return the keys of a file with lines `DID did:key:z…`. `#` begins a comment.
 
-    A source may have several. The file is read again when it was changed.
+    A source may have several keys. The file is read again when it changes. Raises ConfigError.
     """
     return SourceKeys(WatchedFile(SOURCE_KEYS_SETTING, file, _source_keys).value)
 
 
 def _source_keys(content: bytes) -> dict[str, list[PublicKey]]:
-    """Return the keys of each source; raise Unusable with the number of the first bad line."""
+    """Return the keys of each source. Raises Unusable with the number of the first bad line."""
     found: defaultdict[str, list[PublicKey]] = defaultdict(list)
 
     def take(words: list[str]) -> None:

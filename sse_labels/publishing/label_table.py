@@ -1,7 +1,7 @@
-"""Writing labels into the table.
+"""The label table: writes labels.
 
-Promises: all labels of one insert are stored, or none; a repeated key stores nothing twice.
-Does not belong here: which labels may be published (`publisher`), reading them (`store`).
+Promises: an insert stores all of its labels or none. A repeated key stores no label twice.
+Does not belong here: which labels may be published (`publisher`), reading labels (`feed/store`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from sse_labels.protocol.label import Label
 
 
 class LabelTable:
-    """The label table of one database, for those who write into it."""
+    """The label table of one database, for writing."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -21,10 +21,10 @@ class LabelTable:
     async def insert(
         self, labels: Sequence[Label], key: bytes | None, fingerprint: bytes
     ) -> list[int] | None:
-        """Store all labels or none; return their seqs in the same order.
+        """Store all labels or none. Return their seqs in the same order.
 
-        With a `key` that stored labels of the same `fingerprint` before, return those seqs and
-        store nothing; None when that key belongs to other labels.
+        If `key` has stored labels with the same `fingerprint` before, return the earlier seqs and
+        store nothing. Return None when the key belongs to other labels.
         """
         columns = {
             name: _array([getattr(label, name) for label in labels]) for name in Label._fields
@@ -35,7 +35,10 @@ class LabelTable:
         return None if seqs is None else list(seqs)
 
     async def note_own_source(self, src: str) -> bool:
-        """Keep mirrors from labels of `src`, which is made here; say whether this role may."""
+        """Record that labels of `src` are made here, so that no mirror stores labels of `src`.
+
+        Returns whether this role may record it.
+        """
         [(may,)] = await self._database.fetch("may_note_own_source")
         if may:
             await self._database.fetch("note_own_source", src=src)
@@ -43,9 +46,9 @@ class LabelTable:
 
 
 def _array(values: Sequence[str | bool | bytes | None]) -> str:
-    """Return an array as PostgreSQL reads it from text (its manual, 8.15.6).
+    """Return an array in PostgreSQL's text form (its manual, 8.15.6).
 
-    psycopg2 makes 10,000 labels' arrays in 33 ms, in one step of the event loop; this takes 11.
+    For 10,000 labels, psycopg2 needs 33 ms in one step of the event loop. This function needs 11.
     """
     texts = [
         "NULL"

@@ -1,10 +1,8 @@
 """The publish token of a server that runs on the embedded database.
 
-Promises: made once, from 256 random bits, readable by its owner alone, and the
-same after every restart; never half-written, never logged. A server believes no file that another
-user made or could read.
-Stands beside the corridor, at the door for publishers.
-Does not belong here: comparing tokens (`web.publish`).
+Promises: the token is made once, from 256 random bits, and stays the same after every restart. Only
+its owner can read it. It is never half-written and never logged. A server refuses a file that
+another user made or can read.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ FILE_NAME = "publish-token"
 
 
 def keep_token(data_dir: Path) -> tuple[str, Path]:
-    """Return the token kept in `data_dir` and where it stands; make it when there is none."""
+    """Return the token in `data_dir` and the path of its file. Make the token if there is none."""
     path = data_dir / FILE_NAME
     try:
         if not path.exists():
@@ -35,9 +33,9 @@ def keep_token(data_dir: Path) -> tuple[str, Path]:
 
 
 def read_token(path: Path, *, private: bool = False) -> str:
-    """Return the token that stands in `path`; raise ConfigError when there is none.
+    """Return the token in `path`. Raises ConfigError when there is none.
 
-    `private`: and when another user owns the file, or can read it.
+    With `private`, also raises ConfigError when another user owns the file or can read it.
     """
 
     def refused(expected: str) -> ConfigError:
@@ -58,20 +56,20 @@ def read_token(path: Path, *, private: bool = False) -> str:
             f"has the mode {mode:04o} (delete it to get a new one, or chown and chmod 600 it)"
         )
     if not token:
-        raise refused("a token in it; delete it to get a new one")
+        raise refused("a file with a token; delete it to get a new one")
     return token
 
 
 def _make(path: Path) -> None:
-    # 0600 from the first moment, under a name that no killed run can have left behind.
+    # The mode is 0600 from the first moment. No earlier killed run can have left the same name.
     descriptor, draft = tempfile.mkstemp(prefix=f".{FILE_NAME}.", dir=path.parent)
     try:
         with os.fdopen(descriptor, "w", encoding="ascii") as file:
             file.write(secrets.token_urlsafe(32) + "\n")
             file.flush()
-            # Before it gets its name: a crash of the machine must not leave an empty token.
+            # Before the link: a crash of the machine must not leave an empty token.
             os.fsync(file.fileno())
-        # A link fails when the name exists: of two servers that start at once, one wins.
+        # A link fails when the name exists: if two servers start at once, the first token stays.
         with contextlib.suppress(FileExistsError):
             os.link(draft, path)
     finally:

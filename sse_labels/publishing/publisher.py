@@ -1,9 +1,8 @@
-"""The publisher: checks labels and stores them, all of a request or none.
+"""The publisher: checks, signs and stores the labels of a request, all of them or none.
 
-Promises: what it returns seqs for is committed; a label that breaks the lexicon
-is named by its index and field, and then nothing is stored.
-Stands at the door of the corridor, before the label row.
-Does not belong here: HTTP, tokens, streaming.
+Promises: labels are committed when `publish` returns their seqs. If a label breaks the lexicon, the
+error names its index and field, and no label is stored.
+Does not belong here: HTTP, tokens.
 """
 
 from __future__ import annotations
@@ -45,9 +44,10 @@ class Publisher:
         metrics: Metrics,
         keys: Keys,
     ) -> None:
-        """Sign labels of `signing_did` (None: of every source) that come without a signature.
+        """`keys` sign unsigned labels: those of `signing_did`, or of all sources if it is None.
 
-        Those that come signed by a source of `source_keys`, or by `signing_did`, must be so.
+        A signature that comes with a label of `signing_did`, or of a source in `source_keys`, must
+        be valid.
         """
         self._table = table
         self._schema = schema
@@ -59,23 +59,25 @@ class Publisher:
 
     @contextlib.asynccontextmanager
     async def turn(self) -> AsyncIterator[None]:
-        """Let no other request work in the same step of the event loop as the block.
+        """Let only one request run such a block in each step of the event loop.
 
-        Streams had to wait for 50 requests when each of them took a step.
+        Without this, streams had to wait for the blocks of 50 requests.
         """
         async with self._turn:
             yield
             await asyncio.sleep(0)
 
     async def publish(self, given: Sequence[object], key: bytes | None = None) -> list[int]:
-        """Return one seq per label, in the same order.
+        """Return one seq for each label, in the same order.
 
-        With a `key` the same labels are stored once, however often this is called within a day.
-        Raises Forbidden when the database does not let this server publish, InvalidLabel for the
-        first label that is wrong, IdempotencyKeyReused when the key belongs to other labels,
-        LabelsRefused when the database does not take them, DatabaseUnavailable when nothing was
-        stored, or when the connection was lost before the database could say (then a key makes
-        trying again safe).
+        With a `key` the same labels are stored once, even if this is called again within a day.
+        Raises:
+        - InvalidLabel for the first wrong label
+        - IdempotencyKeyReused when the key belongs to other labels
+        - Forbidden when the database does not let this server publish
+        - LabelsRefused when the database refuses the labels themselves
+        - DatabaseUnavailable when no label was stored, or when the connection was lost before the
+          answer. Then a key makes it safe to try again.
         """
         if self._schema.attached:
             raise Forbidden("publishing is off: this server reads Ozone's labels; label in Ozone")
@@ -104,7 +106,7 @@ class Publisher:
     async def _checked(
         self, given: Sequence[object], start: int, digest: hashlib._Hash | None
     ) -> list[Label]:
-        """Return the next labels as they are stored, and add them to what the key stands for."""
+        """Return the next labels in their stored form. Add them to the digest for the key."""
         labels: list[Label] = []
         try:
             for index, item in enumerate(given[start : start + CHECKED_AT_ONCE], start):
@@ -114,10 +116,10 @@ class Publisher:
                 except InvalidLabel as error:
                     raise error.at(index) from None
             if digest is not None:
-                # Of their wire form, so that a key outlives an update of this program.
+                # The digest is over the JSON form, so that it stays the same after an update.
                 digest.update("".join(f"{dumps(label_json(*each))}\n" for each in labels).encode())
             if self._signing_key is not None or self._source_keys is not None:
-                # 25 to 35 µs each, most of it without the interpreter's lock.
+                # 25 to 35 µs for each label, most of it without the interpreter's lock.
                 labels = await asyncio.to_thread(self._signed, labels, start)
         except InvalidLabel:
             self._metrics.count["labels_refused"] += len(given)
@@ -125,7 +127,7 @@ class Publisher:
         return labels
 
     def _signed(self, labels: Sequence[Label], start: int) -> list[Label]:
-        """Return the labels as they are stored; raise InvalidLabel for a wrong signature."""
+        """Return the labels in their stored form. Raises InvalidLabel for a wrong signature."""
         signed = []
         for index, label in enumerate(labels, start):
             if label.sig is None:
@@ -139,8 +141,11 @@ class Publisher:
         return signed
 
     def _is_wrong(self, label: Label) -> bool:
-        """Say whether a signature is known to be wrong; of its own source, the own key knows."""
+        """Return whether a signature is known to be wrong.
+
+        For a label of `signing_did` without a known public key, the signing key decides.
+        """
         verdict = self._source_keys.check(label) if self._source_keys else Verdict.UNKNOWN
         if verdict is Verdict.UNKNOWN and self._signing_key and self._signing_did == label.src:
-            return not self._signing_key.made(label)
+            return not self._signing_key.has_signed(label)
         return verdict is Verdict.INVALID

@@ -1,9 +1,7 @@
-"""How fast one publisher may publish.
+"""The publish rate: limits how fast one publisher may publish.
 
-Promises: nobody publishes more than a burst at once nor more than so many labels
-per second in the long run; whoever is refused is told when it would be accepted.
-Stands in front of the publisher; a refused request reaches nothing behind it.
-Does not belong here: who the publisher is, what is published.
+Promises: a publisher publishes at most `burst_labels` at once, and `labels_per_second` in the long
+run. A refusal says when the same request would be accepted.
 
 The rule is GCRA (ITU-T I.371): a token bucket that keeps one number for each publisher.
 """
@@ -15,7 +13,7 @@ from collections.abc import Callable
 
 from sse_labels.errors import PayloadTooLarge, RateLimited
 
-#: Publishers remembered at once; one that is forgotten has its whole burst again.
+#: The most publishers that are remembered. A forgotten publisher has its full burst again.
 MAX_PUBLISHERS = 10_000
 _SECOND = 10**9
 
@@ -29,28 +27,28 @@ class PublishRate:
         burst_labels: int,
         clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
-        """None as `labels_per_second` is no limit; `clock` tells whole nanoseconds."""
+        """`labels_per_second` None means no limit. `clock` returns whole nanoseconds."""
         self._rate = labels_per_second
         self._burst = burst_labels
         self._clock = clock
-        #: When each publisher has its whole burst again; who published last stands last.
-        self._whole_at: dict[str, int] = {}
+        #: The time at which each publisher has its full burst again. The latest publisher is last.
+        self._full_at: dict[str, int] = {}
 
     def take(self, publisher: str, labels: int) -> None:
-        """Count `labels` for `publisher`, all or none; raise RateLimited or PayloadTooLarge."""
+        """Count `labels` for `publisher`, all or none. Raises RateLimited or PayloadTooLarge."""
         if self._rate is None:
             return
         if labels > self._burst:
-            # Waiting would not help: no bucket ever holds so many.
+            # Waiting would not help: the burst never allows so many labels.
             raise PayloadTooLarge(f"labels: got {labels}, expected at most {self._burst} at once")
         now = self._clock()
-        whole_at = max(now, self._whole_at.get(publisher, now)) + labels * _SECOND // self._rate
-        wait = whole_at - now - self._burst * _SECOND // self._rate
+        full_at = max(now, self._full_at.get(publisher, now)) + labels * _SECOND // self._rate
+        wait = full_at - now - self._burst * _SECOND // self._rate
         if wait > 0:
             raise RateLimited(
                 f"{publisher!r} may not publish {labels} more labels yet", wait / _SECOND
             )
-        self._whole_at.pop(publisher, None)
-        self._whole_at[publisher] = whole_at
-        if len(self._whole_at) > MAX_PUBLISHERS:
-            del self._whole_at[next(iter(self._whole_at))]
+        self._full_at.pop(publisher, None)
+        self._full_at[publisher] = full_at
+        if len(self._full_at) > MAX_PUBLISHERS:
+            del self._full_at[next(iter(self._full_at))]

@@ -1,9 +1,8 @@
-"""The watch: checks the signatures of new labels behind the stream, and flags wrong ones.
+"""The signature watch: checks the signatures of new labels, and reports wrong ones.
 
-Promises: no label waits for it and none is held back; each wrong signature is a line in the log
-and counted, and labels that came faster than they could be checked are counted, too.
-Stands beside the corridor, behind the sequencer, which hands it what it has published.
-Does not belong here: refusing labels (the publisher does); what a signature is (`signatures`).
+Promises: no label waits for the check, and no label is held back. Each wrong signature is logged
+and counted. If labels come faster than they can be checked, the unchecked labels are counted.
+The sequencer passes all new labels to the watch. The publisher, not the watch, refuses labels.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ from sse_labels.protocol.signatures import SourceKeys, Verdict
 
 log = logging.getLogger(__name__)
 
-#: Labels that may wait to be checked, at 40 µs each: 4 s of work.
+#: The most labels that wait for the check, at 40 µs each: 4 s of work.
 WAITING_MAX_LABELS = 100_000
-#: Checked in one go in a thread, so that the event loop goes on.
+#: Labels that are checked at once in a thread. The event loop runs meanwhile.
 CHECKED_AT_ONCE = 500
 
 
 class SignatureWatch:
-    """Checks what it is handed; `run` is its one task."""
+    """Checks the signatures of new labels. `run` is its only task."""
 
     def __init__(self, keys: SourceKeys, metrics: Metrics) -> None:
         self._keys = keys
@@ -36,7 +35,7 @@ class SignatureWatch:
         self._wake = asyncio.Event()
 
     def take(self, rows: Sequence[Row]) -> None:
-        """Check these rows soon."""
+        """Queue these rows for the check."""
         room = WAITING_MAX_LABELS - len(self._waiting)
         self._waiting.extend((row.seq, Label._make(row.columns)) for row in rows[:room])
         self._metrics.count["signatures_unchecked"] += max(0, len(rows) - room)
@@ -49,7 +48,7 @@ class SignatureWatch:
             self._wake.clear()
             while self._waiting:
                 batch = list(islice(self._waiting, CHECKED_AT_ONCE))
-                # The lock of the interpreter is released while a signature is checked.
+                # Checking a signature releases the interpreter's lock.
                 wrong = await asyncio.to_thread(self._wrong, batch)
                 for _ in batch:
                     self._waiting.popleft()
@@ -68,4 +67,4 @@ class SignatureWatch:
 
     def _wrong(self, batch: Sequence[tuple[int, Label]]) -> list[tuple[int, Label]]:
         check = self._keys.check
-        return [one for one in batch if check(one[1]) is Verdict.INVALID]
+        return [(seq, label) for seq, label in batch if check(label) is Verdict.INVALID]

@@ -1,15 +1,13 @@
-"""Who may publish: several tokens at a time, kept as digests, changed without a restart.
+"""Publish tokens: several at a time, kept as digests, changed without a restart.
 
-Promises: a token is compared with every one that is known, in constant time and
-without an early exit; what stands in the file, in memory and in the log cannot be
-used as a token; a file that went bad changes nothing.
-Stands beside the corridor, at the door for publishers.
-Does not belong here: HTTP, what a right opens (`web`), the embedded server's one
-token (`publish_token`).
+Promises: a given token is compared with every known token, in constant time and without an early
+exit. The texts in the file, in memory and in the log cannot be used as tokens. A file that becomes
+unusable changes nothing.
+Does not belong here: HTTP, what a right allows (`web`), the embedded server's token (`own_token`).
 
-The digest is a plain SHA-256. A slow hash (argon2, scrypt) makes guessing dear where
-people choose the secret; these are 256 random bits, of which nobody guesses any, and a
-slow hash would let whoever sends wrong tokens buy our CPU with theirs.
+The digest is a plain SHA-256. A slow hash (argon2, scrypt) helps where people choose the secret.
+These tokens have 256 random bits, which nobody can guess. With a slow hash, anybody could use up
+our CPU by sending wrong tokens.
 """
 
 from __future__ import annotations
@@ -31,11 +29,11 @@ from sse_labels.watched_file import Unusable, WatchedFile, each_line
 
 PUBLISH = "publish"
 ADMIN = "admin"
-#: What a token may be given; several are joined by a comma.
+#: The rights that a token may have. Several rights are joined by a comma.
 RIGHTS = (PUBLISH, ADMIN)
-#: Written for no right at all: a token that is known, and refused with 403.
+#: The text for a token without rights: the token is known, and refused with 403.
 NO_RIGHTS = "none"
-#: The name of the one token that is a setting.
+#: The name of the token that is a setting.
 SETTING_NAME = "publish-token"
 FILE_SETTING = "--publish-tokens-file"
 
@@ -51,7 +49,7 @@ _EXPECTED_LINE = f"name sha256:<64 hex digits> [rights], the rights {_EXPECTED_R
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """Who a token was made for, and what it may do."""
+    """The holder of a token, and the token's rights."""
 
     name: str
     rights: frozenset[str]
@@ -59,13 +57,13 @@ class Holder:
 
 
 class PublishTokens:
-    """All publish tokens: the one that is a setting, and those of the file as it is now."""
+    """All publish tokens: the one in the settings, and the current ones of the file."""
 
     def __init__(self, token: str | None = None, file: Path | None = None) -> None:
-        """Read `file`; raise ConfigError naming the line when it cannot be used.
+        """Read `file`. Raises ConfigError, which names the line, when the file is unusable.
 
-        A line is `name sha256:<64 hex digits>` and, after it, the rights: `publish` (the
-        default), `admin`, both joined by a comma, or `none`. `#` begins a comment.
+        A line is `name sha256:<64 hex digits>` and then the rights: `publish` (the default),
+        `admin`, both joined by a comma, or `none`. `#` begins a comment.
         """
         self._setting: tuple[Holder, ...] = ()
         if token is not None:
@@ -77,16 +75,16 @@ class PublishTokens:
 
     @property
     def empty(self) -> bool:
-        """Return whether nobody can publish, because no token is known."""
+        """Return whether no token is known, so that nobody can publish."""
         return not self._known()
 
-    def who(self, token: str) -> Holder | None:
-        """Return whom `token` belongs to, None when nobody here knows it."""
+    def find(self, token: str) -> Holder | None:
+        """Return the holder of `token`, None when the token is unknown."""
         given = digest_of(token)
         found = None
         for known in self._known():
-            # No break: how long it takes must not tell which token was nearly, or really, hit.
-            # (test_a_token_is_compared_with_every_one_that_is_known)
+            # No break: the time must not reveal which known token is the given one, or similar.
+            # Guarded by test_a_token_is_compared_with_every_one_that_is_known.
             if hmac.compare_digest(given, known.digest):
                 found = known
         return found
@@ -96,17 +94,17 @@ class PublishTokens:
 
 
 def digest_of(token: str) -> bytes:
-    """Return a token's SHA-256, 32 bytes whatever was sent."""
+    """Return the SHA-256 of any text, 32 bytes."""
     return hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
 
 
 def new_token() -> str:
-    """Return a token of 256 random bits, 43 characters that fit a header, a URL and a shell."""
+    """Return a token of 256 random bits: 43 characters, safe in a header, a URL and a shell."""
     return secrets.token_urlsafe(32)
 
 
 def line_for(name: str, token: str, rights: Iterable[str] = (PUBLISH,)) -> str:
-    """Return the line for `token`, without a line end; raise ConfigError for a wrong name."""
+    """Return the line for `token`, without a line end. Raises ConfigError for a wrong name."""
     if not _NAME.fullmatch(name) or name == SETTING_NAME:
         raise ConfigError("NAME", name, _EXPECTED_NAME)
     written = ",".join(right for right in RIGHTS if right in set(rights)) or NO_RIGHTS
@@ -114,7 +112,7 @@ def line_for(name: str, token: str, rights: Iterable[str] = (PUBLISH,)) -> str:
 
 
 def parse_rights(text: str) -> frozenset[str]:
-    """Return the rights written as `publish,admin` or `none`; raise Unusable for others."""
+    """Return the rights in a text such as `publish,admin` or `none`. Raises Unusable."""
     if text == NO_RIGHTS:
         return frozenset()
     rights = text.split(",")
@@ -124,10 +122,10 @@ def parse_rights(text: str) -> frozenset[str]:
 
 
 def parse_tokens(content: bytes, others: tuple[Holder, ...] = ()) -> tuple[Holder, ...]:
-    """Return the tokens of a file; raise Unusable with the number of the first bad line.
+    """Return the tokens of a file. Raises Unusable with the number of the first bad line.
 
-    Names and tokens stand once, also among `others`: of two lines for one token, which has
-    other rights, neither can be believed.
+    Each name and each token may stand only once, also among `others`: two lines for one token could
+    give it different rights.
     """
     found: dict[str, Holder] = {}
     digests = {known.digest for known in others}
@@ -137,7 +135,7 @@ def parse_tokens(content: bytes, others: tuple[Holder, ...] = ()) -> tuple[Holde
         if holder.name in found:
             raise Unusable("a name that no other line has")
         if holder.digest in digests:
-            raise Unusable("a token that stands nowhere else, in the file or as the setting")
+            raise Unusable("a token that stands nowhere else, in the file or in the settings")
         found[holder.name] = holder
         digests.add(holder.digest)
 
@@ -156,17 +154,17 @@ def _parse_line(words: list[str]) -> Holder:
 
 
 def add_token(file: Path, name: str, rights: Iterable[str] = (PUBLISH,)) -> str:
-    """Make a token, append its line to `file`, return the token: it stands nowhere else.
+    """Make a token, append its line to `file`, and return the token, which is stored nowhere.
 
-    The file is made when there is none, for its owner alone. Raises ConfigError, and leaves the
-    file as it was, when the name exists there or the file is not one of tokens.
+    A missing file is made, and only its owner can read it. Raises ConfigError when the name exists
+    in the file, or when the file is not a file of tokens. Then the file stays as it was.
     """
     token = new_token()
     line = line_for(name, token, rights)
     try:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         with os.fdopen(descriptor, "r+b", buffering=0) as opened:
-            # Two that add the same name at once: the second finds the first one's line.
+            # If two commands add the same name at once, the second finds the first one's line.
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             content = opened.read()
             if any(known.name == name for known in parse_tokens(content)):
@@ -174,7 +172,7 @@ def add_token(file: Path, name: str, rights: Iterable[str] = (PUBLISH,)) -> str:
             start = "\n" if content and not content.endswith(b"\n") else ""
             added = f"{start}{line}\n".encode("ascii")
             try:
-                # In one call, so that a server never reads half a line.
+                # One call to `write`, so that a server never reads half a line.
                 if os.write(descriptor, added) < len(added):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 os.fsync(descriptor)

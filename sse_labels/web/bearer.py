@@ -41,7 +41,7 @@ def holder_of(request: web.Request, tokens: PublishTokens, right: str, off: str)
     token = next(filter(None, bearer_tokens(request)), None)
     if token is None:
         raise AuthRequired("expected the header Authorization: Bearer <token>")
-    holder = tokens.who(token)
+    holder = tokens.find(token)
     if holder is None:
         reason = "this token is not known here"
         raise challenged(AuthRequired(reason), "invalid_token", reason)

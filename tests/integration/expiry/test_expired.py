@@ -364,7 +364,7 @@ async def test_a_clock_that_is_set_back_loses_nothing(
         clock.set(2000)
         await until_expired(stream, 1)
         clock.set(0)
-        await until(lambda: server.app.expiry.told.at == NOON)
+        await until(lambda: server.app.expiry.reported.at == NOON)
         database.insert(1, exp=at(500), val="rude")
         await until_head(server, 2)
         clock.set(500)

@@ -57,15 +57,15 @@ class TestKnowing:
     def test_without_any_token_nobody_is_known(self) -> None:
         tokens = PublishTokens()
         assert tokens.empty
-        assert tokens.who("") is None
-        assert tokens.who(PLAIN) is None
+        assert tokens.find("") is None
+        assert tokens.find(PLAIN) is None
 
     def test_the_token_of_the_setting_may_publish(self) -> None:
         tokens = PublishTokens(PLAIN)
         assert not tokens.empty
-        assert tokens.who(PLAIN) == Holder("publish-token", frozenset({PUBLISH}), digest_of(PLAIN))
-        assert tokens.who(PLAIN + "x") is None
-        assert tokens.who(PLAIN[:-1]) is None
+        assert tokens.find(PLAIN) == Holder("publish-token", frozenset({PUBLISH}), digest_of(PLAIN))
+        assert tokens.find(PLAIN + "x") is None
+        assert tokens.find(PLAIN[:-1]) is None
 
     def test_each_token_of_the_file_has_its_name_and_its_rights(self, file: Path) -> None:
         made = [new_token() for _ in range(4)]
@@ -74,22 +74,22 @@ class TestKnowing:
         write(file, *map(line_for, names, made, rights))
         tokens = PublishTokens(PLAIN, file)
         for name, token, right in zip(names, made, rights, strict=True):
-            assert tokens.who(token) == Holder(name, frozenset(right), digest_of(token))
-        assert tokens.who(PLAIN) == Holder("publish-token", frozenset({PUBLISH}), digest_of(PLAIN))
-        assert tokens.who(new_token()) is None
+            assert tokens.find(token) == Holder(name, frozenset(right), digest_of(token))
+        assert tokens.find(PLAIN) == Holder("publish-token", frozenset({PUBLISH}), digest_of(PLAIN))
+        assert tokens.find(new_token()) is None
 
     def test_a_token_without_the_right_is_known_so_that_403_can_be_answered(
         self, file: Path
     ) -> None:
         token = new_token()
         write(file, line_for("reader", token, ()))
-        holder = PublishTokens(None, file).who(token)
+        holder = PublishTokens(None, file).find(token)
         assert holder is not None
         assert PUBLISH not in holder.rights
 
     def test_rights_are_publish_when_none_are_written(self, file: Path) -> None:
         write(file, f"ozone sha256:{hashlib.sha256(b'secret').hexdigest().upper()}")
-        assert PublishTokens(None, file).who("secret") == Holder(
+        assert PublishTokens(None, file).find("secret") == Holder(
             "ozone", frozenset({PUBLISH}), digest_of("secret")
         )
 
@@ -98,7 +98,7 @@ class TestKnowing:
         file.write_bytes(
             f"# tokens\r\n\r\n  \t\n  {line_for('ozone', token)}  # until May\r\n#x".encode()
         )
-        holder = PublishTokens(None, file).who(token)
+        holder = PublishTokens(None, file).find(token)
         assert holder is not None
         assert holder.name == "ozone"
 
@@ -108,7 +108,7 @@ class TestKnowing:
         assert not PublishTokens(PLAIN, file).empty
 
     def test_a_token_that_no_encoding_knows_is_simply_unknown(self) -> None:
-        assert PublishTokens(PLAIN).who("\udcff" * 3) is None
+        assert PublishTokens(PLAIN).find("\udcff" * 3) is None
 
 
 class TestConstantTime:
@@ -127,7 +127,7 @@ class TestConstantTime:
             return original(a, b)
 
         monkeypatch.setattr(hmac, "compare_digest", compare)
-        found = tokens.who({"first": PLAIN, "last": made[-1], "none": "x"}[which])
+        found = tokens.find({"first": PLAIN, "last": made[-1], "none": "x"}[which])
         assert (found is None) == (which == "none")
         assert len({known for _, known in compared}) == len(compared) == 6
         assert {len(side) for pair in compared for side in pair} == {32}
@@ -203,11 +203,11 @@ class TestRotation:
         write(file, line_for("ozone-1", old))
         tokens = PublishTokens(None, file)
         write(file, line_for("ozone-1", old), line_for("ozone-2", new))
-        assert tokens.who(old) is not None
-        assert tokens.who(new) is not None
+        assert tokens.find(old) is not None
+        assert tokens.find(new) is not None
         write(file, line_for("ozone-2", new))
-        assert tokens.who(old) is None
-        assert tokens.who(new) is not None
+        assert tokens.find(old) is None
+        assert tokens.find(new) is not None
         write(file)
         assert tokens.empty
 
@@ -219,8 +219,8 @@ class TestRotation:
         write(other, line_for("ozone", new))
         os.utime(other, ns=(file.stat().st_mtime_ns, file.stat().st_mtime_ns))
         other.rename(file)
-        assert tokens.who(old) is None
-        assert tokens.who(new) is not None
+        assert tokens.find(old) is None
+        assert tokens.find(new) is not None
 
     def test_a_file_that_did_not_change_is_not_read_again(
         self, file: Path, monkeypatch: pytest.MonkeyPatch
@@ -229,7 +229,7 @@ class TestRotation:
         write(file, line_for("ozone", token))
         tokens = PublishTokens(None, file)
         monkeypatch.setattr(Path, "read_bytes", lambda self: pytest.fail("read again"))
-        assert tokens.who(token) is not None
+        assert tokens.find(token) is not None
 
     def test_a_young_file_is_read_again_though_its_times_stand_still(
         self, file: Path, monkeypatch: pytest.MonkeyPatch
@@ -239,8 +239,8 @@ class TestRotation:
         write(file, line_for("ozone", old), age=False)
         tokens = PublishTokens(None, file)
         write(file, line_for("ozone", new), age=False)
-        assert tokens.who(old) is None
-        assert tokens.who(new) is not None
+        assert tokens.find(old) is None
+        assert tokens.find(new) is not None
 
     def test_a_file_that_went_bad_changes_nothing_and_is_logged_once(
         self, file: Path, caplog: pytest.LogCaptureFixture
@@ -251,16 +251,16 @@ class TestRotation:
         with caplog.at_level(logging.INFO):
             write(file, f"ozone {leaked}", age=False)  # young: it is parsed at every request
             for _ in range(3):
-                assert tokens.who(token) is not None
+                assert tokens.find(token) is not None
             write(file, f"ozone {leaked}")
             for _ in range(3):
-                assert tokens.who(token) is not None
+                assert tokens.find(token) is not None
             assert len(caplog.records) == 1
             assert "in line 1" in caplog.text
             write(file, line_for("other", leaked))
-            assert tokens.who(leaked) is not None
+            assert tokens.find(leaked) is not None
             write(file, "ozone")
-            assert tokens.who(leaked) is not None
+            assert tokens.find(leaked) is not None
             assert len(caplog.records) == 2
         assert leaked not in caplog.text
 
@@ -272,13 +272,13 @@ class TestRotation:
         tokens = PublishTokens(None, file)
         for times in (1, 2):
             file.rename(file.with_suffix(".away"))
-            assert tokens.who(old) is not None
-            assert tokens.who(old) is not None
+            assert tokens.find(old) is not None
+            assert tokens.find(old) is not None
             assert len(caplog.records) == times
             file.with_suffix(".away").rename(file)
-            assert tokens.who(old) is not None
+            assert tokens.find(old) is not None
         write(file, line_for("ozone", new))
-        assert tokens.who(old) is None
+        assert tokens.find(old) is None
 
 
 class TestMaking:
@@ -307,7 +307,7 @@ class TestMaking:
         token = add_token(file, "ozone")
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
         assert file.read_text() == line_for("ozone", token) + "\n"
-        assert PublishTokens(None, file).who(token) is not None
+        assert PublishTokens(None, file).find(token) is not None
 
     def test_lines_that_are_there_stay_also_without_a_line_end(self, file: Path) -> None:
         file.write_text("# ours\n" + line_for("one", "a"))
@@ -363,7 +363,7 @@ class TestCommand:
         )
         assert result.exit_code == 0
         made = result.stdout.removesuffix("\n")
-        holder = PublishTokens(None, file).who(made)
+        holder = PublishTokens(None, file).find(made)
         assert holder == Holder("ozone", frozenset({PUBLISH, ADMIN}), digest_of(made))
         assert made not in result.stderr
         assert made not in file.read_text()
