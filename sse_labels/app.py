@@ -1,9 +1,8 @@
-"""The application: every part made once, every task owned by one TaskGroup.
+"""The application: creates and connects all parts. One TaskGroup owns every task.
 
-Promises: `serve` returns when it was told to stop and everything is closed;
-when a task of its own fails, it ends with that error instead of pretending.
-Stands above the whole corridor, and wires it.
-Does not belong here: what the parts do; command line and environment.
+Promises: `serve` returns when `stop` is set and all parts are closed. When a task of the server
+fails, `serve` ends with that error.
+Does not belong here: command line and environment (`cli`, `config`).
 """
 
 from __future__ import annotations
@@ -37,14 +36,14 @@ from sse_labels.web.site import Site
 
 log = logging.getLogger(__name__)
 
-#: Connections to PostgreSQL beside the backfills' reads: queries, publishing, and two for expiries.
+#: Connections to PostgreSQL besides the backfills' reads: queries, publishing, two for expiries.
 REQUEST_CONNECTIONS = 8
-#: And those that are kept for one purpose: following, listening, retention.
+#: Connections with one purpose each: following, listening, retention.
 OWN_CONNECTIONS = 3
 
 
 class App:
-    """All parts of one server process, wired but not started."""
+    """All parts of one server process, connected but not started."""
 
     def __init__(
         self,
@@ -55,9 +54,10 @@ class App:
         neighbours: Neighbours | None = None,
         listeners: list[socket.socket] | None = None,
     ) -> None:
-        """`dsn` is where the labels are; without `publish_token` publishing is off.
+        """`dsn` names the database of the labels. Without any publish token, publishing is off.
 
-        One of several processes gets its `neighbours`, and the sockets that they all accept from.
+        If the server has several processes, each gets its `neighbours`, and the `listeners` from
+        which all processes accept.
         """
         self.settings = settings
         self.neighbours = neighbours = neighbours or Neighbours()
@@ -77,7 +77,7 @@ class App:
         self.feed.sequencer.watch(self.expiry.take)
         self.keys = Keys(settings)
         self.signature_watch: SignatureWatch | None = None
-        # Of several processes one is enough: each follows all labels.
+        # One process checks signatures for all processes: each process follows all labels.
         if self.keys.source_keys is not None and neighbours.number in (None, 1):
             self.signature_watch = SignatureWatch(self.keys.source_keys, self.metrics)
             self.feed.sequencer.watch(self.signature_watch.take)
@@ -90,12 +90,12 @@ class App:
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[int]:
-        """Serve inside the block, whose value is the port; drain when it is left.
+        """Serve inside the block, whose value is the port. At its end, close all streams.
 
-        Raises ConfigError or SchemaError when it cannot start, DatabaseUnavailable when the
+        Raises ConfigError or SchemaError when the server cannot start, DatabaseUnavailable when the
         database does not answer. A task that fails later ends the block with its error.
         """
-        # First of all: a port that is taken should not cost a migration.
+        # The sockets come first: if the port is taken, no migration must have run.
         sockets = self._listeners or listening_sockets(self.settings)
         try:
             port = sockets[0].getsockname()[1]
@@ -122,7 +122,7 @@ class App:
             self.database.close()
 
     async def prepare(self) -> None:
-        """Bring the database to where it can be served from, or raise as `running` does."""
+        """Migrate and check the database. Raises the same errors as `running`."""
         await self.schema.find_source()
         if self.settings.migrate and not self.schema.attached:
             try:
@@ -135,8 +135,8 @@ class App:
         await self.schema.check()
         if not (self.schema.attached or self.schema.may_publish or self.tokens.empty):
             log.warning(
-                "publishing will be refused, the role may not do all that it takes: see the rights "
-                "to publish in the README; --no-migrate may also have left the schema too old"
+                "publishing will be refused, because the role lacks a right: see the rights to "
+                "publish in the README; or the schema is too old, because of --no-migrate"
             )
         await claim_epoch(self.database, self.schema)
         self._check_retention()
@@ -147,8 +147,8 @@ class App:
             and not await self.label_table.note_own_source(did)
         ):
             log.warning(
-                "a mirror is not kept from labels of --signing-did until one is published: "
-                "migrate, and GRANT SELECT, INSERT ON label_own_source TO the role",
+                "until a label of --signing-did is published here, a mirror may store labels of "
+                "this DID: migrate, and GRANT SELECT, INSERT ON label_own_source TO the role",
                 extra={"did": did},
             )
         if self.keys.signing_key is not None:
@@ -173,14 +173,14 @@ class App:
 
 
 def database_connections(settings: Settings) -> int:
-    """Return how many connections to PostgreSQL all processes of a server open at most."""
+    """Return the most connections to PostgreSQL that all processes of a server open."""
     reads = max(settings.backfill_max_reads, settings.workers)
     return settings.workers * (REQUEST_CONNECTIONS + OWN_CONNECTIONS) + reads
 
 
 def other_descriptors(settings: Settings) -> int:
-    """Return how many descriptors one process needs beside those of its clients."""
-    # Each worker asks each other one, and is asked.
+    """Return the number of descriptors that one process needs besides those of its clients."""
+    # Each worker has one connection to each other worker, and one from each other worker.
     between_workers = 2 * (settings.workers - 1)
     return settings.backfill_max_reads + REQUEST_CONNECTIONS + OWN_CONNECTIONS + between_workers
 
@@ -190,7 +190,7 @@ async def serve(
     stop: asyncio.Event,
     ready: Callable[[int], Awaitable[Any]] | None = None,
 ) -> None:
-    """Run `app` until `stop` is set; `ready` is awaited with the port once it serves."""
+    """Run `app` until `stop` is set. `ready` is awaited with the port once the app serves."""
     tune_process()
     async with app.running() as port:
         log.info("serving", extra={"address": base_urls(app.settings, port)})

@@ -1,9 +1,6 @@
-"""How long to wait before the next try: growing, jittered, bounded.
+"""The time to wait before the next try: growing, random, bounded.
 
-Promises: the waits of many who failed together spread out, and none is longer
-than the bound.
-Stands beside the corridor; used wherever something is tried again.
-Does not belong here: deciding what is worth another try.
+Promises: when many callers fail together, their waits differ. No wait is longer than the bound.
 """
 
 from __future__ import annotations
@@ -20,7 +17,7 @@ class Backoff:
         self._ceiling = first
 
     def reset(self) -> None:
-        """Start again from the shortest wait; called after a success."""
+        """Start again from the shortest wait. Called after a success."""
         self._ceiling = self._first
 
     def next(self) -> float:

@@ -1,22 +1,21 @@
-"""Every error this package raises on purpose, in one tree.
+"""All errors that this package raises on purpose, in one tree.
 
-Promises: callers act by class, humans read the message, and nothing else is
-needed to answer a request or to end a stream.
-Does not belong here: turning an error into bytes (`web.answers`, `sse`).
+Promises: callers act by the class, humans read the message. Class and message are enough to answer
+a request or to end a stream.
 
     SseLabelsError
-    ├── ConfigError               names the setting, its value, what was expected
-    │   └── SchemaError           the database is not one this program can serve from
+    ├── ConfigError               names the setting, its value, the expected value
+    │   └── SchemaError           this program cannot serve from this database
     ├── DatabaseUnavailable       away: wait and try again; the driver's error is its __cause__
-    ├── DatabaseRefused           it said no (a right, a value, a trigger), and will again
-    ├── BrokenPromise             an order or a completeness of ours did not hold
+    ├── DatabaseRefused           refused because of a right, a value, a trigger: do not try again
+    ├── BrokenPromise             the promised order or completeness did not hold
     ├── RequestError              has .status and .name, becomes the JSON answer
     │   ├── InvalidRequest 400, FutureCursor 400
     │   ├── AuthRequired 401, Forbidden 403, PayloadTooLarge 413
     │   ├── NoSuchStream 404
     │   ├── EpochChanged 409, InvalidLabel 422, IdempotencyKeyReused 422, LabelsRefused 422
     │   ├── RequestTimeout 408, HeadTooLarge 431
-    │   ├── ComeBackLater 429         says when
+    │   ├── ComeBackLater 429         says when to try again
     │   │   └── TooManyFromAddress, RateLimited
     │   └── TooManyConnections 503, NotReady 503
     └── StreamClosed              has .name, becomes the stream's last event
@@ -35,7 +34,7 @@ class SseLabelsError(Exception):
 
 
 class ConfigError(SseLabelsError):
-    """A setting that cannot be used; the message names its key, its value, what was expected."""
+    """A setting cannot be used. The message names its key, its value and the expected value."""
 
     def __init__(self, key: str, value: object, expected: str) -> None:
         given = "not given" if value is None else f"got {value!r}"
@@ -46,29 +45,32 @@ class ConfigError(SseLabelsError):
 
 
 class SchemaError(ConfigError):
-    """The database answers, but its schema or its role is not one this program can serve from."""
+    """The database answers, but this program cannot serve from its schema or with this role."""
 
 
 class DatabaseUnavailable(SseLabelsError):
-    """The database is away or too busy: wait, and try again; the driver's error is `__cause__`."""
+    """The database is away or too busy: wait and try again. The driver's error is `__cause__`."""
 
 
 class DatabaseRefused(SseLabelsError):
-    """The database said no, and will again; the message names what and, if known, the remedy."""
+    """The database refused a statement, and would refuse it again.
+
+    The message names the reason and, if known, the remedy.
+    """
 
     def __init__(self, message: str, *, of_values: bool = False) -> None:
         super().__init__(message)
-        #: Whether other values might have been taken (a constraint, a trigger), not a right that
-        #: is missing, say.
+        #: Whether the values were refused, by a constraint or a trigger. If False, the statement
+        #: itself was refused, for example because a right is missing.
         self.of_values = of_values
 
 
 class BrokenPromise(SseLabelsError):
-    """A promise of this service did not hold (a hole, a step back); never papered over."""
+    """A promise of this service did not hold: seqs went back, or are missing. Never hidden."""
 
 
 class RequestError(SseLabelsError):
-    """A request that is answered with `status` and `{"error": name, "message": str(self)}`."""
+    """The request is answered with `status` and `{"error": name, "message": str(self)}`."""
 
     status = 400
     name: str
@@ -81,39 +83,39 @@ class RequestError(SseLabelsError):
 
 
 class InvalidRequest(RequestError):
-    """The request itself is wrong; asking again the same way cannot help."""
+    """The request itself is wrong. The same request cannot succeed later."""
 
 
 class FutureCursor(RequestError):
-    """The cursor lies beyond the newest seq that the database knows."""
+    """The cursor is beyond the newest seq in the database."""
 
 
 class AuthRequired(RequestError, status=401):
-    """No token, or one that nobody here knows (RFC 6750, section 3)."""
+    """The request has no token, or an unknown token (RFC 6750, section 3)."""
 
     headers: Mapping[str, str] = {"WWW-Authenticate": 'Bearer realm="sse-labels"'}
 
 
 class Forbidden(RequestError, status=403):
-    """The token is known, the right is missing."""
+    """The token is known, but a right is missing."""
 
 
 class NoSuchStream(RequestError, status=404):
-    """No stream of this id is open, or no longer."""
+    """No stream with this id is open."""
 
 
 class PayloadTooLarge(RequestError, status=413):
-    """The body is over the limit."""
+    """The body is larger than the limit."""
 
 
 class UnsupportedMediaType(RequestError, status=415):
-    """The body's coding is none that is decoded here (RFC 9110, section 15.5.16)."""
+    """The body's coding is not supported (RFC 9110, section 15.5.16)."""
 
     headers: Mapping[str, str] = {"Accept-Encoding": "gzip, deflate"}
 
 
 class UpgradeRequired(RequestError, status=426):
-    """A WebSocket handshake of a version that is not spoken here (RFC 6455, section 4.4)."""
+    """A WebSocket handshake has an unsupported version (RFC 6455, section 4.4)."""
 
     headers: Mapping[str, str] = {
         "Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13",
@@ -121,7 +123,7 @@ class UpgradeRequired(RequestError, status=426):
 
 
 class InvalidLabel(RequestError, status=422):
-    """A label breaks the lexicon; the message names its index in the request and the field."""
+    """A label breaks the lexicon. The message names its index in the request and the field."""
 
     def __init__(self, field: str, problem: str, index: int | None = None) -> None:
         where = field if index is None else f"labels[{index}]" + (f".{field}" if field else "")
@@ -136,34 +138,34 @@ class InvalidLabel(RequestError, status=422):
 
 
 class IdempotencyKeyReused(RequestError, status=422):
-    """An Idempotency-Key came back with other labels (draft-ietf-httpapi-idempotency-key)."""
+    """An Idempotency-Key was used before for other labels (draft-ietf-httpapi-idempotency-key)."""
 
 
 class LabelsRefused(RequestError, status=422):
-    """The database does not take these labels: a constraint or a trigger of its own says no."""
+    """A constraint or a trigger of the database refuses these labels."""
 
 
 class EpochChanged(RequestError, status=409):
-    """The cursor is from another life of the database: its seqs name other labels now."""
+    """The cursor is from another epoch of the database. Its seq means another label now."""
 
 
 class TooManyConnections(RequestError, status=503):
-    """The server holds as many streams as it may."""
+    """The server has as many streams as it may have."""
 
 
 class RequestTimeout(RequestError, status=408):
-    """The request did not become whole in time (RFC 9110, section 15.5.9)."""
+    """The request was not complete in time (RFC 9110, section 15.5.9)."""
 
-    # What is left of the body is not waited for, so the connection cannot be used again.
+    # The rest of the body may still arrive, so the connection cannot be used again.
     headers: Mapping[str, str] = {"Connection": "close"}
 
 
 class HeadTooLarge(RequestError, status=431):
-    """The request's head is over the limit (RFC 6585, section 5)."""
+    """The request's head is larger than the limit (RFC 6585, section 5)."""
 
 
 class ComeBackLater(RequestError, status=429):
-    """Too much from one client (RFC 6585, section 4); `Retry-After` says when to come back."""
+    """Too many requests from one client (RFC 6585, section 4). `Retry-After` says when to retry."""
 
     def __init__(self, message: str, after_seconds: float) -> None:
         super().__init__(message)
@@ -173,19 +175,19 @@ class ComeBackLater(RequestError, status=429):
 
 
 class TooManyFromAddress(ComeBackLater):
-    """One address holds as many streams or connections as it may."""
+    """One address has as many streams or connections as it may have."""
 
 
 class RateLimited(ComeBackLater):
-    """A publisher is over its rate; nothing was stored."""
+    """A publisher exceeds its rate. No label was stored."""
 
 
 class NotReady(RequestError, status=503):
-    """The database is away or the sequencer has no head yet; try again soon."""
+    """The database is away, or the sequencer has no head yet. The client may try again soon."""
 
 
 class StreamClosed(SseLabelsError):
-    """A stream ends; `name` and the message become its last event."""
+    """A stream ends. `name` and the message become its last event."""
 
     name: str
 
@@ -194,7 +196,7 @@ class StreamClosed(SseLabelsError):
 
 
 class ConsumerTooSlow(StreamClosed):
-    """More events waited for the consumer than its outbox may hold."""
+    """More events wait for the consumer than its outbox may hold."""
 
 
 class TokenExpired(StreamClosed):
@@ -206,15 +208,15 @@ class StreamCut(StreamClosed):
 
 
 class HistoryRefused(StreamClosed):
-    """The database does not let this server read what the consumer is to get."""
+    """The database does not let this server read the labels for the consumer."""
 
     def __init__(
         self,
-        message: str = "the database does not let this server read on; its operator can see why "
-        "in its log",
+        message: str = "the database does not let this server read more labels; the server's log "
+        "says why",
     ) -> None:
         super().__init__(message)
 
 
 class ServerStopping(StreamClosed):
-    """The server shuts down; reconnecting with the last id loses nothing."""
+    """The server shuts down. A client that reconnects with the last id loses no event."""

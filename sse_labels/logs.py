@@ -1,11 +1,10 @@
-"""How a log line looks: as text for people, or as one JSON object for machines.
+"""Log lines: formatted as text for people, or as one JSON object for machines.
 
-Promises: a line is a constant sentence, and its fields are the `extra` of the call: they follow
-the sentence as text (`stream opened: peer=::1 cursor=7`), or are keys beside `message`. Whatever
-strangers sent, a field has `FIELD_MAX_CHARS` characters at most, all printable, and nothing of it
-begins a line: in JSON nothing takes more than one, in text further lines are indented. One address
-causes so many lines in a minute, and the rest is counted.
-Does not belong here: what is logged, and when.
+Promises: a line is a constant sentence with fields, the `extra` of the call. As text, the fields
+follow the sentence (`stream opened: peer=::1 cursor=7`). In JSON, they are keys besides `message`.
+A field has at most `FIELD_MAX_CHARS` characters, and all are printable. So no sent value can begin
+a new line. In JSON a message takes one line; in text, more lines of an exception are indented.
+Each address may cause a limited number of lines per minute. Lines above the limit are counted.
 """
 
 from __future__ import annotations
@@ -22,43 +21,43 @@ import ujson
 log = logging.getLogger(__name__)
 
 TEXT, JSON = "text", "json"
-#: Of one field: of a filter as many as tell what it is about.
+#: The most characters of one field: enough to see the purpose of a filter.
 FIELD_MAX_CHARS = 500
-#: Of a message as a whole, and of an exception: those of others have no fields.
+#: The most characters of a message, and of an exception: other libraries' lines have no fields.
 MESSAGE_MAX_CHARS, EXCEPTION_MAX_CHARS = 8_000, 20_000
-#: Addresses whose lines are counted apart in one minute; those that come later count as one.
+#: The most addresses that are counted separately in one minute. All later ones count as one.
 ADDRESSES_MAX = 4096
 MINUTE_SECONDS = 60.0
 
-#: What `LinesByAddress` asks of a line.
+#: The parts of `extra` that `LinesByAddress` reads.
 MARKS = ("caused_by", "opens", "closes")
-#: What a record has that is no field: the attributes of each, those of some, and the marks.
+#: Attributes of a record that are not fields: those of all records, those of some, and the marks.
 NO_FIELDS = frozenset({*vars(logging.makeLogRecord({})), "message", "asctime", "taskName", *MARKS})
 
 
 class LinesByAddress(logging.Filter):
-    """Lets through what one address may cause, and counts the rest.
+    """Passes the lines that one address may cause, and counts the rest.
 
-    A line says by `caused_by` whose it is. Of a pair, the first one has an `opens` and the second
-    one the same as its `closes`: both are written or neither is.
+    `caused_by` names the address of a line. The first line of a pair has a value `opens`, and the
+    second has the same value as `closes`. Both lines of a pair are written, or neither.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
-        #: In a minute; None: no limit.
+        #: The most lines in a minute; None means no limit.
         self.most: int | None = None
-        #: Where lines that are left out are counted; the metrics' own once there are some.
+        #: The counter of lines that are left out. The metrics replace it by their own.
         self.count: Counter[str] = Counter()
         self._clock = clock
         self._since = clock()
         self._lines: Counter[str] = Counter()
         self._left_out = 0
-        #: Of the pairs that are open now, those whose first line was left out.
+        #: The open pairs whose first line was left out.
         self._hidden: set[str] = set()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Say whether the line is written."""
-        self._look_at_the_clock()
+        """Return whether the line is written."""
+        self._start_minute()
         closes, address = getattr(record, "closes", None), getattr(record, "caused_by", None)
         if closes is not None:
             shown = closes not in self._hidden
@@ -83,7 +82,7 @@ class LinesByAddress(logging.Filter):
         self._lines[address] += lines
         return True
 
-    def _look_at_the_clock(self) -> None:
+    def _start_minute(self) -> None:
         now = self._clock()
         if now - self._since < MINUTE_SECONDS:
             return
@@ -97,44 +96,44 @@ class LinesByAddress(logging.Filter):
             )
 
 
-#: What the lines of this process go through.
+#: The filter of all log lines of this process.
 by_address = LinesByAddress()
 
 
 def configure_logging(
     level: str, form: str = TEXT, who: str = "", lines_per_address: int | None = None
 ) -> None:
-    """Send log lines to standard error, one per event; `who` names one process of several.
+    """Send log lines to standard error. `who` names one process of several.
 
-    `lines_per_address` is how many lines a minute one address may cause; None: no limit.
+    One address may cause `lines_per_address` lines in a minute. None means no limit.
     """
     handler = logging.StreamHandler()
     by_address.most = lines_per_address
     handler.addFilter(by_address)
     handler.setFormatter(JsonFormatter(who) if form == JSON else TextFormatter(who))
     logging.basicConfig(level=level.upper(), handlers=[handler])
-    # What no line of ours shows is not looked for (Python's "Logging HOWTO", Optimization): the
-    # line in the log was 18 % of what it takes to open a stream.
+    # Our lines do not show these values, so they are not computed (Python's "Logging HOWTO",
+    # Optimization). The log line took 18 % of the time to open a stream.
     for name in ("logThreads", "logProcesses", "logMultiprocessing", "logAsyncioTasks"):
         setattr(logging, name, False)
     setattr(logging, "_srcfile", None)  # noqa: B010 - typeshed does not know it
 
 
 class TextFormatter(logging.Formatter):
-    """Makes one line of text, and indented lines for an exception."""
+    """Formats a record as one line of text. An exception adds indented lines."""
 
     default_msec_format: str = "%s,%03d"
 
     def __init__(self, who: str = "") -> None:
         super().__init__()
         self.who = who
-        # Lines of one second share its text: to make it takes a third as long as a line.
+        # Lines of one second share its text: making this text takes a third of a line's time.
         self._second = lru_cache(1)(
             lambda second: time.strftime(self.default_time_format, self.converter(second))
         )
 
     def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802
-        """Return when a line was logged."""
+        """Return the time of a line."""
         return self.default_msec_format % (self._second(int(record.created)), record.msecs)
 
     def format(self, record: logging.LogRecord) -> str:
@@ -147,16 +146,16 @@ class TextFormatter(logging.Formatter):
         return line
 
     def formatException(self, ei: Any) -> str:  # noqa: N802
-        """Return the traceback, of a long one the end: that says what happened."""
+        """Return the traceback. Of a long one, return the end, which names the error."""
         text = super().formatException(ei)
         if len(text) > EXCEPTION_MAX_CHARS:
             text = f"…{text[-EXCEPTION_MAX_CHARS:]}"
-        # JSON cannot hold half a surrogate pair: it is written out.
+        # JSON cannot contain half a surrogate pair. Such a character is escaped.
         return text.encode("utf-8", "backslashreplace").decode()
 
 
 class JsonFormatter(TextFormatter):
-    """Makes one object of a line; its time is RFC 3339 in UTC."""
+    """Formats a record as one JSON object. The time is RFC 3339 in UTC."""
 
     converter = staticmethod(time.gmtime)
     default_time_format, default_msec_format = "%Y-%m-%dT%H:%M:%S", "%s.%03dZ"
@@ -183,12 +182,12 @@ def text_of(record: logging.LogRecord) -> str:
 
 
 def sentence_of(record: logging.LogRecord) -> str:
-    """Return the message: the constant part of a line of ours, the whole of another's."""
+    """Return the message: the constant part of our lines, the whole line of other libraries."""
     return one_line(record.getMessage(), MESSAGE_MAX_CHARS)
 
 
 def fields_of(record: logging.LogRecord) -> dict[str, Any]:
-    """Return what `extra` said, as JSON can hold it."""
+    """Return the fields of `extra`, as values that JSON can contain."""
     return {name: _value(value) for name, value in vars(record).items() if name not in NO_FIELDS}
 
 
@@ -199,7 +198,10 @@ def _value(value: object) -> object:
 
 
 def one_line(text: str, most: int = FIELD_MAX_CHARS) -> str:
-    """Return text as one printable line of at most `most` characters, and how many there were."""
+    """Return text as one printable line of at most `most` characters.
+
+    If the text is cut, the line ends with the number of its characters.
+    """
     if len(text) <= most and text.isprintable():
         return text
     escaped = "".join(

@@ -1,12 +1,11 @@
-"""What this process counts, as Prometheus reads it.
+"""Metrics: the counters and gauges of this process, in Prometheus' format.
 
-Promises: counting costs an integer addition, because the fan-out counts for
-every delivery; the text form is made when somebody asks for it.
-Does not belong here: decisions. Nothing reads a metric to act on it.
+Promises: counting costs one integer addition, because the fan-out counts every delivery. The text
+form is made only when a client asks for it. No code reads a metric to decide something.
 
-Of several workers each one's numbers are shown, under the label `worker`. A sum would fall when a
-worker dies, and Prometheus takes a counter that falls for one that began again at 0: `rate` would
-count once more all that the other workers have counted.
+With several workers, the numbers of each worker are shown separately, with the label `worker`. A
+sum would fall when a worker dies. Prometheus takes a falling counter for one that began again at 0:
+`rate` would count all events of the other workers again.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-#: Seconds: from an idle server's to a label that a long transaction held back.
+#: Seconds: from the time on an idle server to that of a label behind a long transaction.
 FANOUT_BUCKETS = (
     *(0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5),
     *(1, 2.5, 5, 10, 30, 60, 300),
@@ -38,15 +37,15 @@ COUNTERS = {
     "events_delivered": "Events written to consumers, each counted once per consumer.",
     "bytes_delivered": "Bytes written to consumers' connections, without HTTP's headers.",
     "events_followed": "Events that the sequencer took from the table.",
-    "chunks_followed": "Chunks that the sequencer made of them.",
+    "chunks_followed": "Chunks that the sequencer made of these events.",
     "unsigned_withheld": "New labels without a signature that were withheld.",
-    "signatures_invalid": "New labels whose signature is wrong, by --source-keys-file.",
+    "signatures_invalid": "New labels whose signature is wrong, by the keys of --source-keys-file.",
     "signatures_unchecked": "New labels that came faster than signatures can be checked.",
     "backfill_events": "Events read from the database, or the page cache, for backfills.",
     "backfill_pages": "Pages read from the database for backfills.",
     "backfill_page_hits": "Pages that a backfill found in the page cache.",
     "ring_hits": "Streams that caught up from the ring alone.",
-    "expiries_told": "Expired labels told to consumers, each counted once per consumer.",
+    "expiries_told": "Expired labels reported to consumers, each counted once per consumer.",
     "queue_overflows": "Consumers that were too slow for their outbox.",
     "publish_requests": "POST /labels that were answered with seqs, repeated ones included.",
     "labels_published": "Labels that POST /labels answered with seqs, repeated requests included.",
@@ -54,7 +53,7 @@ COUNTERS = {
     "labels_refused": "Labels refused by POST /labels.",
     "log_lines_left_out": "Log lines that were not written: one address caused too many.",
     "holes": "Holes that made the sequencer wait for open transactions.",
-    "database_reconnects": "Connections to the database that were lost and made anew.",
+    "database_reconnects": "Connections to the database that were lost and replaced.",
     "broken_promises": "Times that a promise of this service did not hold.",
     "workers_replaced": "Worker processes that ended and were replaced.",
     "embedded_restarts": "Times that the embedded PostgreSQL had died and was restarted.",
@@ -68,35 +67,36 @@ GAUGES = {
     "streams_limit": "Streams that may be open at the same time.",
     "streams_backfilling": "Streams that are reading history now.",
     "holes_open": "Whether the sequencer waits for a hole: 1 or 0.",
-    "hole_age_seconds": "How long it has been waiting.",
+    "hole_age_seconds": "Seconds since the sequencer began to wait for the hole; 0 without one.",
     "ring_bytes": "Memory held by the ring.",
     "ring_chunks": "Chunks in the ring.",
-    "expiries_scheduled": "Labels that expire within the hour, while streams ask for that.",
+    "expiries_scheduled": "Labels that expire within the hour, while streams ask for notices.",
     "following": "Whether the sequencer follows the table: 1 or 0.",
-    "sweep_age_seconds": "Seconds since retention had deleted all that is beyond its limits, or "
+    "sweep_age_seconds": "Seconds since retention had deleted all labels beyond its limits, or "
     "since the start; 0 without limits.",
 }
 DESCRIPTORS = ("process_open_fds", "process_max_fds")
-#: Counting 16,000 descriptors takes 10 ms, and anybody may ask as often as they like.
+#: Process numbers are read at most this often: counting 16,000 descriptors takes 10 ms, and any
+#: client may ask at any rate.
 PROCESS_SECONDS = 5.0
 
-#: A family as JSON has it: name, help, type, and its samples as name, labels, value.
+#: A family in a form for JSON: name, help, type, and its samples as name, labels, value.
 Family = tuple[str, str, str, list[tuple[str, dict[str, str], float]]]
 
 
 class Metrics(Collector):
-    """Plain numbers, read by Prometheus' client library when it collects.
+    """Plain numbers, which Prometheus' client library reads when it collects.
 
-    `count` holds the counters by name; a gauge is a function that its owner sets.
+    `count` holds the counters by name. A gauge is a function that its owner sets.
     """
 
     def __init__(self, worker: int | None = None) -> None:
-        """`worker` says which of several processes this is, from 1."""
+        """`worker` is the number of this process among several, from 1."""
         self.count: Counter[str] = Counter(dict.fromkeys(COUNTERS, 0))
         self.gauges: dict[str, Callable[[], float]] = {}
         self.streams_ended: Counter[str] = Counter()
         self.requests_refused: Counter[str] = Counter()
-        # Read and written for every delivery: attributes, not keys.
+        # Written for every delivery: attributes are faster than keys.
         self.events_delivered = 0
         self.bytes_delivered = 0
         self._registry = CollectorRegistry()
@@ -104,15 +104,15 @@ class Metrics(Collector):
         self._registry.register(ProcessMetrics())
         self.fanout_seconds = Histogram(
             "sse_labels_commit_to_fanout_seconds",
-            "From a label's commit to its hand-over to all consumers, sampled, by the database's "
-            "clock; needs track_commit_timestamp=on there.",
+            "Seconds from a label's commit to its delivery to all consumers, sampled, by the "
+            "database's clock; the database needs track_commit_timestamp=on.",
             buckets=FANOUT_BUCKETS,
             registry=self._registry,
         )
         self._worker = {} if worker is None else {"worker": str(worker)}
 
     def numbers(self) -> list[Family]:
-        """Return what this process has counted, for `render`, as JSON can hold it."""
+        """Return the numbers of this process for `render`, in a form for JSON."""
         return [
             (family.name, family.documentation, family.type, [
                 (sample.name, {**sample.labels, **self._worker}, sample.value)
@@ -122,7 +122,7 @@ class Metrics(Collector):
         ]  # fmt: skip
 
     def collect(self) -> Iterator[Any]:
-        """Yield all families but the histogram; called by the registry."""
+        """Yield all families except the histogram. Called by the registry."""
         self.count["events_delivered"] = self.events_delivered
         self.count["bytes_delivered"] = self.bytes_delivered
         for name, text in COUNTERS.items():
@@ -131,7 +131,7 @@ class Metrics(Collector):
             read = self.gauges.get(name)
             yield GaugeMetricFamily(f"sse_labels_{name}", text, value=read() if read else 0)
         ended = CounterMetricFamily(
-            "sse_labels_streams_ended", "Streams that ended, by how.", labels=["how"]
+            "sse_labels_streams_ended", "Streams that ended, by the reason.", labels=["how"]
         )
         for how, number in sorted(self.streams_ended.items()):
             ended.add_metric([how], number)
@@ -151,7 +151,7 @@ class Workers(Collector):
         self._workers = workers
 
     def collect(self) -> Iterable[Metric]:
-        """Return them; called by the registry."""
+        """Return the families. Called by the registry."""
         families: dict[str, Metric] = {}
         for name, text, kind, samples in chain.from_iterable(self._workers):
             family = families.setdefault(name, Metric(name, text, kind))
@@ -168,21 +168,22 @@ def render(workers: Iterable[Iterable[Family]]) -> bytes:
 
 
 class ProcessMetrics(ProcessCollector):
-    """Memory, time and descriptors of this process, as the library names them."""
+    """Memory, time and descriptors of this process, with the library's names."""
 
     def __init__(self) -> None:
         super().__init__(registry=None)
         self._found: list[Metric] = []
-        self._look_at = 0.0
+        self._next_read = 0.0
 
     def collect(self) -> Iterable[Metric]:
-        """Return what the kernel said last, at most `PROCESS_SECONDS` ago."""
+        """Return the kernel's numbers, at most `PROCESS_SECONDS` old."""
         now = time.monotonic()
-        if now >= self._look_at:
-            self._look_at = now + PROCESS_SECONDS
+        if now >= self._next_read:
+            self._next_read = now + PROCESS_SECONDS
             found = list(super().collect())
             if self._found and not any(each.name in DESCRIPTORS for each in found):
-                # None is left to look with: an alert must not go away because of that.
+                # All descriptors are in use, so none is left to count them. The metrics must not
+                # disappear then, because an alert needs them.
                 limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
                 found = [each for each in self._found if each.name not in DESCRIPTORS]
                 found += [GaugeMetricFamily(name, "All.", value=limit) for name in DESCRIPTORS]

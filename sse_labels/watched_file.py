@@ -1,9 +1,7 @@
-"""A small file that is read again when it was changed.
+"""A small file that is read again when it changes, such as a list of tokens or keys.
 
-Promises: what a file said when it was last good stays in use when it goes bad, and a change
-works at the next question; nothing of a file's content is ever logged.
-Stands beside the corridor: lists of tokens and of keys are such files.
-Does not belong here: what a file means.
+Promises: a change has an effect at the next call of `value`. When the file becomes unusable, its
+last usable content stays in use. No content of a file is ever logged.
 """
 
 from __future__ import annotations
@@ -22,22 +20,22 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-#: Far more than any list of tokens or keys; a wrong path is not read into memory.
+#: Far more than any list of tokens or keys needs. A larger file is not read into memory.
 FILE_MAX_BYTES = 1024**2
-#: A file as young as this may change again without its times telling: ext4 counts in ticks of
-#: 4 ms, FAT in steps of 2 s. Git calls such a file racy, and looks again as well.
+#: A file younger than this may change again without a new timestamp: timestamps have steps of 4 ms
+#: on ext4, of 2 s on FAT. Git calls such a file racy, and also reads the file again.
 YOUNG_SECONDS = 2.0
 
 
 class Unusable(Exception):
-    """Raised when a text cannot be used: its message says what was expected, and quotes nothing."""
+    """A text is unusable. The message says what was expected, and never quotes the text."""
 
 
 def each_line(content: bytes, take: Callable[[list[str]], None]) -> None:
-    """Call `take` with the words of each line that has any; `#` begins a comment.
+    """Call `take` with the words of each line that has words. `#` begins a comment.
 
-    Raises Unusable with the number of the first line that `take` cannot use, never with the line
-    itself: who pastes a token in place of its digest is not to find it in the log.
+    Raises Unusable with the number of the first line that `take` cannot use. The message never
+    contains the line: a token that was pasted in place of its digest must not be logged.
     """
     for number, raw in enumerate(content.split(b"\n"), start=1):
         try:
@@ -51,15 +49,15 @@ def each_line(content: bytes, take: Callable[[list[str]], None]) -> None:
 
 
 class WatchedFile(Generic[T]):
-    """What a small file says, read again when the file was changed.
+    """The value of a small file, read again when the file changes.
 
-    A file that goes bad (or away) later on is logged once, and what it said before stays in use:
-    a slip of the editor must not lock everybody out. It costs one `stat` to ask, so that a
-    change works at the next request.
+    When the file becomes unusable or is deleted, this is logged once, and the last value stays in
+    use: an error in an editor must not lock everybody out. Each call costs one `stat`, so that a
+    change has an effect at the next request.
     """
 
     def __init__(self, setting: str, path: Path, parse: Callable[[bytes], T]) -> None:
-        """Read `path` with `parse`, which raises Unusable; raise ConfigError under `setting`."""
+        """Read `path` with `parse`, which may raise Unusable. Raises ConfigError for `setting`."""
         self._setting = setting
         self._path = path
         self._parse = parse
@@ -69,7 +67,7 @@ class WatchedFile(Generic[T]):
         self._refresh()
 
     def value(self) -> T:
-        """Return what the file says now, or said when it was last good."""
+        """Return the current value, or the last usable one."""
         try:
             self._refresh()
         except ConfigError as error:
@@ -83,11 +81,11 @@ class WatchedFile(Generic[T]):
     def _refresh(self) -> None:
         try:
             status = self._path.stat()
-            # Taken before reading: a write in between changes the stamp, and is read next time.
+            # The stamp is taken before the read: a later write changes it, and is read next time.
             stamp = stamp_of(status)
             if stamp == self._stamp:
                 return
-            # A pipe could be read only once, and could make the whole server wait.
+            # A pipe can be read only once, and could block the whole server.
             if not stat.S_ISREG(status.st_mode) or status.st_size > FILE_MAX_BYTES:
                 raise Unusable(f"a file of at most {FILE_MAX_BYTES} bytes")
             content = self._path.read_bytes()
@@ -105,7 +103,7 @@ class WatchedFile(Generic[T]):
 
 
 def stamp_of(status: os.stat_result) -> tuple[int, ...]:
-    """Return what changes when a file is written or replaced."""
+    """Return numbers that change when a file is written or replaced."""
     return (
         status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns,
     )  # fmt: skip
