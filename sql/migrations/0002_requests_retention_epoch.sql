@@ -1,17 +1,19 @@
--- Publishing again without storing twice: what a request with an Idempotency-Key stored.
+-- The results of requests with an Idempotency-Key, so that a repeated request stores no label
+-- twice.
 CREATE TABLE label_request (
-    -- SHA-256 over who asked and their key.
+    -- SHA-256 over the publisher and the key.
     key bytea PRIMARY KEY,
-    -- SHA-256 over the labels: the same key with others is refused.
+    -- SHA-256 over the labels: the same key with other labels is refused.
     fingerprint bytea NOT NULL,
     seqs bigint[] NOT NULL,
     at timestamptz NOT NULL DEFAULT clock_timestamp()
 );
 CREATE INDEX label_request_at_idx ON label_request (at);
 
--- Stores all labels, or those of an earlier request with the same key, and returns their seqs;
--- null when that request had other labels. One statement is one transaction: a connection that
--- dies before the answer leaves all of it or nothing.
+-- Stores all labels and returns their seqs. If an earlier request had the same key, nothing is
+-- stored: returns the seqs of that request, or null when that request had other labels. One
+-- statement is one transaction: if the connection is lost before the answer, all labels are stored
+-- or none.
 CREATE FUNCTION label_publish(
     given_key bytea, given_fingerprint bytea,
     given_src varchar[], given_uri varchar[], given_cid varchar[], given_val varchar[],
@@ -22,7 +24,7 @@ DECLARE
     made bigint[];
 BEGIN
     IF given_key IS NOT NULL THEN
-        -- Waits for a request with the same key that is still under way, before an id is taken.
+        -- Waits for a running request with the same key, before an id is taken.
         INSERT INTO label_request (key, fingerprint, seqs)
             VALUES (given_key, given_fingerprint, '{}') ON CONFLICT (key) DO NOTHING;
         IF NOT FOUND THEN
@@ -47,13 +49,13 @@ BEGIN
 END
 $$;
 
--- Which seqs belong together: a database that was rebuilt from a backup gets another epoch.
+-- Seqs of one epoch belong together. A database that was rebuilt from a backup gets another epoch.
 ALTER TABLE label_stream
     ADD COLUMN epoch uuid NOT NULL DEFAULT gen_random_uuid(),
-    -- The cluster, database and timeline in which this epoch was last seen.
+    -- The cluster, database and timeline of this epoch, as a server last saw them.
     ADD COLUMN identity text;
 
--- When which seq was the newest: retention by age, without a column of its own in label.
+-- The newest seq at several times: for retention by age, without another column in label.
 CREATE TABLE label_clock (
     seq bigint PRIMARY KEY,
     at timestamptz NOT NULL DEFAULT clock_timestamp()

@@ -1,4 +1,4 @@
--- For what expires soon: `exp` is text in any form that the AT Protocol has, with offsets, so only
--- its date is indexed, a day off at most from the one in UTC. By bytes: a date sorts alike in every
--- collation, and this one never changes under an index.
+-- Finds labels that expire soon. `exp` is text in any form of the AT Protocol, with offsets. So
+-- only its date is indexed, which differs from the date in UTC by one day at most. Dates have the
+-- same order in every collation, and the collation "C" never changes, so the index stays valid.
 CREATE INDEX label_expiry_idx ON label ((left(exp, 10) COLLATE "C"), id) WHERE exp IS NOT NULL;

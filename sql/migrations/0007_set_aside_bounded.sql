@@ -1,4 +1,4 @@
--- Of what mirrors set aside only the newest of each upstream stay; how many there were is counted.
+-- Only the newest labels that mirrors set aside are kept, for each upstream. All are counted.
 ALTER TABLE label_upstream ADD COLUMN set_aside bigint NOT NULL DEFAULT 0;
 UPDATE label_upstream
    SET set_aside = (SELECT count(*) FROM label_set_aside AS aside

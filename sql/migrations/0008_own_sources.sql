@@ -1,14 +1,15 @@
--- The sources of this database's own: of whom labels were published here, or stored by SQL. A mirror
--- takes none of theirs from any upstream. `serve --signing-did` adds its own.
+-- The database's own sources: their labels were published here, or stored by SQL. A mirror stores
+-- no labels of these sources from an upstream. `serve --signing-did` adds its DID.
 CREATE TABLE label_own_source (
     src varchar NOT NULL,
     at timestamptz NOT NULL DEFAULT clock_timestamp()
 );
--- Not unique: of two writers of a new source one would wait for the other's transaction to end.
+-- Not unique: otherwise one of two writers of a new source would wait for the other's transaction.
 CREATE INDEX label_own_source_idx ON label_own_source (src);
 
--- Of what was stored before this: all, when nothing was mirrored; else all but the sources that
--- upstreams are named for. When an upstream was taken whole, nobody can tell, and it is left empty.
+-- The sources of labels that were stored before this migration. Without a mirror, all of them are
+-- own sources. With mirrors of single sources, all other sources are own sources. If an upstream
+-- was mirrored with all its sources, own sources are unknown, and the table stays empty.
 INSERT INTO label_own_source (src)
 SELECT DISTINCT src
   FROM label
@@ -16,8 +17,8 @@ SELECT DISTINCT src
    AND NOT EXISTS (SELECT FROM label_upstream WHERE source = '')
    AND src NOT IN (SELECT source FROM label_upstream);
 
--- As its owner, so that whoever may store labels needs no further right. What is longer than a DID
--- may be is none, and fits in no index.
+-- Runs as its owner, so that a role that may store labels needs no other right. A text longer than
+-- the limit of a DID is not a DID, and does not fit into the index.
 CREATE FUNCTION label_note_source() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$
 BEGIN
     INSERT INTO label_own_source (src)
@@ -30,7 +31,7 @@ END
 $$;
 DO $$
 BEGIN
-    -- Nothing of the caller's may be found before it.
+    -- The function must not find objects of the caller first.
     EXECUTE format('ALTER FUNCTION label_note_source() SET search_path = pg_catalog, %I, pg_temp',
                    current_schema());
 END
@@ -38,6 +39,6 @@ $$;
 CREATE TRIGGER label_note_source AFTER INSERT ON label
     REFERENCING NEW TABLE AS made
     FOR EACH STATEMENT
-    -- A mirror says of its session that it stores others' labels.
+    -- A mirror sets this in its session, because it stores labels of other sources.
     WHEN (current_setting('sse_labels.mirror', true) IS DISTINCT FROM 'on')
     EXECUTE FUNCTION label_note_source();

@@ -1,20 +1,20 @@
--- What `sse-labels doctor` looks at. All of it reads, but for a NOTIFY, which says nothing new.
+-- The checks of `sse-labels doctor`. All blocks only read, except a NOTIFY, which changes nothing.
 
 -- name: server_facts
--- One row: version as text; seconds since 1970 by its clock; does a commit wait for the disk in
--- this role's other sessions.
+-- One row: the version as text; seconds since 1970 by the server's clock; synchronous_commit of
+-- this role's other sessions, which says whether a commit waits for the disk.
 SELECT current_setting('server_version'),
        extract(epoch FROM clock_timestamp())::float8,
        (SELECT reset_val FROM pg_settings WHERE name = 'synchronous_commit');
 
 -- name: connections_left
--- One row: connections that this role may still open here; most connections of the server; those
--- of this program.
+-- One row: the number of connections that this role may still open here; the server's maximum; the
+-- connections of this program.
 SELECT least(current_setting('max_connections')::integer
                  - current_setting('superuser_reserved_connections')::integer
                  - coalesce(current_setting('reserved_connections', true), '0')::integer
                  - (SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'),
-             -- A limit of -1 is none, and least() does not look at nulls.
+             -- A limit of -1 means no limit, and least() ignores nulls.
              nullif(rolconnlimit, -1)
                  - (SELECT count(*) FROM pg_stat_activity WHERE usename = rolname),
              (SELECT nullif(datconnlimit, -1)
@@ -26,8 +26,9 @@ SELECT least(current_setting('max_connections')::integer
   FROM pg_roles WHERE rolname = current_user;
 
 -- name: role_facts
--- One row: is this role a superuser; may its transactions write; may it alter the label table (it
--- owns it, or is a superuser); does a row security policy hide rows from it.
+-- One row: whether this role is a superuser; whether its transactions may write; whether it may
+-- alter the label table (as its owner or a superuser); whether a row security policy hides rows
+-- from it.
 SELECT rolsuper,
        current_setting('default_transaction_read_only') = 'off',
        pg_has_role(relowner, 'USAGE'),
@@ -36,7 +37,8 @@ SELECT rolsuper,
  WHERE rolname = current_user;
 
 -- name: rights
--- Rows (task, right, object, held): each right of the README's table, and what no task needs.
+-- Rows (task, right, object, held): each right of the README's table, and rights that no task
+-- needs.
 SELECT task, needed, object,
        CASE WHEN kind = 'sequence' THEN has_sequence_privilege(object, needed)
             WHEN kind = 'schema' THEN has_schema_privilege(object, needed)
@@ -65,12 +67,12 @@ SELECT task, needed, object,
                ('nothing', 'TRUNCATE', 'label', 'table')) AS wanted (task, needed, object, kind);
 
 -- name: may_see_upstreams
--- One row: may this role read what is mirrored.
+-- One row: whether this role may read the state of the mirrors.
 SELECT has_table_privilege(to_regclass('label_upstream'), 'SELECT') IS TRUE;
 
 -- name: upstreams
--- Rows (upstream as it is named, cursor, seconds since labels came, is it followed now, labels set
--- aside) of what is mirrored. The lock's two keys are classid and objid of pg_locks.
+-- Rows (name, cursor, seconds since labels came, whether a mirror follows it now, labels set aside)
+-- of all upstreams. The lock's two keys are classid and objid of pg_locks.
 SELECT CASE WHEN source = '' THEN url ELSE source || '=' || url END AS name, cursor,
        extract(epoch FROM clock_timestamp() - at)::float8,
        EXISTS (SELECT FROM pg_locks
@@ -83,14 +85,14 @@ SELECT CASE WHEN source = '' THEN url ELSE source || '=' || url END AS name, cur
  ORDER BY name;
 
 -- name: triggers
--- Rows (function, is it enabled in ordinary sessions) of the label table.
+-- Rows (function, whether it is enabled in ordinary sessions) of the label table's triggers.
 SELECT proname, tgenabled IN ('O', 'A')
   FROM pg_trigger JOIN pg_proc ON pg_proc.oid = tgfoid
  WHERE tgrelid = to_regclass('label') AND NOT tgisinternal;
 
 -- name: sequence_facts
--- One row: name; step; largest number; does it start anew after that; the last number it gave
--- (null: none yet, or not to be read); the newest seq in the table.
+-- One row: the sequence's name; step; largest number; whether it starts again after that; its last
+-- number (null: none yet, or this role may not read it); the newest seq in the table.
 SELECT name, seqincrement, seqmax, seqcycle,
        CASE WHEN has_sequence_privilege(name, 'SELECT')
             THEN pg_sequence_last_value(name::regclass) END,
@@ -99,9 +101,9 @@ SELECT name, seqincrement, seqmax, seqcycle,
   JOIN pg_sequence ON seqrelid = name::regclass;
 
 -- name: holders_described
--- Rows (virtual transaction, who, seconds since it began or null): who took an id and has not
--- ended, prepared transactions included. Of other roles' sessions the age shows only to members
--- of pg_read_all_stats.
+-- Rows (virtual transaction, description, seconds since its begin or null): open transactions that
+-- took an id, prepared ones included. Only members of pg_read_all_stats see the age of other roles'
+-- sessions.
 SELECT DISTINCT holder.virtualtransaction,
        CASE WHEN holder.pid IS NULL THEN 'prepared transaction ' || coalesce(quote_literal(gid), '?')
             ELSE 'session ' || holder.pid || coalesce(' of ' || usename, '')
@@ -120,5 +122,5 @@ SELECT DISTINCT holder.virtualtransaction,
    AND holder.relation = pg_get_serial_sequence('label', 'id')::regclass;
 
 -- name: notify
--- Nothing; servers that listen look at the table once more, and find nothing new.
+-- Nothing; servers that listen read the table again, and find no new label.
 NOTIFY label_channel;

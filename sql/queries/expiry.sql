@@ -1,9 +1,9 @@
--- What expires, and whether it was still in force. Ours finds it by label_expiry_idx; Ozone's table
--- has no such index, and each page of `expiring` is a scan of it.
+-- Finds labels that expire, and checks whether they are in force. Our own table has the index
+-- label_expiry_idx. Ozone's table has no such index, and each page of `expiring` scans the table.
 
 -- name: expiring
--- Rows (date, id, exp) after a date and an id up to another date, by both: the date as it is
--- written. It narrows, and no more: what time an `exp` is, is read by the caller.
+-- Rows (date, id, exp) after a date and an id, up to another date, ordered by date and id. The date
+-- is the text in `exp`. The caller computes the exact time of `exp`.
 SELECT left(exp, 10) COLLATE "C", id, exp
   FROM label
  WHERE exp IS NOT NULL
@@ -14,8 +14,8 @@ SELECT left(exp, 10) COLLATE "C", id, exp
  LIMIT %(limit)s;
 
 -- name: still_in_force
--- Rows (id, src, uri, cid, val, neg, cts, exp, sig) of the seqs that are, up to a seq, the newest of
--- their key and no negation; in no order. How that is found, state.sql tells.
+-- Rows (id, src, uri, cid, val, neg, cts, exp, sig) in no order: those of the given seqs that are
+-- the newest of their key up to a seq, and are not negations. state.sql explains the search.
 SELECT id, src, uri, cid, val, neg, cts, exp, sig
   FROM (SELECT id, src, uri, cid, val, neg, cts, exp, sig,
                hashtextextended(src || ' ' || uri || ' ' || cid || ' ' || val, 0) AS hash

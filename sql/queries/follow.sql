@@ -1,8 +1,8 @@
--- How the sequencer follows the table. The settled rule is explained on top of
--- sql/migrations/0001_labels.sql; its judgement is sse_labels/feed/settled.py.
+-- The sequencer follows the table with these blocks. The top of sql/migrations/0001_labels.sql
+-- explains the settled rule, and sse_labels/feed/settled.py decides by it.
 
 -- name: is_ozone
--- One row: is this Ozone's database; did sse-labels make the label table.
+-- One row: whether this is Ozone's database; whether sse-labels made the label table.
 SELECT to_regclass('label') IS NOT NULL
            AND to_regclass('moderation_event') IS NOT NULL
            AND to_regclass('signing_key') IS NOT NULL
@@ -10,10 +10,10 @@ SELECT to_regclass('label') IS NOT NULL
        to_regclass('sse_labels_migration') IS NOT NULL;
 
 -- name: describe
--- One row: have we a label table; and our own state beside it; name and cache of the id
--- sequence; are commit timestamps kept; the server's version as a number; may this role publish
--- (label_publish is there, and it may do all that it does); may it delete old labels; may it begin
--- a new epoch; and, before the rights, has each key (src, uri, cid, val) one row, by a unique index.
+-- One row: whether there is a label table; whether it has our own state; name and cache of the id
+-- sequence; whether commit timestamps are kept; the server's version as a number; whether a unique
+-- index gives each key (src, uri, cid, val) one row; whether this role may publish (label_publish
+-- exists, and the role has all rights that it needs), delete old labels, begin a new epoch.
 SELECT to_regclass('label') IS NOT NULL AS has_label,
        EXISTS (SELECT FROM pg_attribute
                 WHERE attrelid = to_regclass('label_stream') AND attname = 'epoch') AS has_state,
@@ -43,12 +43,12 @@ SELECT to_regclass('label') IS NOT NULL AS has_label,
                     THEN pg_get_serial_sequence('label', 'id') END AS name) AS sequence;
 
 -- name: begin_session
--- One row: does this server follow another one; the encoding of the database; are triggers off for
--- this role, which cannot turn them on. Sets what the
--- connection's options cannot: a setting that PostgreSQL 13 does not know, one that only a superuser
--- may set, and one that depends on what it was. A session that listens is idle for long. Labels that
--- were published are on the disk, and what an operator set beyond that stays. Triggers fire. What
--- the options do say is set here where a pooler that pools by session has dropped them.
+-- One row: whether this server is a standby; the encoding of the database; whether triggers are off
+-- and this role cannot turn them on. Sets what the connection's options cannot set: a setting that
+-- PostgreSQL 13 does not know, one that only a superuser may set, and one that depends on its
+-- earlier value. An idle session is not ended, because a session that listens is idle for long. A
+-- commit waits for the disk, and a stricter value of the operator stays. Triggers fire. The options
+-- are set here again, because a pooler that pools by session may have dropped them.
 SELECT pg_is_in_recovery(), getdatabaseencoding(),
        current_setting('session_replication_role') = 'replica'
            AND NOT (SELECT rolsuper FROM pg_roles WHERE rolname = current_user),
@@ -65,7 +65,7 @@ SELECT pg_is_in_recovery(), getdatabaseencoding(),
          WHERE possible AND current_setting(name, true) <> value);
 
 -- name: newest
--- One row: the newest seq that the database knows, 0 when there never was one.
+-- One row: the newest seq in the database, 0 when there never was one.
 SELECT greatest(
          (SELECT max(id) FROM label),
          (SELECT CASE WHEN has_sequence_privilege(name, 'SELECT')
@@ -74,9 +74,10 @@ SELECT greatest(
          0);
 
 -- name: rows_after
--- Rows (id, src, uri, cid, val, neg, cts, exp, sig) after a seq, by id: not yet known to be settled.
--- Backfills use it too, and cut it off at the head themselves: with `AND id <= head` a planner
--- without fresh statistics sorts the whole rest of the table for each page (40 ms instead of 2).
+-- Rows (id, src, uri, cid, val, neg, cts, exp, sig) after a seq, by id. They may not be settled
+-- yet. Backfills use this block too, and drop the rows after the head themselves: with `AND id <=
+-- head` a planner without fresh statistics sorts the whole rest of the table for each page (40 ms,
+-- not 2).
 SELECT id, src, uri, cid, val, neg, cts, exp, sig
   FROM label
  WHERE id > %(cursor)s
@@ -84,7 +85,7 @@ SELECT id, src, uri, cid, val, neg, cts, exp, sig
  LIMIT %(limit)s;
 
 -- name: sequence_holders
--- The virtual transactions that took an id and have not ended, prepared ones included.
+-- Rows: the open virtual transactions that took an id, prepared ones included.
 SELECT DISTINCT virtualtransaction
   FROM pg_locks
  WHERE locktype = 'relation'
@@ -94,7 +95,7 @@ SELECT DISTINCT virtualtransaction
    AND relation = pg_get_serial_sequence('label', 'id')::regclass;
 
 -- name: commit_age
--- One row: seconds since the label's transaction committed, by the database's clock.
+-- One row: the seconds since the label's transaction committed, by the database's clock.
 SELECT extract(epoch FROM clock_timestamp() - pg_xact_commit_timestamp(xmin))::float8
   FROM label
  WHERE id = %(seq)s;
@@ -104,5 +105,5 @@ SELECT extract(epoch FROM clock_timestamp() - pg_xact_commit_timestamp(xmin))::f
 LISTEN label_channel;
 
 -- name: ping
--- One row: 1. Proof that the connection is alive.
+-- One row: 1. The connection is alive.
 SELECT 1;

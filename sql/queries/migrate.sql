@@ -1,17 +1,17 @@
 -- name: lock_schema
--- Nothing; one server at a time migrates. The key is 'sse-labels' by hashtext.
+-- Nothing; waits until no other server migrates.
 SELECT pg_advisory_lock(hashtext('sse-labels'));
 
 -- name: schema_exists
--- One row: is there a record of our migrations; is there a label table.
+-- One row: whether there is a record of our migrations; whether there is a label table.
 SELECT to_regclass('sse_labels_migration') IS NOT NULL, to_regclass('label') IS NOT NULL;
 
 -- name: schema_version
--- One row: the newest migration that was applied, 0 when none was.
+-- One row: the newest applied migration, 0 when there is none.
 SELECT coalesce(max(number), 0) FROM sse_labels_migration;
 
 -- name: create_schema_record
--- Nothing; the record of our migrations.
+-- Nothing; creates the record of our migrations.
 CREATE TABLE sse_labels_migration (
     number integer PRIMARY KEY,
     name text NOT NULL,
@@ -19,5 +19,5 @@ CREATE TABLE sse_labels_migration (
 );
 
 -- name: record_migration
--- Nothing; remembers one migration, in the transaction that applied it.
+-- Nothing; records one migration, in the transaction that applies it.
 INSERT INTO sse_labels_migration (number, name) VALUES (%(number)s, %(name)s);

@@ -1,7 +1,8 @@
--- What a mirror of other labelers asks. One session has the lock of an upstream and does all of it.
+-- The blocks of a mirror of other labelers. One session has the lock of an upstream, and runs all
+-- of the upstream's blocks.
 
 -- name: may_mirror
--- One row: may this role store labels and how far an upstream was taken.
+-- One row: whether this role may store labels and the state of an upstream.
 SELECT bool_and(has_table_privilege(to_regclass(place), needed) IS TRUE)
            AND has_sequence_privilege(pg_get_serial_sequence('label', 'id'), 'USAGE')
   FROM (VALUES ('label', 'SELECT'), ('label', 'INSERT'), ('label_set_aside', 'SELECT'),
@@ -10,44 +11,45 @@ SELECT bool_and(has_table_privilege(to_regclass(place), needed) IS TRUE)
                ('label_upstream', 'UPDATE'), ('label_own_source', 'SELECT')) AS wanted (place, needed);
 
 -- name: own_sources
--- Rows (source): those of these that are this database's own.
+-- Rows (source): those of the given sources that are this database's own.
 SELECT DISTINCT src FROM label_own_source WHERE src = ANY (%(sources)s::varchar[]);
 
 -- name: store_as_mirror
--- Nothing of use; what this session stores makes no source this database's own.
+-- One row without use; labels that this session stores do not make their source an own source.
 SELECT set_config('sse_labels.mirror', 'on', false);
 
 -- name: lock_upstream
--- One row: whether this session is now the one that follows this upstream.
+-- One row: whether this session now has the lock of this upstream.
 SELECT pg_try_advisory_lock(hashtext('sse-labels mirror'), hashtext(%(source)s || ' ' || %(url)s));
 
 -- name: register_upstream
--- Nothing; an upstream that is followed already keeps its cursor. Of one that was followed for
--- another source, or for all, labels may be here.
+-- Nothing; a known upstream keeps its cursor. If the upstream was mirrored for another source or
+-- for all sources, some of its labels may be stored already.
 INSERT INTO label_upstream (url, source, cursor, rewound)
 SELECT %(url)s, %(source)s, %(cursor)s, EXISTS (SELECT FROM label_upstream WHERE url = %(url)s)
     ON CONFLICT DO NOTHING;
 
 -- name: upstream
--- One row: the last seq that was taken; the epoch that belongs to it, or null.
+-- One row: the upstream's last processed seq; its epoch, or null.
 SELECT cursor, epoch FROM label_upstream WHERE url = %(url)s AND source = %(source)s;
 
 -- name: note_upstream_epoch
--- Nothing; the cursor's seqs belong to this epoch.
+-- Nothing; records the epoch of the cursor.
 UPDATE label_upstream SET epoch = %(epoch)s
  WHERE url = %(url)s AND source = %(source)s AND epoch IS NULL;
 
 -- name: rewind_upstream
--- Nothing; the upstream is read from its beginning.
+-- Nothing; from now on the upstream is read from its beginning.
 UPDATE label_upstream SET cursor = 0, epoch = NULL, rewound = true
  WHERE url = %(url)s AND source = %(source)s;
 
 -- name: store_mirrored
--- One row: did the cursor stand where it was thought to, else nothing is stored; how many labels
--- were; how many were left out, as their source is this database's own. One statement is one transaction: a connection that dies before the answer leaves all of
--- it or nothing. Since a rewind a label is known, and not stored, when it is the newest of its key:
--- of those before it in this batch, else of the table. So what is in force here is what is in
--- force there, whatever the upstream forgot meanwhile.
+-- One row: whether the cursor was the expected one (otherwise nothing is stored); the number of
+-- stored labels; the number of labels left out because their source is this database's own. One
+-- statement is one transaction: if the connection is lost before the answer, all is stored or
+-- nothing. After a rewind, a label is not stored again when it equals the newest label of its key:
+-- the newest before it in this batch, or else in the table. So the same labels are in force here
+-- and at the upstream, even if the upstream has deleted old labels.
 WITH moved AS (
     UPDATE label_upstream
        SET cursor = %(until)s, at = clock_timestamp(), set_aside = set_aside + %(aside_count)s
@@ -90,7 +92,7 @@ WITH moved AS (
            unnest(%(aside_seq)s::bigint[], %(aside_place)s::integer[], %(aside_reason)s::text[],
                   %(aside_label)s::bytea[]) AS refused (seq, place, reason, label)
 ), gone AS (
-    -- The oldest go, so that with the new ones there are as many as may be.
+    -- The oldest are deleted, so that at most `aside_max` are kept, the new ones included.
     DELETE FROM label_set_aside
      WHERE url = %(url)s
        AND cardinality(%(aside_seq)s::bigint[]) > 0

@@ -6,12 +6,13 @@ SELECT label_publish(
     %(neg)s::boolean[], %(cts)s::varchar[], %(exp)s::varchar[], %(sig)s::bytea[]);
 
 -- name: may_note_own_source
--- One row: may this role say that a source is this database's own.
+-- One row: whether this role may record a source as this database's own.
 SELECT (has_table_privilege(to_regclass('label_own_source'), 'SELECT')
         AND has_table_privilege(to_regclass('label_own_source'), 'INSERT')) IS TRUE;
 
 -- name: note_own_source
--- Nothing; no mirror takes labels of this source from an upstream. Publishing does it by a trigger.
+-- Nothing; from now on no mirror stores labels of this source. For published labels a trigger does
+-- the same.
 INSERT INTO label_own_source (src)
 SELECT %(src)s::varchar
  WHERE NOT EXISTS (SELECT FROM label_own_source WHERE src = %(src)s::varchar);

@@ -1,13 +1,14 @@
--- What queryLabels reads of URIs, whatever else the table holds: at most `window` rows of each URI
--- or prefix, by the index on uri and in its order. That index holds the first 600 characters of a
--- URI: hence each condition stands twice. Rows in the order of the index, and not by id, so that no
--- planner takes the order of ids and reads the whole table for a URI that it thinks is frequent;
--- for the same reason the URI is a range. What passes, state.sql tells.
+-- Labels of URIs, for queryLabels. However large the table is, at most `window` rows of each URI or
+-- prefix are read, by the index on uri and in its order. The index contains the first 600
+-- characters of a URI, so each condition stands twice: for the index, and for the whole URI. The
+-- rows are read in the order of the index and not by id: otherwise a planner may use the index of
+-- ids, and read the whole table for a URI that it believes to be frequent. For the same reason the
+-- condition on the URI is a range. state.sql explains which rows pass.
 
 -- name: query_exact
--- Rows (end, id, src, uri, cid, val, neg, cts, exp, sig) of the URIs listed after a cursor, by id,
--- `limit` at most: of each URI the first rows, and of all URIs no row behind `end`, up to which all
--- were looked at; a null when there is nothing more. One row of nulls when none passes.
+-- Rows (end, id, src, uri, cid, val, neg, cts, exp, sig) of the given URIs after a cursor, by id,
+-- at most `limit`. All rows up to `end` were looked at, and no row after `end` is returned. `end`
+-- is null when there are no more rows. One row of nulls when no row passes.
 WITH found AS MATERIALIZED (
     SELECT asked.number, label.*
       FROM unnest(%(uris)s::varchar[]) WITH ORDINALITY AS asked (uri, number)
@@ -37,10 +38,10 @@ SELECT edge."end", kept.*
  ORDER BY kept.id;
 
 -- name: query_prefix
--- Rows (whole, id, src, uri, cid, val, neg, cts, exp, sig) of the URIs that a LIKE pattern matches,
--- after a cursor, by id, `limit` at most; `whole` says whether the index had fewer than `window`
--- of them, before the cursor too: else there are others, and these are not the first. One row of
--- nulls when none passes.
+-- Rows (whole, id, src, uri, cid, val, neg, cts, exp, sig) of the URIs that match a LIKE pattern,
+-- after a cursor, by id, at most `limit`. `whole` is true when fewer than `window` rows of the
+-- table match, those before the cursor included. If `whole` is false, no rows are returned. One row
+-- has nulls for the label when no row passes.
 WITH found AS MATERIALIZED (
     SELECT id, src, uri, cid, val, neg, cts, exp, sig,
            hashtextextended(src || ' ' || uri || ' ' || cid || ' ' || val, 0) AS hash

@@ -1,14 +1,15 @@
--- State instead of events: of each key (src, uri, cid, val) its newest event as of a seq.
+-- State instead of events: the newest event of each key (src, uri, cid, val) as of a seq.
 --
--- Ours finds it by label_key_idx, in the order of that index: its first entry that is of this key
--- is the newest. A planner that knows nothing of the table, after a bulk load or an upgrade, would
--- rather collect all events of the key and sort them, for each row again: 1,000,000 rows took 80
--- seconds instead of 4, and a key of 20,000 events 6 ms for each of them. Hence the condition is a
--- range that holds one hash, and the order begins with the hash: only that index has this order,
--- and an estimate of a range is the same with statistics and without. Hence, too, CASE: what the
--- planner thinks of equal columns would be one row, and that makes it want all of them.
--- In Ozone's table each key has one row (keys_are_unique), and nothing is looked up. What is
--- withheld (not `unsigned`) is the newest of nothing: nobody sees it.
+-- In our own table, the index label_key_idx finds the newest event: the first entry of the key, in
+-- the order of the index. After a bulk load or an upgrade, a planner has no statistics of the
+-- table. Then it would collect and sort all events of the key, again for each row: 1,000,000 rows
+-- took 80 seconds instead of 4, and a key with 20,000 events took 6 ms for each of them. So the
+-- condition is a range that contains one hash, and the order begins with the hash: only this index
+-- has this order, and the planner's estimate of a range is the same with and without statistics.
+-- The CASE has the same purpose: for equal columns the planner would expect one row, and then
+-- prefer to sort. In Ozone's table each key has one row (keys_are_unique), and no search is needed.
+-- A withheld label (without `unsigned`) does not count as the newest of its key, because no
+-- consumer sees it.
 
 -- fragment: newest_of_key
 -- Whether the row `looked`, which has the hash of its key, is the newest of its key up to a seq.
@@ -28,8 +29,9 @@
                   LIMIT 1));
 
 -- fragment: passes
--- Whether the row `looked` is asked for. Empty arrays mean any; without `unsigned`, signed labels
--- alone; with `newest`, the newest of each key up to a seq, and with `in_force` unless negated.
+-- Whether the row `looked` passes. An empty array allows every value. Without `unsigned`, only
+-- signed labels pass. With `newest`, only the newest label of each key up to a seq passes. With
+-- `in_force`, negations do not pass.
 looked.id <= %(until)s
 AND (NOT %(in_force)s OR looked.neg IS NOT TRUE)
 AND (%(unsigned)s OR looked.sig IS NOT NULL)
@@ -38,12 +40,11 @@ AND (cardinality(%(values)s::varchar[]) = 0 OR looked.val = ANY (%(values)s::var
 AND (NOT %(newest)s OR {newest_of_key});
 
 -- name: passing_after
--- Rows (end, looked at, id, src, uri, cid, val, neg, cts, exp, sig), by id: of the first so many
--- rows after a cursor those that pass; `limit` of them at most. `end` is the last row of the
--- window, and `looked at` how many it has, both 0 when the limit was reached: a query is as long as
--- its window, however few rows are kept; when none are, one row has nulls in their place. The
--- window is a subquery, sorted already: what is behind the limit is not probed, and no planner
--- reads the whole table for each page.
+-- Rows (end, looked at, id, src, uri, cid, val, neg, cts, exp, sig), by id: those of the first
+-- `window` rows after a cursor that pass, at most `limit`. `end` is the last id of the window, and
+-- `looked at` is the number of its rows. Both are 0 when the limit was reached. When no row passes,
+-- one row has nulls for the label. The window is a sorted subquery: rows after the limit are not
+-- checked, and no planner reads the whole table for each page.
 WITH kept AS (
     SELECT id, src, uri, cid, val, neg, cts, exp, sig
       FROM (SELECT id, src, uri, cid, val, neg, cts, exp, sig,
