@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from sse_labels.config import Settings, option_name
-from sse_labels.database.lives import claim_epoch
+from sse_labels.database.epochs import claim_epoch
 from sse_labels.database.migrations import migrate
 from sse_labels.database.pool import Database
 from sse_labels.database.schema import Schema

@@ -13,7 +13,7 @@ from sse_labels.cli.signals import interruptible
 from sse_labels.cli.standard_streams import write_result
 from sse_labels.config import Settings, load
 from sse_labels.database import migrations
-from sse_labels.database.lives import claim_epoch
+from sse_labels.database.epochs import claim_epoch
 from sse_labels.database.schema import Schema
 from sse_labels.logs import configure_logging
 

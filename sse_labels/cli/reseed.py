@@ -1,7 +1,7 @@
 """`sse-labels reseed`: after a restore from a backup, no seq is used twice.
 
 Promises: seqs up to the given seq are not used again. Consumers that name the earlier epoch get
-EpochChanged. Stored labels are neither deleted nor changed. `database.lives` notices that a
+EpochChanged. Stored labels are neither deleted nor changed. `database.epochs` notices that a
 database was rebuilt.
 """
 
@@ -17,7 +17,7 @@ from sse_labels.cli.place import database_at, database_of
 from sse_labels.cli.signals import interruptible
 from sse_labels.cli.standard_streams import write_result
 from sse_labels.config import Settings, load
-from sse_labels.database import lives
+from sse_labels.database import epochs
 from sse_labels.database.schema import Schema
 from sse_labels.errors import ConfigError
 from sse_labels.logs import configure_logging
@@ -60,7 +60,7 @@ async def move(settings: Settings, dsn: str, above: int, *, force: bool) -> tupl
         await schema.check()
         if not schema.has_state:
             raise ConfigError("--dsn", "a database without label_stream", "one of `migrate`'s")
-        others = await lives.others_here(database)
+        others = await epochs.others_here(database)
         if others and not force:
             # They would continue with the old epoch and with the labels in their memory.
             pids = ", ".join(map(str, others))
@@ -69,6 +69,6 @@ async def move(settings: Settings, dsn: str, above: int, *, force: bool) -> tupl
                 f"a database with other sessions of sse-labels, PostgreSQL's processes {pids}",
                 "one on which no server and no mirror runs; stop them, or give --force",
             )
-        return await lives.reseed(database, above)
+        return await epochs.reseed(database, above)
     finally:
         database.close()

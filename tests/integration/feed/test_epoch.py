@@ -8,7 +8,7 @@ import httpx
 import pytest
 from psycopg2.extensions import make_dsn, parse_dsn
 
-from sse_labels.database.lives import reseed
+from sse_labels.database.epochs import reseed
 from sse_labels.errors import BrokenPromise, SchemaError
 
 from support.database import TestDatabase, role
