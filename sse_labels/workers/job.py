@@ -1,8 +1,7 @@
-"""What the supervisor and a worker say to each other.
+"""The messages between the supervisor and a worker.
 
-Promises: secrets are on no command line; a worker knows that its supervisor has ended,
-however that came about, and does not outlive it by more than draining takes.
-Does not belong here: what either does with it.
+Promises: no secret is on a command line. A worker notices the end of its supervisor, whatever
+ended it, and ends after the time that draining takes.
 """
 
 from __future__ import annotations
@@ -21,39 +20,39 @@ from sse_labels import errors
 from sse_labels.config import Settings
 from sse_labels.errors import ConfigError, SseLabelsError
 
-#: How long a worker that was told to end may take beyond `drain_seconds`; then it is killed.
+#: How much longer than `drain_seconds` a worker may take to end before it is killed.
 GRACE_SECONDS = 1.0
 
 READY = b"ready\n"
-#: A worker's event loop says this so often; one that is stopped or stuck does not.
+#: A worker's event loop sends TURNING every TURN_SECONDS. A suspended or stuck worker does not.
 TURNING = b".\n"
 TURN_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
 class Job:
-    """All that a worker is told; descriptors are inherited under the same numbers."""
+    """All data that a worker gets. Its descriptors are inherited under the same numbers."""
 
     index: int
-    #: How many workers have ended in its place.
+    #: How many workers with this index have ended before.
     replaced: int
-    #: Limits are its share of the server's.
+    #: The limits are this worker's share of the server's.
     settings: Settings
     dsn: str
     publish_token: str | None
     listeners: tuple[int, ...]
     words: int
-    #: Names this server among those of the machine.
+    #: A random name of this server on this machine.
     run: str
 
     @property
     def name(self) -> str:
-        """What log lines and metrics call the worker."""
+        """The worker's name in log lines and metrics."""
         return f"worker-{self.index + 1}"
 
     @classmethod
     def read(cls, pipe: BinaryIO) -> Job | None:
-        """Return the job that comes; None when the supervisor has ended before."""
+        """Read the job from `pipe`; return None when the supervisor has ended before."""
         try:
             job: Job = pickle.load(pipe)  # noqa: S301 - the pipe is our parent's
         except (EOFError, pickle.UnpicklingError):
@@ -62,7 +61,7 @@ class Job:
 
 
 def encode_error(error: SseLabelsError) -> bytes:
-    """Return the line that tells the supervisor why a worker ends."""
+    """Return the line that reports to the supervisor why a worker ends."""
     said: list[object] = [str(error)]
     if isinstance(error, ConfigError):
         plain = isinstance(error.value, str | int | float | None)
@@ -71,9 +70,9 @@ def encode_error(error: SseLabelsError) -> bytes:
 
 
 def decode_error(line: bytes) -> SseLabelsError:
-    """Return the error that `encode_error` was given.
+    """Return the error that `encode_error` encoded.
 
-    Raises ValueError, TypeError or AttributeError when the line is something else.
+    Raises ValueError, TypeError or AttributeError when the line is not such an error.
     """
     name, *said = json.loads(line)
     error: SseLabelsError = getattr(errors, name)(*said)
@@ -81,16 +80,16 @@ def decode_error(line: bytes) -> SseLabelsError:
 
 
 def when_the_supervisor_ends(pipe: int, drain: Callable[[], object], seconds: float) -> None:
-    """Call `drain`, in a thread, once the other end of `pipe` is closed; end after `seconds`.
+    """Call `drain` when the other end of `pipe` is closed; end the process `seconds` later.
 
-    A thread: an event loop that is stuck must not keep the process alive, and the port taken.
+    It waits in a thread, because a stuck event loop must not keep the process and its port.
     """
 
     def wait() -> None:
         with contextlib.suppress(OSError):
             while os.read(pipe, 1):
                 pass
-        with contextlib.suppress(RuntimeError):  # the loop is closed, we are leaving already
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the process ends already
             drain()
         time.sleep(seconds)
         os._exit(1)

@@ -1,11 +1,11 @@
-"""How one worker asks the others a question, answers theirs, and lets them accept.
+"""Questions between workers, and the counts by which a worker lets others accept.
 
-Promises: a neighbour that is dead, stuck or slow is named and holds nobody up longer than
-`ANSWER_SECONDS`; nobody but processes of the same user is answered; nothing is left behind.
-Does not belong here: what is asked.
+Promises: a worker that is dead, stuck or slow is named, and delays the others by no more than
+`ANSWER_SECONDS`. Only processes of the same user get an answer. No file is left behind.
 
-Abstract Unix sockets (unix(7)): their names go with their processes, however those end. Other
-users can see the names, so each side looks who the other is (SO_PEERCRED).
+The sockets are abstract Unix sockets (unix(7)): the kernel removes their names when the process
+ends, however it ends. Other users can see the names, so each side checks the other's user
+(SO_PEERCRED).
 """
 
 from __future__ import annotations
@@ -23,37 +23,39 @@ import ujson
 
 from sse_labels.web import neighbours
 
-#: How long a neighbour may take; one that is not stuck takes milliseconds.
+#: How long an answer may take; a worker that is not stuck answers in milliseconds.
 ANSWER_SECONDS = 1.0
 MAX_BYTES = 16 * 1024**2
-#: How many more connections this worker may hold than another before that one accepts: so many, …
+#: A worker lets another one accept when it holds more connections than that one, by more than
+#: AHEAD and one AHEAD_PART-th of its own connections. Many new connections at once should not wait
+#: for a perfect balance.
 AHEAD = 4
-#: … and this part of what it holds: a flood is not to wait for perfect balance.
 AHEAD_PART = 16
 _WORD_BYTES = 8
 
 
 def new_words(workers: int) -> int:
-    """Return the descriptor of a new file without a name, for `words_in`."""
+    """Return the descriptor of a new file without a name; `words_in` maps it."""
     descriptor = os.memfd_create("sse-labels")
     os.truncate(descriptor, (workers + 1) * _WORD_BYTES)
     return descriptor
 
 
 def words_in(descriptor: int) -> memoryview:
-    """Return numbers that all processes share; the processor writes each at once.
+    """Return numbers that all processes share; the processor writes each number atomically.
 
-    For each worker: 0, or 1 more than the connections it holds while it accepts; only that worker
-    writes it. Then, written by the first process, how often the embedded PostgreSQL was restarted.
+    One number per worker, which only that worker writes: 0 while it does not accept, else its open
+    connections plus 1. The last number is how often the embedded PostgreSQL was restarted; the
+    first process writes it.
     """
     return memoryview(mmap.mmap(descriptor, 0)).cast("q")
 
 
 class Neighbours(neighbours.Neighbours):
-    """The other workers, as one of them asks them."""
+    """The other workers, as seen by one worker."""
 
     def __init__(self, index: int, words: memoryview, run: str) -> None:
-        """Worker `index`, from 0, of those that share `words`; `run` names this server."""
+        """`index`, from 0, is that of this worker; all share `words`; `run` names the server."""
         super().__init__()
         self.number = index + 1
         self._index = index
@@ -63,14 +65,14 @@ class Neighbours(neighbours.Neighbours):
         self._yielded_to: dict[int, int] = {}
 
     def hold(self, connections: int | None) -> None:
-        """Tell the others how many connections are open here; None: no more are accepted."""
+        """Publish the number of connections of this worker; None: it accepts no more."""
         self._words[self._index] = 0 if connections is None else connections + 1
 
     def yields(self, *, full: bool) -> bool:
-        """Return whether another worker accepts and holds clearly fewer; if `full`, any fewer.
+        """Return whether another worker should accept: it holds clearly fewer connections.
 
-        But not those that have taken none since this was last answered with yes: they are busy, or
-        stuck, and nobody shall wait for them.
+        If `full`, any smaller number is enough. A worker that has accepted none since this worker
+        last yielded is not counted: it is busy or stuck, and clients must not wait for it.
         """
         mine = self._words[self._index]
         few = mine if full else mine - AHEAD - mine // AHEAD_PART
@@ -84,7 +86,7 @@ class Neighbours(neighbours.Neighbours):
 
     @contextlib.asynccontextmanager
     async def answering(self) -> AsyncIterator[None]:
-        """Answer the others' questions inside the block."""
+        """Answer the questions of other workers during the block."""
 
         async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             with contextlib.suppress(OSError, TimeoutError, ValueError):

@@ -1,11 +1,11 @@
 """The first process: keeps the workers running, and serves nothing itself.
 
-Promises: a worker that dies is replaced, at once when it had served for a while, and ever
-more slowly when it dies again and again; one that hangs is killed, and so replaced; one that
-cannot even begin ends the server when it starts, as it ends a single process, and later only
-when no other worker serves; when the supervisor ends every worker has ended, in order if it
-could within its time.
-Does not belong here: what a worker does; signals.
+Promises:
+- A worker that dies is replaced: at once when it has served for a while, and after growing pauses
+  when it dies again and again. A worker that hangs is killed and so replaced.
+- A worker that fails at the start of the server ends the server, as it ends a single process.
+  Later a wrong setting ends the server only when no other worker serves.
+- When the supervisor ends, every worker has ended. A worker that ends in time ends in order.
 """
 
 from __future__ import annotations
@@ -42,27 +42,27 @@ from sse_labels.workers.neighbours import new_words, words_in
 
 log = logging.getLogger(__name__)
 
-#: Who has served for so long died of something new.
+#: A worker that ran this long did not die of the cause of the death before.
 STEADY_SECONDS = 10.0
 FIRST_WAIT_SECONDS = 0.1
 LONGEST_WAIT_SECONDS = 10.0
-#: A worker hangs that is silent for so many heartbeats, within these bounds in seconds: a busy one
-#: may be silent for some, and without heartbeats nobody should wait for hours.
+#: A worker that is silent for this many heartbeats hangs. The time is kept within HANG_SECONDS:
+#: a busy worker may be silent for some seconds, and heartbeats may be hours apart.
 HANG_HEARTBEATS = 2
 HANG_SECONDS = (5.0, 30.0)
-#: Before its first word it may take longer: on a busy machine importing takes many seconds.
+#: Added before the first message: on a busy machine importing takes many seconds.
 IMPORT_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
 class End:
-    """How a worker ended: its exit status (negative: the signal), and what it said."""
+    """How a worker ended: its exit status (negative: the signal), and the error it reported."""
 
     status: int
     error: SseLabelsError | None = None
 
     def __str__(self) -> str:
-        """Return it in words."""
+        """Return the reason as a phrase."""
         if self.error is not None:
             return str(self.error)
         if self.status >= 0:
@@ -73,11 +73,11 @@ class End:
 
 
 class Supervisor:
-    """Keeps one worker in each place."""
+    """Keeps one worker running for each index."""
 
     def __init__(
         self,
-        places: int,
+        workers: int,
         launch: Callable[[int, int], Awaitable[WorkerProcess]],
         forget: Callable[[int], None],
         stopping: Callable[[], None],
@@ -85,54 +85,55 @@ class Supervisor:
         clock: Callable[[], float] = time.monotonic,
         pause: Callable[[float], Awaitable[Any]] = asyncio.sleep,
     ) -> None:
-        """`launch` starts one for a place, saying how many it has replaced there.
+        """`launch(index, replaced)` starts a worker; `replaced` have ended before it.
 
-        `forget` frees what one held, `stopping` is called before the first is told to end.
+        `forget(index)` clears the counts of a worker that has ended. `stopping` is called before
+        the first worker is stopped.
         """
         self._launch = launch
         self._forget = forget
         self._stopping = stopping
         self._clock = clock
         self._pause = pause
-        self._places = places
-        #: Places in which one has served, and those in which one does.
+        self._workers = workers
+        #: Indexes at which a worker has served, and at which one serves now.
         self._served: set[int] = set()
         self._serving: set[int] = set()
-        #: Set once all have served.
+        #: Set when a worker has served at each index.
         self.ready = asyncio.Event()
 
     async def run(self, stop: asyncio.Event, serving: Callable[[], Awaitable[Any]]) -> None:
-        """Keep all running until `stop` is set; `serving` is awaited once all serve.
+        """Keep all workers running until `stop` is set; await `serving` when all serve.
 
-        Raises what makes it senseless to replace one.
+        Raises the error of a worker that is not to be replaced.
         """
         async with asyncio.TaskGroup() as tasks:
-            keepers = [tasks.create_task(self._keep(place)) for place in range(self._places)]
-            telling = tasks.create_task(self._tell(serving))
+            keepers = [tasks.create_task(self._keep(index)) for index in range(self._workers)]
+            reporting = tasks.create_task(self._report_ready(serving))
             try:
                 await stop.wait()
             finally:
                 self._stopping()
-            for task in (telling, *keepers):
+            for task in (reporting, *keepers):
                 task.cancel()
 
-    async def _tell(self, serving: Callable[[], Awaitable[Any]]) -> None:
+    async def _report_ready(self, serving: Callable[[], Awaitable[Any]]) -> None:
         await self.ready.wait()
         await serving()
 
-    async def _keep(self, place: int) -> None:
+    async def _keep(self, index: int) -> None:
         backoff = Backoff(FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS)
         for replaced in itertools.count():
             began = self._clock()
-            end = await self._live(place, replaced)
-            self._check(place, end)
+            end = await self._run_worker(index, replaced)
+            self._check(index, end)
             if self._clock() - began >= STEADY_SECONDS:
                 backoff.reset()
             wait = backoff.next()
             log.error(
                 "a worker ended, another takes its place",
                 extra={
-                    "worker": place + 1,
+                    "worker": index + 1,
                     "how": end,
                     "seconds": self._clock() - began,
                     "next_start_seconds": wait,
@@ -140,41 +141,41 @@ class Supervisor:
             )
             await self._pause(wait)
 
-    def _check(self, place: int, end: End) -> None:
-        """Raise when no other worker shall take the place."""
+    def _check(self, index: int, end: End) -> None:
+        """Raise the error of a worker that is not to be replaced."""
         if isinstance(end.error, BrokenPromise | DatabaseRefused):
-            raise end.error  # all have streamed from the same database, by the same role
-        if place not in self._served:
-            # The server only starts: to try again is for who started it, and can read why.
-            raise end.error or SseLabelsError(f"worker {place + 1} did not start: {end}")
+            raise end.error  # all workers use the same database and the same role
+        if index not in self._served:
+            # The server is starting: the user who started it reads the error and decides.
+            raise end.error or SseLabelsError(f"worker {index + 1} did not start: {end}")
         if isinstance(end.error, ConfigError) and not self._serving:
-            # A file that went bad, say: who has read it before serves on, as a single process does.
+            # For example a file that became wrong. Workers that have read it before serve on.
             raise end.error
 
-    async def _live(self, place: int, replaced: int) -> End:
+    async def _run_worker(self, index: int, replaced: int) -> End:
         try:
-            worker = await self._launch(place, replaced)
+            worker = await self._launch(index, replaced)
         except OSError as error:
-            # No memory, no descriptor, for now: the others serve on.
+            # Perhaps no memory or no descriptor is free now: the others serve on.
             return End(1, SseLabelsError(f"it cannot be started: {error}"))
         try:
-            return await worker.ended(partial(self._serves, place))
+            return await worker.ended(partial(self._serves, index))
         finally:
-            self._serving.discard(place)
-            # Does nothing to one that has ended. Else we are cancelled: told to stop, or because
-            # another worker's end is everybody's.
+            self._serving.discard(index)
+            # Does nothing when the worker has ended. Otherwise this task was cancelled, because
+            # the server stops or because the error of another worker ends it.
             await worker.drained()
-            self._forget(place)
+            self._forget(index)
 
-    def _serves(self, place: int) -> None:
-        self._served.add(place)
-        self._serving.add(place)
-        if len(self._served) == self._places:
+    def _serves(self, index: int) -> None:
+        self._served.add(index)
+        self._serving.add(index)
+        if len(self._served) == self._workers:
             self.ready.set()
 
 
 class WorkerProcess:
-    """A worker as a process of its own."""
+    """The process of one worker."""
 
     def __init__(self, process: asyncio.subprocess.Process, settings: Settings) -> None:
         self._process = process
@@ -184,13 +185,13 @@ class WorkerProcess:
 
     @classmethod
     async def launch(cls, command: Sequence[str], job: Job) -> WorkerProcess:
-        """Start one."""
+        """Start the process and send it `job`."""
         process = await asyncio.create_subprocess_exec(
             *command,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             pass_fds=(*job.listeners, job.words),
-            # Ctrl-C reaches every process of the group; this one is told by us.
+            # Ctrl-C reaches every process of the group; the supervisor ends this one.
             start_new_session=True,
         )
         assert process.stdin is not None  # noqa: S101 - a pipe was asked for
@@ -199,7 +200,7 @@ class WorkerProcess:
         return cls(process, job.settings)
 
     async def ended(self, ready: Callable[[], None]) -> End:
-        """Return when it has ended; call `ready` when it serves. Kill it when it hangs."""
+        """Wait until the process has ended. Call `ready` when it serves; kill it when it hangs."""
         assert self._process.stdout is not None  # noqa: S101 - a pipe was asked for
         error: SseLabelsError | None = None
         silent_seconds, line = -IMPORT_SECONDS, b"\n"
@@ -208,7 +209,8 @@ class WorkerProcess:
                 async with asyncio.timeout(TURN_SECONDS):
                     line = await self._process.stdout.readline()
             except TimeoutError:
-                # Our turns are counted, not time: while we or the machine are suspended none pass
+                # Rounds of this loop are counted, not the clock: while this process or the machine
+                # is suspended, no round passes
                 # (test_time_in_which_the_supervisor_is_suspended_makes_nobody_hang).
                 silent_seconds += TURN_SECONDS
                 if silent_seconds - TURN_SECONDS < self._hang_seconds <= silent_seconds:
@@ -222,13 +224,13 @@ class WorkerProcess:
             if line == READY:
                 ready()
             elif line != TURNING:
-                # What is no error of ours was written by accident.
+                # Another line than an error was written by accident.
                 with contextlib.suppress(ValueError, TypeError, AttributeError):
                     error = decode_error(line)
         return End(await self._process.wait(), error)
 
     async def drained(self) -> None:
-        """Have it end, by closing its input; kill it when that takes too long."""
+        """End the process by closing its input; kill it when that takes too long."""
         assert self._process.stdin is not None  # noqa: S101 - a pipe was asked for
         self._process.stdin.close()
         try:
@@ -252,11 +254,11 @@ async def serve(
     command: Sequence[str],
     postgres: EmbeddedPostgres | None = None,
 ) -> None:
-    """Serve by `settings.workers` processes until `stop` is set; as `app.serve` otherwise.
+    """Serve with `settings.workers` processes until `stop` is set; otherwise like `app.serve`.
 
-    `command` starts one worker; `postgres` is the embedded one, when the labels are there.
+    `command` starts one worker. `postgres` is the embedded PostgreSQL; None with a DSN.
     """
-    # As in a single process: a port that is taken should not cost a migration.
+    # Before the migration, as in a single process: a used port must end the start first.
     listeners = listening_sockets(settings)
 
     def close() -> None:

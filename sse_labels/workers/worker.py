@@ -1,7 +1,6 @@
 """One worker: the whole application, as one of several.
 
-Promises: it serves like a single process.
-Does not belong here: signals, exit statuses.
+Promises: a worker serves like a single process.
 """
 
 from __future__ import annotations
@@ -25,14 +24,14 @@ async def serve(
     stop: asyncio.Event,
     ready: Callable[[int], Awaitable[Any]],
 ) -> None:
-    """Do `job` until `stop` is set or the supervisor, at the other end of `pipe`, ends.
+    """Do `job` until `stop` is set, or until the supervisor at the other end of `pipe` ends.
 
-    `turning` is called each second, while the event loop turns.
+    `turning` is called each second, as long as the event loop runs.
     """
     loop = asyncio.get_running_loop()
 
     def drain() -> None:
-        if not stop.is_set():  # told a second time it would not drain
+        if not stop.is_set():  # a second signal would end it without draining
             signal.raise_signal(signal.SIGTERM)
 
     when_the_supervisor_ends(
@@ -53,7 +52,7 @@ async def serve(
     async def turn() -> None:
         while True:
             turning()
-            if job.index == 0:  # one is enough: what workers count is added up
+            if job.index == 0:  # only one worker, because the counts of all workers are added
                 app.metrics.count["embedded_restarts"] = words[-1]
             await asyncio.sleep(TURN_SECONDS)
 
