@@ -103,15 +103,14 @@ async def test_token_narrows_what_is_seen_and_asking_for_more_is_forbidden(
 async def test_stream_ends_when_its_token_does(
     run_server: RunServer, database: TestDatabase
 ) -> None:
-    ends = time.time() - LEEWAY_SECONDS + 0.4
-    async with (
-        run_server(jwt_secret=SECRET) as server,
-        reading(server.stream_url, access_token=token(iat=ends - 60, exp=ends)) as reader,
-    ):
-        [seq] = database.insert(1, src=A)
-        await reader.until_seq(seq)
-        await reader.until_closed()
-        assert server.app.metrics.streams_ended["TokenExpired"] == 1
+    async with run_server(jwt_secret=SECRET) as server:
+        ends = time.time() - LEEWAY_SECONDS + 1
+        short = token(iat=ends - 60, exp=ends)
+        async with reading(server.stream_url, access_token=short) as reader:
+            [seq] = database.insert(1, src=A)
+            await reader.until_seq(seq)
+            await reader.until_closed()
+            assert server.app.metrics.streams_ended["TokenExpired"] == 1
     [(kind, data)] = reader.news
     assert (kind, data["error"], data["cursor"]) == ("error", "TokenExpired", seq)
     assert time.time() >= ends + LEEWAY_SECONDS

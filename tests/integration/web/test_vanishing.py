@@ -39,7 +39,7 @@ UPGRADE = (
 SO_ATTACH_FILTER = 26
 #: How soon the kernel notices at most: two of its whole seconds, its retransmissions, and two
 #: noisy cores. Without an end of its own a connection is there for hours.
-NOTICED_SECONDS = 10.0
+NOTICED_SECONDS = 30.0
 
 
 class Program(ctypes.Structure):
