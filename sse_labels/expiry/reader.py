@@ -28,17 +28,8 @@ class ExpiryReader:
     """Collects notices from `begin` to `leave`. Not reusable."""
 
     __slots__ = (
-        "__weakref__",
-        "_client",
-        "_expiry",
-        "_filter",
-        "_live",
-        "_mark",
-        "_on_news",
-        "_page",
-        "_reading",
-        "_since",
-        "_waiting",
+        "__weakref__", "_client", "_expiry", "_filter", "_live", "_mark", "_on_news", "_page",
+        "_reading", "_since", "_waiting",
     )  # fmt: skip
 
     def __init__(self, expiry: Expiry, client: str, filter: Filter | None, since: float) -> None:

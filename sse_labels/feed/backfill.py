@@ -28,17 +28,8 @@ class Backfill:
     """Reads history for one consumer. The caller must `close` it."""
 
     __slots__ = (
-        "_client",
-        "_filter",
-        "_heartbeat_seconds",
-        "_next_chunk",
-        "_page_max_events",
-        "_pages",
-        "_reading",
-        "_sequencer",
-        "_snapshot",
-        "from_ring",
-        "position",
+        "_client", "_filter", "_heartbeat_seconds", "_next_chunk", "_page_max_events", "_pages",
+        "_reading", "_sequencer", "_snapshot", "from_ring", "position",
     )  # fmt: skip
 
     def __init__(

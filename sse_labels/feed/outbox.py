@@ -38,28 +38,10 @@ class Outbox:
     """
 
     __slots__ = (
-        "_backfill",
-        "_client",
-        "_expiries",
-        "_filter",
-        "_heartbeat_seconds",
-        "_loop",
-        "_max_events",
-        "_metrics",
-        "_next_step",
-        "_page_max_events",
-        "_pages",
-        "_parked",
-        "_queue",
-        "_quiet_since",
-        "_sequencer",
-        "_snapshot",
-        "_timer",
-        "caught_up",
-        "closed",
-        "express",
-        "on_close",
-        "position",
+        "_backfill", "_client", "_expiries", "_filter", "_heartbeat_seconds", "_loop",
+        "_max_events", "_metrics", "_next_step", "_page_max_events", "_pages", "_parked",
+        "_queue", "_quiet_since", "_sequencer", "_snapshot", "_timer", "caught_up", "closed",
+        "express", "on_close", "position",
     )  # fmt: skip
 
     def __init__(

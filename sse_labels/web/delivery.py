@@ -74,8 +74,8 @@ class Delivery:
     """Writes until the client leaves, the consumer lags or the server stops."""
 
     __slots__ = (
-        "_deadline", "_ended", "_events", "_metrics", "_now", "_outbox", "_settings", "_transport",
-        "_wire", "_wrote", "sent_seq", "writer",
+        "_deadline", "_ended", "_events", "_metrics", "_now", "_outbox", "_settings",
+        "_transport", "_wire", "_wrote", "sent_seq", "writer",
     )  # fmt: skip
 
     def __init__(
