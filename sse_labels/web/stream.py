@@ -85,7 +85,7 @@ class StreamHandler:
         """Return the requested event stream. Raises RequestError."""
         # The grant comes first: 401 and 403 are final for a browser too.
         grant = self._auth.authorize(request)
-        asked = stream_asked(request, self._expiry.clock())
+        asked = self._asked(request, grant)
         try:
             start = await self._start(asked)
             if request.method == hdrs.METH_HEAD:
@@ -108,7 +108,7 @@ class StreamHandler:
         if elsewhere and not {"*", elsewhere} & set(self._settings.cors_origins):
             raise Forbidden("pages of this origin may not read here")
         grant = self._auth.authorize(request, by_cookie=not elsewhere)
-        asked = stream_asked(request, self._expiry.clock())
+        asked = self._asked(request, grant)
         try:
             start = await self._start(asked)
             stream = self._let_in(request, grant, asked, start)
@@ -118,6 +118,11 @@ class StreamHandler:
             return await self._refuse(request, error, final=False)
         answer = partial(LabelSocket, messages=self._messages)
         return await self._answer(request, stream, start, answer)
+
+    def _asked(self, request: web.Request, grant: Grant) -> Asked:
+        """Return what is asked for, within the grant. Raises InvalidRequest or Forbidden."""
+        asked = stream_asked(request, self._expiry.clock())
+        return asked._replace(filter=within_grant(asked.filter, grant))
 
     async def _start(self, asked: Asked) -> int:
         """Return the start cursor.
@@ -152,7 +157,7 @@ class StreamHandler:
         """Register and return a new stream. Raises RequestError."""
         client = self._proxies.client(request)
         reader = reader_of(client, grant.subject)
-        filter = within_grant(asked.filter, grant)
+        filter = asked.filter
         snapshot, since = None, asked.expired_since
         if asked.state:
             snapshot, since = self._snapshots.begin(start, since, self._expiry.clock())

@@ -100,6 +100,35 @@ async def test_token_narrows_what_is_seen_and_asking_for_more_is_forbidden(
     assert query.json()["labels"] == [event["labels"][0] for event in of_a]
 
 
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+async def test_asking_for_more_is_forbidden_on_a_full_server_too(
+    run_server: RunServer, method: str
+) -> None:
+    async with (
+        run_server(jwt_secret=SECRET, max_streams=1) as server,
+        reading(server.stream_url, access_token=token()) as reader,
+        httpx.AsyncClient(verify=False) as client,
+    ):
+        await reader.until_opened()
+        for path in ("/stream", "/xrpc/com.atproto.label.subscribeLabels"):
+            # A browser that is told to come back would be told so for ever.
+            answer = await client.request(
+                method,
+                f"{server.url}{path}",
+                params={"sources": B, "access_token": token(sources=[A])},
+                headers={"Accept": "text/event-stream"},
+            )
+            assert answer.status_code == 403
+            assert 'error="insufficient_scope"' in answer.headers["WWW-Authenticate"]
+    async with run_server(jwt_secret=SECRET) as server, httpx.AsyncClient(verify=False) as client:
+        answer = await client.request(
+            method,
+            server.stream_url,
+            params={"sources": B, "access_token": token(sources=[A])},
+        )
+        assert answer.status_code == 403
+
+
 async def test_stream_ends_when_its_token_does(
     run_server: RunServer, database: TestDatabase
 ) -> None:
