@@ -62,8 +62,9 @@ class HealthHandlers:
         # (test_a_flood_of_scrapes_asks_each_worker_once_at_a_time).
         async with self._one_scrape:
             if self._asked_at <= came_at:
-                self._asked_at = clock()
+                asked_at = clock()
                 workers, _ = await self._neighbours.ask("numbers")
-                self._text = render(workers)
+                # Only now: the client may leave while the workers are asked.
+                self._text, self._asked_at = render(workers), asked_at
             text = self._text
         return web.Response(body=text, headers={hdrs.CONTENT_TYPE: CONTENT_TYPE_LATEST})

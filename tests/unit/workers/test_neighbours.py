@@ -217,3 +217,22 @@ class TestMetrics:
         assert (await first)["sse_labels_holes_total"] == 0
         assert [(await other)["sse_labels_holes_total"] for other in others] == [1] * 100
         assert len(asked) == 2
+
+    async def test_scrapes_whose_clients_leave_are_no_answer_for_those_that_wait(self) -> None:
+        metrics = Metrics()
+        asked: asyncio.Queue[None] = asyncio.Queue()
+        go_on = asyncio.Event()
+
+        class Slow(neighbours.neighbours.Neighbours):
+            async def ask(self, *question: object) -> tuple[list[object], list[int]]:
+                asked.put_nowait(None)
+                await go_on.wait()
+                return [metrics.numbers()], []
+
+        health = HealthHandlers(Mock(), Mock(), Slow())
+        scrapes = [asyncio.create_task(scraped(health)) for _ in range(3)]
+        for leaving in scrapes[:2]:
+            await asked.get()
+            leaving.cancel()
+        go_on.set()
+        assert (await scrapes[2])["sse_labels_holes_total"] == 0
