@@ -276,8 +276,8 @@ class Settings:
     def of_one_worker(self) -> Settings:
         """Return the settings of one of `workers` processes, with its share of each limit.
 
-        A share is rounded down, so that all workers together do not exceed the limit. It is at
-        least 1.
+        A share is rounded down, and at least 1: all workers together exceed only a limit that is
+        below the number of workers.
         """
         limits = {name: getattr(self, name) for name in SHARED}
         shares = {

@@ -117,6 +117,8 @@ class Delivery:
             await self._drain()
             async for step in self._outbox.events(self.sent_seq):
                 self._write(step)
+                # While the consumer waits for live events, the last step must not keep its chunks.
+                del step
                 await self._drain()
         except StreamClosed as closed:
             how = await self._end(answer, closed.name, closed.name, str(closed))
