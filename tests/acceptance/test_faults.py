@@ -9,7 +9,21 @@ from typing import Any
 
 import pytest
 from oracle import SEED_VARIABLE, choose_seed, tell
-from oracle.stage import Stage, own_postgres, staged
+from oracle.databases import own_postgres
+from oracle.faults import (
+    answer_lost,
+    backends_terminated,
+    clock_set_back,
+    descriptors_run_out,
+    listener_terminated,
+    postgres_crashes,
+    sequencer_raises,
+    server_killed,
+    statement_timeout_fires,
+    unreachable,
+    worker_killed,
+)
+from oracle.stage import Stage, staged
 from oracle.verdict import Row, table
 from oracle.wire import get, metric, until_so
 from prometheus_client.parser import text_string_to_metric_families
@@ -62,7 +76,7 @@ def faults(request: pytest.FixtureRequest) -> Iterator[Faults]:
 
 
 async def test_nothing_is_lost_when_the_server_is_killed_and_restarted(faults: Faults) -> None:
-    await faults.strike("server killed", Stage.server_killed, Stage.server_killed)
+    await faults.strike("server killed", server_killed, server_killed)
 
 
 async def test_nothing_is_lost_when_workers_are_killed_and_no_count_of_the_others_goes_back(
@@ -73,7 +87,7 @@ async def test_nothing_is_lost_when_workers_are_killed_and_no_count_of_the_other
         await asyncio.to_thread(stage.program.wait_for, "serving: address=.* workers=2$")
         async with counts_that_only_rise(stage.port):
             for place in (1, 2, 1, 2):
-                await stage.worker_killed(place)
+                await worker_killed(stage, place)
 
     stage = await faults.strike("worker killed", strike, workers="2")
     assert stage.program is not None
@@ -134,50 +148,48 @@ async def counts_that_only_rise(port: int) -> AsyncIterator[None]:
 
 
 async def test_nothing_is_lost_when_postgresql_crashes_twice(faults: Faults) -> None:
-    await faults.strike("PostgreSQL crashes", Stage.postgres_crashes, Stage.postgres_crashes)
+    await faults.strike("PostgreSQL crashes", postgres_crashes, postgres_crashes)
 
 
 async def test_nothing_is_lost_when_the_listening_backend_is_terminated(faults: Faults) -> None:
-    await faults.strike("listener terminated", Stage.listener_terminated)
+    await faults.strike("listener terminated", listener_terminated)
 
 
 async def test_nothing_is_lost_when_all_backends_are_terminated(faults: Faults) -> None:
-    await faults.strike("all backends terminated", *[Stage.backends_terminated] * 3)
+    await faults.strike("all backends terminated", *[backends_terminated] * 3)
 
 
 async def test_nothing_is_lost_when_a_statement_timeout_fires(faults: Faults) -> None:
-    await faults.strike(
-        "statement_timeout", Stage.statement_timeout_fires, statement_timeout="400ms"
-    )
+    await faults.strike("statement_timeout", statement_timeout_fires, statement_timeout="400ms")
 
 
 async def test_streams_stay_open_while_the_database_refuses_connections(faults: Faults) -> None:
-    await faults.strike("database refuses", lambda stage: stage.unreachable("refused", 3))
+    await faults.strike("database refuses", lambda stage: unreachable(stage, "refused", 3))
 
 
 async def test_streams_stay_open_while_the_database_is_behind_a_black_hole(faults: Faults) -> None:
-    await faults.strike("database swallows", lambda stage: stage.unreachable("swallowed", 5))
+    await faults.strike("database swallows", lambda stage: unreachable(stage, "swallowed", 5))
 
 
 async def test_publish_whose_answer_is_lost_is_stored_once(faults: Faults) -> None:
     stage = await faults.strike(
         "publish cut off",
-        *[lambda stage: stage.answer_lost(before=False)] * 3,
-        *[lambda stage: stage.answer_lost(before=True)] * 2,
+        *[lambda stage: answer_lost(stage, before=False)] * 3,
+        *[lambda stage: answer_lost(stage, before=True)] * 2,
     )
     assert sum(publisher.refused.total() for publisher in stage.publishers) >= 5
 
 
 async def test_nothing_is_lost_when_the_clock_is_set_back(faults: Faults) -> None:
-    await faults.strike("clock set back", Stage.clock_set_back)
+    await faults.strike("clock set back", clock_set_back)
 
 
 async def test_nothing_is_lost_when_the_sequencer_raises(faults: Faults) -> None:
-    await faults.strike("sequencer raises", Stage.sequencer_raises, Stage.sequencer_raises)
+    await faults.strike("sequencer raises", sequencer_raises, sequencer_raises)
 
 
 async def test_nothing_is_lost_when_descriptors_run_out(faults: Faults) -> None:
-    await faults.strike("no descriptors left", Stage.descriptors_run_out)
+    await faults.strike("no descriptors left", descriptors_run_out)
 
 
 async def test_nothing_is_lost_when_the_ring_holds_almost_nothing(faults: Faults) -> None:

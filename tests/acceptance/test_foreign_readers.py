@@ -9,7 +9,8 @@ import pytest
 from oracle import tell
 
 from support.database import TestDatabase, until
-from support.foreign import FULL, WAYS, Struck, quick_readers, struck, table
+from support.foreign import FULL, WAYS, Struck, struck, table
+from support.foreign_libraries import quick_readers
 from support.program import PATIENCE_SECONDS
 
 FAULTS = ("SIGTERM", "SIGKILL", "full of streams")

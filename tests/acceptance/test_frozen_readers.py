@@ -15,8 +15,9 @@ from typing import NamedTuple
 
 import pytest
 from oracle import choose_seed, tell
-from oracle.actors import Consumer
-from oracle.stage import TOKEN, Stage, own_postgres, staged
+from oracle.consumers import Consumer
+from oracle.databases import own_postgres
+from oracle.stage import TOKEN, Stage, staged
 from oracle.verdict import judge
 from oracle.wire import get, metric, until_so
 

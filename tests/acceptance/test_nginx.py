@@ -19,7 +19,7 @@ import aiohttp
 import pytest
 from oracle import tell
 from oracle.behind_nginx import Behind, behind_nginx
-from oracle.stage import own_postgres
+from oracle.databases import own_postgres
 from yarl import URL
 
 from sse_labels.config import Settings

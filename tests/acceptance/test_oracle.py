@@ -9,10 +9,12 @@ from collections.abc import Iterator
 import psycopg2
 import pytest
 from oracle import choose_seed
-from oracle.actors import BrokenFollower, Wanted, Writer
-from oracle.stage import drop, own_postgres, staged
+from oracle.consumers import Wanted
+from oracle.databases import drop, own_postgres
+from oracle.stage import staged
 from oracle.verdict import Entry, Published, judge, judge_published
 from oracle.wire import Chunked, Event, EventStream, WireError
+from oracle.writers import BrokenFollower, Writer
 from psycopg2.extensions import make_dsn
 
 from sse_labels.embedded import EmbeddedPostgres
@@ -72,11 +74,11 @@ def test_event_that_the_filter_hides_is_complained_about() -> None:
     wanted = Wanted(sources=("did:plc:" + "b" * 24,))
     passing = [entry for entry in GOOD if entry.seq % 2]
     assert not judge("who", passing, TRUTH, passes=wanted.passes)
-    assert judge("who", GOOD, TRUTH, passes=wanted.passes).uncalled == [2, 6]
+    assert judge("who", GOOD, TRUTH, passes=wanted.passes).unexpected == [2, 6]
 
 
 def test_event_that_was_never_stored_is_complained_about() -> None:
-    assert judge("who", [*GOOD, Entry(10, GOOD[0].data)], TRUTH).uncalled == [10]
+    assert judge("who", [*GOOD, Entry(10, GOOD[0].data)], TRUTH).unexpected == [10]
 
 
 def test_wrongly_stored_publish_is_complained_about() -> None:

@@ -1,17 +1,21 @@
-"""An oracle: it says whether anything was lost, doubled, reordered or altered.
+"""The oracle: it decides whether a label was lost, doubled, reordered or altered.
 
-Promises: it shares no code with the service for parsing or ordering. It reads the wire with a
-parser of its own, the table with psycopg2, and compares the two at the end, all of both.
+Promises: it shares no code with the service for parsing or ordering. It reads the wire with its own
+parser and the table with psycopg2. At the end it compares every event with every row.
 
-    wire        HTTP/1.1 and event streams over raw sockets
-    actors      who reads (consumers) and who writes (SQL writers, HTTP publishers)
-    verdict     transcripts against the table, and the report
-    proxy       a database connection that can be cut, refused or swallowed
-    stage       PostgreSQL, proxy, program and oracle put together; the faults
-    behind_nginx  the same with nginx before two servers
+    wire          HTTP/1.1 and event streams over raw sockets
+    consumers     readers of the stream; sockets: readers by WebSocket
+    writers       SQL writers and HTTP publishers
+    verdict       compares transcripts with the table; the report
+    proxy         a database connection that can be cut, refused or swallowed
+    databases     PostgreSQL and a database for each run
+    hooks         code in the program's process, by which tests cause errors
+    stage         PostgreSQL, proxy, program, consumers and writers of one run
+    faults        the faults that can happen to a stage
+    behind_nginx  a stage with nginx before two servers
 
-All chance comes from one seed, each actor's from a stream of its own: SSE_LABELS_TEST_SEED=<seed>
-repeats who does what in which order, not the machine's timing.
+All random numbers come from one seed; each actor has its own generator. SSE_LABELS_TEST_SEED=<seed>
+repeats the actions of each actor in their order. It does not repeat the machine's timing.
 """
 
 from __future__ import annotations
@@ -25,12 +29,12 @@ SEED_VARIABLE = "SSE_LABELS_TEST_SEED"
 
 
 def choose_seed() -> str:
-    """The seed that was asked for, else a new one."""
+    """The seed of the environment variable, else a new one."""
     return os.environ.get(SEED_VARIABLE) or str(random.SystemRandom().randrange(10**9))
 
 
 def chance(seed: str, actor: str) -> random.Random:
-    """The random numbers of one actor: another actor's number of draws changes none of them."""
+    """The random numbers of one actor; they do not depend on other actors' draws."""
     return random.Random(f"{seed}/{actor}")
 
 
@@ -38,7 +42,7 @@ def tell(config: Any, text: str) -> None:
     """Show `text` in pytest's output, past its capturing."""
     capture = config.pluginmanager.getplugin("capturemanager")
     with capture.global_and_fixture_disabled():
-        # What a reporter writes in one of several processes (pytest-xdist) nobody sees.
+        # In a process of pytest-xdist the output of the terminal reporter is not shown.
         if hasattr(config, "workerinput"):
             sys.stderr.write(f"\n{text}\n")
             sys.stderr.flush()

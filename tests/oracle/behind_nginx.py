@@ -1,4 +1,4 @@
-"""The stage with nginx before two servers, and what may happen to the three."""
+"""A stage with nginx before two servers, and the faults of all three."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ from support.program import free_port
 
 @dataclass
 class Behind:
-    """Consumers read through the proxy, which has two servers; writers go on by themselves."""
+    """Consumers read through nginx, which has two servers. Writers use the database directly."""
 
     stage: Stage
     proxy: Nginx
 
     async def reload(self) -> None:
-        """Let nginx read its site again, as `nginx -s reload` does; its old workers are gone."""
+        """Reload nginx, as `nginx -s reload` does; wait until its old workers have ended."""
         workers = await asyncio.to_thread(self.proxy.reload)
         assert len(workers) == 2
         await until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
 
     async def restart_nginx(self, number: signal.Signals) -> None:
-        """End nginx, and start it again on the same ports."""
+        """End nginx and start it again on the same ports."""
         await asyncio.to_thread(self.proxy.restart, number)
         await until(lambda: answers(self.proxy))
 
     async def restart_server(self, number: signal.Signals) -> None:
-        """End one of the two servers, and start it again."""
+        """End one of the two servers and start it again."""
         await self.stage.stop_server(number)
         await self.stage.start_server()
 
 
 @asynccontextmanager
 async def behind_nginx(postgres: EmbeddedPostgres, seed: str) -> AsyncIterator[Behind]:
-    """A stage that has begun; the verdict is the caller's to ask for."""
+    """A stage that has begun; the caller ends it and gets the verdict."""
     async with staged(postgres, seed) as stage:
         second = free_port()
         other = stage.another_server(second)

@@ -1,6 +1,7 @@
-"""A proxy between the service and PostgreSQL that can cut, refuse, or swallow.
+"""A proxy between the service and PostgreSQL; it can cut, refuse or swallow connections.
 
-Lives in the test's event loop. It knows nothing of PostgreSQL's protocol but where a text stands.
+It runs in the test's event loop. It does not parse PostgreSQL's protocol; it only searches for a
+text.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ class _Pair:
                 continue
             sock = writer.get_extra_info("socket")
             with contextlib.suppress(OSError):
-                # A reset, not an orderly end: what is under way is gone.
+                # A reset instead of an orderly end: bytes on the way are lost.
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             writer.transport.abort()
 
 
 class Proxy:
-    """Listens on a TCP port of its own; passes on to PostgreSQL's Unix socket."""
+    """Listens on its own TCP port and forwards to PostgreSQL's Unix socket."""
 
     def __init__(self, target: Callable[[], str]) -> None:
         self.port = 0
@@ -55,11 +56,11 @@ class Proxy:
         for task in tuple(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        # Transports that were aborted are closed in the loop's next step.
+        # The loop closes aborted transports in its next step.
         await asyncio.sleep(0)
 
     async def accept(self) -> None:
-        """Pass everything on (again); what was swallowed stays gone, with its connections."""
+        """Forward again; connections that were swallowed are reset, and their bytes stay lost."""
         if self._hole:
             self.cut()
             self._hole = False
@@ -68,7 +69,7 @@ class Proxy:
             self.port = self._listener.sockets[0].getsockname()[1]
 
     def cut(self) -> None:
-        """Reset every connection; new ones are taken."""
+        """Reset every connection; new ones are accepted."""
         for pair in tuple(self._pairs):
             pair.abort()
 
@@ -80,11 +81,11 @@ class Proxy:
         self.cut()
 
     def swallow(self) -> None:
-        """Take connections and bytes, and pass nothing on: packets that are dropped."""
+        """Accept connections and bytes and forward nothing, as when packets are dropped."""
         self._hole = True
 
     def cut_next(self, marker: bytes, *, before: bool) -> None:
-        """Cut the connection that next sends `marker`: before it goes on, or at its answer."""
+        """Cut the connection that next sends `marker`: before it is forwarded, or at the answer."""
         self._marker, self._cut_before = marker, before
 
     def _take(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -111,9 +112,9 @@ class Proxy:
                     pump.cancel()
                 await asyncio.gather(one, two, return_exceptions=True)
         except OSError:
-            pass  # PostgreSQL is away, or the client.
+            pass  # PostgreSQL or the client is away.
         finally:
-            # In order where nobody cut: an end is passed on as an end.
+            # Without a cut, an orderly end is forwarded as an orderly end.
             self._pairs.discard(pair)
             for each in (pair.client, pair.server):
                 if each is not None:
@@ -134,7 +135,7 @@ class Proxy:
                         pair.abort()
                         return
                 elif not asking and pair.cut_at_answer:
-                    # PostgreSQL answers after the commit: the label is stored, nobody is told.
+                    # PostgreSQL answers after the commit: the label is stored, its answer is lost.
                     self.cuts += 1
                     pair.abort()
                     return
@@ -143,5 +144,5 @@ class Proxy:
 
 
 def unix_socket_of(directory: str, port: str = "5432") -> str:
-    """Where libpq finds the server."""
+    """The path of the server's socket for libpq."""
     return os.fspath(f"{directory}/.s.PGSQL.{port}")

@@ -1,4 +1,4 @@
-"""A consumer of the other transport: the same labels by WebSocket, judged by the same oracle."""
+"""A consumer by WebSocket; the same oracle checks it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import aiohttp
 from atproto_core.exceptions import AtProtocolError
 from atproto_subscription.frames import ErrorFrame, Frame
 
-from oracle.actors import Consumer
+from oracle.consumers import Consumer
 from oracle.wire import WireError
 
 PATH = "/xrpc/com.atproto.label.subscribeLabels"
@@ -21,16 +21,16 @@ PATH = "/xrpc/com.atproto.label.subscribeLabels"
 class SocketConsumer(Consumer):
     """Reads `subscribeLabels`; frames are decoded by the Python SDK of the AT Protocol."""
 
-    #: A server that stops breaks off, so that clients come back.
-    told_of_stopping = False
+    #: A server that stops breaks the connection off, so that clients reconnect.
+    gets_server_stopping = False
 
     async def _read(self) -> None:
         parameters = [*self.wanted.parameters(), ("cursor", self._last_id or str(self.start))]
         url = f"http://127.0.0.1:{self._port}{PATH}?{urlencode(parameters)}"
-        patience = self._random.uniform(0.05, 3.0) if self.restless and not self.hurry else None
+        seconds = self._random.uniform(0.05, 3.0) if self.restless and not self.hurry else None
         try:
             async with (
-                asyncio.timeout(patience),
+                asyncio.timeout(seconds),
                 aiohttp.ClientSession() as session,
                 session.ws_connect(url, autoping=False) as socket,
             ):

@@ -1,4 +1,4 @@
-"""The verdict: every transcript against the table, all of both, and the report.
+"""The verdict: compares every transcript with the table, and makes the report.
 
 The table is the truth. A consumer must have received each row after its start that passes its
 filter: once, in increasing order of seq, with the row's content.
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-#: What arrives for one row, as JSON: {"seq": …, "labels": [{…}]}.
+#: The expected event of each row, as JSON: {"seq": …, "labels": [{…}]}.
 Truth = Mapping[int, dict[str, Any]]
 
 
@@ -25,7 +25,7 @@ class Entry(NamedTuple):
 
 @dataclass
 class Findings:
-    """What is wrong with one transcript: seqs, each list empty when all is well."""
+    """The errors of one transcript, as lists of seqs; all are empty when it is right."""
 
     who: str
     expected: int = 0
@@ -33,18 +33,18 @@ class Findings:
     duplicated: list[int] = field(default_factory=list)
     out_of_order: list[int] = field(default_factory=list)
     altered: list[int] = field(default_factory=list)
-    #: Rows that it should not have seen, or that were never stored.
-    uncalled: list[int] = field(default_factory=list)
+    #: Labels that the filter should hide, or that were never stored.
+    unexpected: list[int] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         return any(
-            (self.lost, self.duplicated, self.out_of_order, self.altered, self.uncalled),
+            (self.lost, self.duplicated, self.out_of_order, self.altered, self.unexpected),
         )
 
     def __str__(self) -> str:
         wrong = {
             name: getattr(self, name)
-            for name in ("lost", "duplicated", "out_of_order", "altered", "uncalled")
+            for name in ("lost", "duplicated", "out_of_order", "altered", "unexpected")
         }
         return f"{self.who}: " + ", ".join(
             f"{len(seqs)} {name} {seqs[:8]}" for name, seqs in wrong.items() if seqs
@@ -59,7 +59,7 @@ def judge(
     start: int = 0,
     passes: Callable[[dict[str, Any]], bool] = lambda label: True,
 ) -> Findings:
-    """Compare what one consumer received with what the table holds."""
+    """Compare the events of one consumer with the rows of the table."""
     expected = {seq for seq, event in truth.items() if seq > start and passes(event["labels"][0])}
     findings = Findings(who, len(expected))
     seen: set[int] = set()
@@ -70,7 +70,7 @@ def judge(
         elif seq < newest:
             findings.out_of_order.append(seq)
         if seq not in expected:
-            findings.uncalled.append(seq)
+            findings.unexpected.append(seq)
         elif _parsed(data) != truth[seq]:
             findings.altered.append(seq)
         seen.add(seq)
@@ -88,7 +88,7 @@ def _parsed(data: str) -> Any:
 
 @dataclass
 class Published:
-    """One publish request, repeated with the same key until it was answered, or given up."""
+    """One publish request; it was repeated with the same key until an answer or the end."""
 
     key: str
     uris: list[str]
@@ -98,7 +98,7 @@ class Published:
 
 
 def judge_published(requests: Iterable[Published], truth: Truth) -> list[str]:
-    """Say what is wrong: an answered label that is not there, a key that stored twice, a half."""
+    """Return errors: an answered label is missing, a key stored twice, or only some labels."""
     stored: defaultdict[str, list[int]] = defaultdict(list)
     for seq, event in truth.items():
         stored[event["labels"][0]["uri"]].append(seq)
@@ -116,7 +116,7 @@ def judge_published(requests: Iterable[Published], truth: Truth) -> list[str]:
 
 @dataclass
 class Injection:
-    """One fault: between which seqs it happened, and how long until all went on."""
+    """One fault: the seqs between which it happened, and the time until all consumers went on."""
 
     fault: str
     first: int
@@ -127,7 +127,7 @@ class Injection:
 
 @dataclass
 class Verdict:
-    """What the oracle has to say at the end of a run."""
+    """The result of one run."""
 
     seed: str
     findings: list[Findings]
@@ -139,7 +139,7 @@ class Verdict:
 
     @property
     def clean(self) -> bool:
-        """Whether nothing at all is wrong."""
+        """Whether there is no error."""
         return not self.complaints and not any(self.findings)
 
     def __str__(self) -> str:
@@ -147,7 +147,7 @@ class Verdict:
         return "\n".join([f"SSE_LABELS_TEST_SEED={self.seed}", *wrong, table(self.rows())])
 
     def rows(self) -> list[Row]:
-        """The report's rows: one per fault, and one for what no fault's time covers."""
+        """The report's rows: one per fault, and one for the time between faults."""
         rows: dict[str, Row] = {}
         wrong = {
             name: Counter(seq for one in self.findings for seq in getattr(one, name))
@@ -173,7 +173,7 @@ class Verdict:
 
 @dataclass
 class Row:
-    """One line of the report; what is wrong is counted over all consumers."""
+    """One line of the report; errors are counted over all consumers."""
 
     fault: str
     times: int = 0

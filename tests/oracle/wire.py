@@ -1,7 +1,7 @@
-"""The wire, read a second time and on purpose: HTTP/1.1 and event streams over raw sockets.
+"""A second reader of the wire, on purpose: HTTP/1.1 and event streams over raw sockets.
 
-Strict where a library would be kind: a chunk size that is none, a body that stops before its last
-chunk, a line that no standard knows are errors here.
+It is stricter than a library. A wrong chunk size, a body that stops before its last chunk, and a
+line that no standard knows are errors.
 
 Sources: RFC 9112, section 7.1 (chunked); HTML standard, section 9.2.6 (interpreting a stream).
 """
@@ -23,7 +23,7 @@ READ_BYTES = 65536
 
 
 class WireError(Exception):
-    """What came is not what the standards allow."""
+    """The received bytes break a standard."""
 
 
 class Event(NamedTuple):
@@ -35,16 +35,16 @@ class Event(NamedTuple):
 
 
 class EventStream:
-    """Interprets an event stream however it is cut into pieces."""
+    """Interprets an event stream; its pieces may be cut anywhere."""
 
     def __init__(self, last_id: str = "") -> None:
-        #: What a reconnect sends; moves with the empty line that ends a block.
+        #: The id for a reconnect; it changes at the empty line that ends a block.
         self.last_id = last_id
         self.retry_ms: int | None = None
         self.comments = 0
-        #: Blocks without data: they move the position and dispatch nothing.
+        #: Blocks without data: they change the last id and dispatch nothing.
         self.silent_blocks = 0
-        #: Where the stream starts: the id that a block gave before any message.
+        #: The start of the stream: the id of a block before any message.
         self.opened_at = ""
         self._messages = 0
         self._rest = b""
@@ -53,7 +53,7 @@ class EventStream:
         self._data: list[str] = []
 
     def feed(self, piece: bytes) -> list[Event]:
-        """Take the next piece; return what it completes."""
+        """Take the next piece; return the events that it completes."""
         self._rest += piece
         events: list[Event] = []
         done = 0
@@ -103,7 +103,7 @@ class EventStream:
 
 
 class Chunked:
-    """Takes HTTP's chunked framing off."""
+    """Removes the framing of HTTP's chunked coding."""
 
     def __init__(self) -> None:
         self.ended = False
@@ -155,7 +155,7 @@ class Reply:
         self._rest = rest
 
     async def body(self, read_bytes: int = READ_BYTES) -> AsyncIterator[bytes]:
-        """Yield the body as it comes; raise ConnectionError when it stops before its end."""
+        """Yield the body in pieces; raise ConnectionError when it stops before its end."""
         loop = asyncio.get_running_loop()
         chunked = Chunked() if self.headers.get("transfer-encoding") == "chunked" else None
         length = self.headers.get("content-length")
@@ -191,7 +191,7 @@ async def exchange(
     *,
     receive_buffer: int | None = None,
 ) -> AsyncIterator[Reply]:
-    """Send one request on a connection of its own; the connection ends with the block."""
+    """Send one request on a new connection, which is closed after the block."""
     loop = asyncio.get_running_loop()
     sock = socket.socket()
     try:
@@ -245,7 +245,7 @@ async def post_labels(
 async def until_so(
     asked: Callable[[], Awaitable[bool]], seconds: float = 30.0, every_seconds: float = 0.02
 ) -> None:
-    """Ask over the wire again and again until the answer is yes; TimeoutError when it stays no."""
+    """Ask over the wire until the answer is yes; TimeoutError when it stays no."""
     async with asyncio.timeout(seconds):
         while not await asked():  # noqa: ASYNC110 - another process changes it
             await asyncio.sleep(every_seconds)
@@ -269,15 +269,15 @@ def stream_target(parameters: Iterable[tuple[str, str]]) -> str:
 
 
 class Flood:
-    """Clients that open connections and keep them, until there are no more to be had.
+    """Clients that open connections and keep them, until the server refuses more.
 
-    Every other one is an `EventSource`. Each must be answered: by what it asked for, or by
-    TooManyConnections, and then the end of its connection.
+    Every second client is an `EventSource`. Each must get the answer to its request, or
+    TooManyConnections and the end of its connection.
     """
 
     def __init__(self, port: int) -> None:
         self.refused = 0
-        #: Answers that were not polite, and connections without any.
+        #: Wrong answers, and connections without an answer.
         self.complaints: list[str] = []
         self._port = port
         self._held = contextlib.AsyncExitStack()
@@ -287,16 +287,16 @@ class Flood:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self.ebb()
+        await self.close()
 
-    async def rise(self, enough: int = 10) -> None:
-        """Open connections until so many in a row are refused."""
+    async def open_until_refused(self, enough: int = 10) -> None:
+        """Open connections until `enough` in a row are refused."""
         in_a_row = 0
         while in_a_row < enough:
             in_a_row = in_a_row + 1 if await self._refused() else 0
 
-    async def ebb(self) -> None:
-        """Close all that are held."""
+    async def close(self) -> None:
+        """Close all connections."""
         await self._held.aclose()
 
     async def _refused(self) -> bool:
@@ -319,7 +319,7 @@ class Flood:
                     self.complaints.append(f"connection {self._number}: {reply.status} {body!r}")
                 return False
         self.refused += 1
-        # A browser takes any other status than 200 for final, and never comes back.
+        # After any status but 200 an EventSource never reconnects.
         if reply.status != (200 if browser else 503) or reply.headers["connection"] != "close":
             self.complaints.append(f"connection {self._number}: {reply.status} {reply.headers}")
         return True

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 from oracle import SEED_VARIABLE, chance, choose_seed, tell
 from oracle.behind_nginx import Behind, behind_nginx
-from oracle.stage import own_postgres
+from oracle.databases import own_postgres
 
 SECONDS = float(os.environ.get("SSE_LABELS_SOAK_SECONDS") or 600)
 FAULTS: dict[str, Callable[[Behind], Awaitable[None]]] = {

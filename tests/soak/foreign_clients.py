@@ -16,7 +16,8 @@ import pytest
 from oracle import tell
 
 from support.database import TestDatabase
-from support.foreign import WAYS, Struck, built_libraries, quick_readers, struck, subscribers, table
+from support.foreign import WAYS, Struck, struck, table
+from support.foreign_libraries import built_libraries, quick_readers, subscribers
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sse-labels" / "clients"
 FAULTS = ("SIGTERM", "SIGKILL", "full of streams", "full of connections")

@@ -16,25 +16,38 @@ from typing import Any
 
 import pytest
 from oracle import SEED_VARIABLE, chance, choose_seed, tell
-from oracle.stage import Stage, own_postgres, staged
+from oracle.databases import own_postgres
+from oracle.faults import (
+    answer_lost,
+    backends_terminated,
+    clock_set_back,
+    descriptors_run_out,
+    listener_terminated,
+    postgres_crashes,
+    sequencer_raises,
+    server_killed,
+    statement_timeout_fires,
+    unreachable,
+)
+from oracle.stage import Stage, staged
 
 SECONDS = float(os.environ.get("SSE_LABELS_SOAK_SECONDS") or 600)
 #: How long the database is away, at most once in a run shorter than ten minutes.
 AWAY_SECONDS = 30.0
 
 FAULTS: dict[str, Callable[[Stage], Awaitable[Any]]] = {
-    "server killed": Stage.server_killed,
-    "PostgreSQL crashes": Stage.postgres_crashes,
-    "listener terminated": Stage.listener_terminated,
-    "all backends terminated": Stage.backends_terminated,
-    "statement_timeout": Stage.statement_timeout_fires,
-    "publish cut before it": lambda stage: stage.answer_lost(before=True),
-    "publish cut at its answer": lambda stage: stage.answer_lost(before=False),
-    "clock set back": Stage.clock_set_back,
-    "sequencer raises": Stage.sequencer_raises,
-    "no descriptors left": Stage.descriptors_run_out,
-    "database refuses": lambda stage: stage.unreachable("refused", AWAY_SECONDS),
-    "database swallows": lambda stage: stage.unreachable("swallowed", AWAY_SECONDS),
+    "server killed": server_killed,
+    "PostgreSQL crashes": postgres_crashes,
+    "listener terminated": listener_terminated,
+    "all backends terminated": backends_terminated,
+    "statement_timeout": statement_timeout_fires,
+    "publish cut before it": lambda stage: answer_lost(stage, before=True),
+    "publish cut at its answer": lambda stage: answer_lost(stage, before=False),
+    "clock set back": clock_set_back,
+    "sequencer raises": sequencer_raises,
+    "no descriptors left": descriptors_run_out,
+    "database refuses": lambda stage: unreachable(stage, "refused", AWAY_SECONDS),
+    "database swallows": lambda stage: unreachable(stage, "swallowed", AWAY_SECONDS),
 }
 
 

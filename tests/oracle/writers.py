@@ -1,4 +1,4 @@
-"""Who reads and who writes: several at once, each with random numbers of its own."""
+"""The writers: several at the same time, each with its own random numbers."""
 
 from __future__ import annotations
 
@@ -7,162 +7,23 @@ import random
 import threading
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import psycopg2
 from psycopg2.extras import execute_values
 
 from oracle import chance
+from oracle.consumers import AUTHORS, SOURCES, VALUES
 from oracle.verdict import Entry, Published
-from oracle.wire import EventStream, WireError, exchange, post_labels, stream_target
+from oracle.wire import post_labels
 
-SOURCES = [f"did:plc:{letter * 24}" for letter in "abcd"]
-AUTHORS = [f"did:plc:{letter * 24}" for letter in "wxyz"]
-VALUES = ["spam", "porn", "rude", "!hide"]
-#: What a careless writer of frames would let through as a line, or as a frame, of its own.
+#: Texts that a careless encoder of frames would write as separate lines or frames.
 NASTY = ["", "", "", "\n\nid: 1\ndata: {}\n\n", "\r", "\u2028", "ä\U0001f98b", '"\\', "</script>"]
 COLUMNS = ("src", "uri", "cid", "val", "neg", "cts", "exp", "sig")
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """A consumer's filter, judged here by other code than the service's."""
-
-    sources: tuple[str, ...] = ()
-    values: tuple[str, ...] = ()
-    patterns: tuple[str, ...] = ()
-
-    def parameters(self) -> list[tuple[str, str]]:
-        """The query that asks for it."""
-        return [
-            *(("sources", source) for source in self.sources),
-            *(("values", value) for value in self.values),
-            *(("uriPatterns", pattern) for pattern in self.patterns),
-        ]
-
-    def passes(self, label: dict[str, Any]) -> bool:
-        """Whether a label, as JSON, is to be seen."""
-        return (
-            (not self.sources or label["src"] in self.sources)
-            and (not self.values or label["val"] in self.values)
-            and (not self.patterns or any(_agrees(label["uri"], p) for p in self.patterns))
-        )
-
-
-def _agrees(uri: str, pattern: str) -> bool:
-    return uri[: len(pattern) - 1] == pattern[:-1] if pattern[-1] == "*" else uri == pattern
-
-
-class Consumer:
-    """Reads, notes what it read, and comes back with its last id whatever happens."""
-
-    told_of_stopping = True
-
-    def __init__(
-        self,
-        name: str,
-        seed: str,
-        port: int,
-        *,
-        wanted: Wanted | None = None,
-        live: bool = False,
-        slow: bool = False,
-        restless: bool = False,
-        shared: dict[str, str],
-    ) -> None:
-        self.name = name
-        self.wanted = wanted or Wanted()
-        self.slow = slow
-        self.restless = restless
-        self.transcript: list[Entry] = []
-        #: Everything after this is expected; of a live consumer the stream says it.
-        self.start: int | None = None if live else 0
-        self.position = 0
-        self.streams = 0
-        self.heartbeats = 0
-        self.ends: Counter[str] = Counter()
-        #: By what a stream may end.
-        self.allowed = {"ConsumerTooSlow", "ServerStopping", "NotReady"}
-        self.complaints: list[str] = []
-        self.hurry = False
-        self._random = chance(seed, name)
-        self._port = port
-        self._last_id = ""
-        self._retry_seconds = 0.02
-        # Equal data of all consumers is one object: a long run fits into memory.
-        self._shared = shared
-
-    async def run(self) -> None:
-        """Read until cancelled."""
-        while True:
-            try:
-                await self._read()
-                self.ends["end"] += 1
-            except (OSError, TimeoutError) as error:
-                self.ends[type(error).__name__] += 1
-            except (WireError, UnicodeDecodeError) as error:
-                self.complaints.append(f"{self.name}: {error!r}")
-            await asyncio.sleep(min(0.2, self._retry_seconds))
-
-    async def _read(self) -> None:
-        parameters = self.wanted.parameters()
-        headers = [("Accept", "text/event-stream")]
-        if self._last_id:
-            headers.append(("Last-Event-ID", self._last_id))
-        elif self.start is not None:
-            parameters.append(("cursor", str(self.start)))
-        target = stream_target(parameters)
-        buffer = 8192 if self.slow else None
-        patience = self._random.uniform(0.05, 3.0) if self.restless and not self.hurry else None
-        async with (
-            asyncio.timeout(patience),
-            exchange(self._port, "GET", target, headers, receive_buffer=buffer) as reply,
-        ):
-            if reply.status != 200:
-                # 503 while it starts or is stopping; anything else is a wrong answer to us.
-                if reply.status != 503:
-                    body = b"".join([piece async for piece in reply.body()])
-                    self.complaints.append(f"{self.name}: {reply.status} {body[:200]!r}")
-                return
-            stream = EventStream(self._last_id)
-            self.streams += 1
-            async for piece in reply.body(512 if self.slow and not self.hurry else 65536):
-                beats = stream.comments + stream.silent_blocks
-                events = stream.feed(piece)
-                # Before the labels are taken: the first may come in the same piece as the start.
-                if self.start is None and stream.opened_at:
-                    self.start = int(stream.opened_at)
-                for event in events:
-                    self._take(event.kind, event.last_id, event.data)
-                self.heartbeats += stream.comments + stream.silent_blocks - beats
-                self._last_id = stream.last_id
-                if self._last_id:
-                    self.position = int(self._last_id)
-                if stream.retry_ms is not None:
-                    self._retry_seconds = stream.retry_ms / 1000
-                if self.slow and not self.hurry:
-                    await asyncio.sleep(self._random.uniform(0, 0.02))
-
-    def _take(self, kind: str, last_id: str, data: str) -> None:
-        if kind == "message":
-            if self.start is None:
-                self.complaints.append(f"{self.name}: a label before the stream said its start")
-                self.start = 0
-            self.transcript.append(Entry(int(last_id), self._shared.setdefault(data, data)))
-        elif kind == "error":
-            name = data.partition('"error":"')[2].partition('"')[0]
-            self.ends[name] += 1
-            if name not in self.allowed:
-                self.complaints.append(f"{self.name}: {data}")
-        elif kind != "info" or not data.startswith(
-            ('{"name":"StreamOpened"', '{"name":"CaughtUp"')
-        ):
-            self.complaints.append(f"{self.name}: {kind} {data}")
-
-
 class Writer(threading.Thread):
-    """Writes rows with plain SQL, in every way in which a commit can come late or not at all."""
+    """Writes rows with plain SQL; commits may come late or not at all, in every possible way."""
 
     def __init__(
         self, name: str, seed: str, dsn: str, stop: threading.Event, pause_seconds: float
@@ -175,7 +36,7 @@ class Writer(threading.Thread):
         self._dsn = dsn
         self._pause_seconds = pause_seconds
         self._number = 0
-        # Letters and digits: part of a record key, and of a transaction's name.
+        # Only letters and digits: part of a record key, and of a transaction's name.
         self._mark = f"{seed}{name}".replace("-", "")
 
     def run(self) -> None:
@@ -198,7 +59,7 @@ class Writer(threading.Thread):
             connection.close()
 
     def finish(self) -> None:
-        """After the thread's end: no transaction of it stays open, else nothing could settle."""
+        """After the thread's end: end its prepared transactions, so that all labels settle."""
         connection = psycopg2.connect(self._dsn)
         try:
             self._finish_prepared(connection)
@@ -219,7 +80,7 @@ class Writer(threading.Thread):
                     cursor.execute("ROLLBACK TO SAVEPOINT here")
                 self._insert(cursor)
             if draw < 0.6:
-                # While this one waits, others take later ids and commit.
+                # While this transaction waits, others take later ids and commit.
                 self._stop_asked.wait(self._random.expovariate(1 / 0.05))
                 self._insert(cursor)
         if self._random.random() < 0.15:
@@ -231,7 +92,7 @@ class Writer(threading.Thread):
         name = f"{self._mark}x{self._number}"
         self._insert(cursor)
         cursor.execute("PREPARE TRANSACTION %s", (name,))
-        connection.commit()  # psycopg2's own state; the transaction is PostgreSQL's now.
+        connection.commit()  # Resets psycopg2's state; PostgreSQL has the transaction now.
         self._stop_asked.wait(self._random.expovariate(1 / 0.05))
         self._end_prepared(connection, name)
 
@@ -276,7 +137,7 @@ class Writer(threading.Thread):
 
 
 class Publisher:
-    """Publishes over HTTP, each request with a key, again and again until it is answered."""
+    """Publishes over HTTP; sends each request, with its key, until it is answered."""
 
     def __init__(
         self, name: str, seed: str, port: int, token: str, stop: threading.Event, pause: float
@@ -293,7 +154,7 @@ class Publisher:
         self._pause_seconds = pause
 
     async def run(self) -> None:
-        """Publish until told to stop; the last request is seen through, for a while."""
+        """Publish until `stop` is set; the last request is repeated for at most 10 s more."""
         while not self._stop_asked.is_set():
             await self._publish()
             await asyncio.sleep(self._random.expovariate(1 / self._pause_seconds))
@@ -327,7 +188,7 @@ class Publisher:
             await asyncio.sleep(self._random.uniform(0.02, 0.1))
 
     async def _again(self, request: Published, labels: list[dict[str, Any]]) -> None:
-        """A client that did not see its answer: it must get the same one."""
+        """Send an answered request again, as after a lost answer; the answer must be the same."""
         try:
             status, answer = await post_labels(self._port, self._token, labels, request.key)
         except (OSError, TimeoutError) as error:
@@ -340,7 +201,7 @@ class Publisher:
 
 
 def label_for(rnd: random.Random, mark: str) -> dict[str, Any]:
-    """A label that `POST /labels` takes; `mark` makes its URI one of its own."""
+    """A label that `POST /labels` accepts; `mark` makes its URI unique."""
     label = {
         "src": rnd.choice(SOURCES),
         "uri": f"at://{rnd.choice(AUTHORS)}/app.bsky.feed.post/{mark}",
@@ -353,7 +214,7 @@ def label_for(rnd: random.Random, mark: str) -> dict[str, Any]:
 
 
 class BrokenFollower(threading.Thread):
-    """Follows by `id > last`, as one would at first: what the oracle must find out."""
+    """Follows by `id > last`, which loses labels; the oracle must notice."""
 
     def __init__(self, fetch: Callable[[int], list[Entry]], stop: threading.Event) -> None:
         super().__init__(daemon=True)
