@@ -1,1 +1,1 @@
-"""What tests share that is no fixture."""
+"""Code that several test modules share and that is not a fixture."""

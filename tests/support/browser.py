@@ -1,4 +1,4 @@
-"""A real Chromium, and what a person sees of the dashboard in it."""
+"""A real Chromium, and the dashboard as a person sees it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ expect.set_options(timeout=1000 * PATIENCE_SECONDS)
 async def chromium() -> AsyncIterator[Browser]:
     """A browser with an empty profile."""
     path = program("chromium")
-    # Playwright's driver, too, must start.
+    # Playwright's driver needs it.
     program("libatomic.so.1")
     async with async_playwright() as playwright:
         browser = await playwright.chromium.launch(
@@ -46,25 +46,25 @@ class Dashboard:
     def __init__(self, page: Page, url: str) -> None:
         self.page = page
         self.url = url
-        #: What the page complained about: errors it did not catch, and what its policy forbids.
+        #: Errors that the page did not catch, and violations of its content policy.
         self.complaints: list[str] = []
         page.on("pageerror", lambda error: self.complaints.append(str(error)))
         page.on("console", self._hear)
 
     def _hear(self, message: Any) -> None:
-        # Chromium itself notes each failed request there; that is what some tests are about.
+        # Chromium also logs each failed request there. Some tests make requests fail.
         if message.type == "error" and "Failed to load resource" not in message.text:
             self.complaints.append(message.text)
 
     @classmethod
     async def open(cls, context: BrowserContext, url: str, query: str = "") -> Dashboard:
-        """Open a tab, and wait for its script."""
+        """Open a tab and wait for its script."""
         dashboard = cls(await context.new_page(), url)
         await dashboard.page.goto(f"{url}/{query}")
         return dashboard
 
     async def says(self, words: str) -> None:
-        """Wait until the state reads so."""
+        """Wait until the state contains these words."""
         await expect(self.page.locator("#state-words")).to_contain_text(words)
 
     async def colour(self) -> str:
@@ -73,7 +73,7 @@ class Dashboard:
         return str(await dot.evaluate("dot => getComputedStyle(dot).backgroundColor"))
 
     async def happened(self, words: str) -> None:
-        """Wait until `What happened` tells of it."""
+        """Wait until `What happened` contains these words."""
         await expect(self.page.locator("#happened")).to_contain_text(words)
 
     async def rows(self) -> list[int]:
@@ -84,7 +84,7 @@ class Dashboard:
         return [int(seq) for seq in seqs]
 
     async def shows(self, wanted: list[int]) -> None:
-        """Wait until the rows are these, given in the order of their seqs."""
+        """Wait until the rows have these seqs, given in rising order."""
         newest_first = wanted[::-1]
         await self.until(lambda rows: rows == newest_first, f"{newest_first[:20]}")
 

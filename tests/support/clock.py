@@ -1,4 +1,4 @@
-"""A clock that a test sets: nobody waits for a time to come."""
+"""A clock that a test sets, so that no test waits for a time."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from datetime import UTC, datetime
 
 from support.server import Server
 
-#: When such clocks begin.
+#: The first time of each clock.
 NOON = datetime(2026, 6, 1, 12, tzinfo=UTC).timestamp()
 
 
 class Clock:
-    """Says what it was set to, in seconds since 1970."""
+    """Returns the time that was set, in seconds since 1970."""
 
     def __init__(self, server: Server | None = None) -> None:
-        """Become the clock of a server's expiry, if one is given."""
+        """With `server`, become the clock of its expiry."""
         self.now = NOON
         self._server = server
         if server is not None:
@@ -24,14 +24,14 @@ class Clock:
         return self.now
 
     def set(self, seconds: float) -> None:
-        """Let it be so many seconds after noon."""
+        """Set the time to `seconds` after noon."""
         self.now = NOON + seconds
         if self._server is not None:
             self._server.app.expiry.wake()
 
 
 def at(seconds: float, offset: str = "Z") -> str:
-    """A datetime of the AT Protocol, so many seconds after noon, written with an offset."""
+    """A datetime of the AT Protocol, `seconds` after noon, written with an offset."""
     minutes = 0
     if offset != "Z":
         sign = -1 if offset[0] == "-" else 1

@@ -1,7 +1,7 @@
-"""One database per test, and the table's truth.
+"""One database per test, and the events that its table must give.
 
-Every delivery test ends with `received == database.stored()`: read by psycopg2
-and turned into events here, without the service's code.
+Every delivery test ends with `received == database.stored()`. `stored` reads the table with
+psycopg2 and makes the events here, without the service's code.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from urllib.parse import quote
 import psycopg2
 from psycopg2.extensions import make_dsn, parse_dsn
 
-#: The columns, keys and channel of `@atproto/ozone` 0.1.169; the whole is in test_ozone.py.
+#: The columns, keys and channel of `@atproto/ozone` 0.1.169; test_ozone.py runs the real Ozone.
 OZONE_TABLES = """
 CREATE TABLE label (
     id bigserial PRIMARY KEY, src varchar NOT NULL, uri varchar NOT NULL, cid varchar NOT NULL,
@@ -41,7 +41,7 @@ NOT_DURABLE = {"fsync": "off", "full_page_writes": "off"}
 
 @contextmanager
 def reachable_directory() -> Iterator[Path]:
-    """A directory that a system user can reach too: pytest's own is closed when root runs it."""
+    """A directory that a system user can enter; root's directory of pytest is closed to others."""
     directory = Path(tempfile.mkdtemp(prefix="sse-labels-test-"))
     directory.chmod(0o755)
     try:
@@ -52,7 +52,7 @@ def reachable_directory() -> Iterator[Path]:
 
 @dataclass
 class TestDatabase:
-    """One database of its own for one test, migrated and empty."""
+    """The database of one test, migrated and empty."""
 
     __test__ = False
     dsn: str
@@ -60,7 +60,7 @@ class TestDatabase:
     _connections: list[Any] = field(default_factory=list)
 
     def connect(self, dsn: str | None = None, *, autocommit: bool = True) -> Any:
-        """A plain psycopg2 connection, closed with the test; the writers of the tests."""
+        """A psycopg2 connection for writers of the tests; it is closed after the test."""
         connection = psycopg2.connect(dsn or self.dsn)
         connection.autocommit = autocommit
         self._connections.append(connection)
@@ -68,9 +68,9 @@ class TestDatabase:
 
     @contextmanager
     def session(self) -> Iterator[Callable[..., list[tuple[Any, ...]]]]:
-        """A function for statements of one connection, each in a transaction of its own.
+        """A function that runs statements on one connection, each in its own transaction.
 
-        A connection costs PostgreSQL ten times what most statements do.
+        A new connection costs PostgreSQL ten times as much as most statements.
         """
         connection = psycopg2.connect(self.dsn)
         connection.autocommit = True
@@ -86,12 +86,12 @@ class TestDatabase:
             connection.close()
 
     def execute(self, sql: str, parameters: Any = None) -> list[tuple[Any, ...]]:
-        """One statement by a connection of its own."""
+        """Run one statement on a new connection."""
         with self.session() as execute:
             return execute(sql, parameters)
 
     def url(self) -> str:
-        """The DSN as a URI, for programs that know no other form."""
+        """The DSN as a URI, for programs that accept no other form."""
         parts = parse_dsn(self.dsn)
         return (
             f"postgresql://{parts['user']}@/{parts['dbname']}"
@@ -115,7 +115,7 @@ class TestDatabase:
         )
 
     def stored(self, after: int = 0) -> list[dict[str, Any]]:
-        """Every event of the table after a cursor, as it must arrive."""
+        """Every event of the table after a cursor, as consumers must receive it."""
         rows = self.execute(
             "SELECT id, src, uri, cid, val, neg, cts, exp, sig FROM label WHERE id > %s"
             " ORDER BY id",
@@ -123,12 +123,12 @@ class TestDatabase:
         )
         [(ours,)] = self.execute("SELECT to_regclass('sse_labels_migration') IS NOT NULL")
         if not ours:
-            # Ozone signs a negation alone, and stores false where it stated nothing.
+            # Ozone signs `neg` only when it is true, and stores false when it was absent.
             rows = [(*row[:5], row[5] or None, *row[6:]) for row in rows]
         return [expected_event(*row) for row in rows]
 
     def backends(self, query: str = "") -> list[int]:
-        """The service's sessions whose last statement matches a regular expression."""
+        """Pids of the service's sessions whose last statement matches a regular expression."""
         rows = self.execute(
             "SELECT pid FROM pg_stat_activity WHERE datname = current_database()"
             " AND application_name = 'sse-labels' AND query ~ %s ORDER BY pid",
@@ -137,12 +137,12 @@ class TestDatabase:
         return [pid for (pid,) in rows]
 
     def terminate(self, pids: list[int]) -> None:
-        """End sessions, and return when they are gone."""
+        """End sessions; return when they have ended."""
         for pid in pids:
             assert self.execute("SELECT pg_terminate_backend(%s, 10000)", (pid,)) == [(True,)]
 
     def waiting_for_locks(self) -> int:
-        """How many sessions of this database wait for a lock."""
+        """The number of sessions of this database that wait for a lock."""
         [(count,)] = self.execute(
             "SELECT count(*) FROM pg_stat_activity"
             " WHERE datname = current_database() AND wait_event_type = 'Lock'"
@@ -155,7 +155,7 @@ class TestDatabase:
 
 
 async def until(state: Callable[[], Any], seconds: float = 20.0) -> Any:
-    """Ask for a state until it is reached, and return it; the event loop turns meanwhile."""
+    """Call `state` until it is true; return its value. The event loop runs in between."""
     async with asyncio.timeout(seconds):
         while True:
             reached = state()
@@ -188,7 +188,7 @@ def insert_with(execute: Callable[..., Any], number: int = 0, **columns: Any) ->
 def expected_event(
     seq: int, src: str, uri: str, cid: str, val: str, neg: bool, cts: str, exp: str, sig: Any
 ) -> dict[str, Any]:
-    """One row as the wire's JSON, written down a second time and on purpose."""
+    """The JSON of one row on the wire; it repeats the service's code on purpose."""
     label: dict[str, Any] = {"ver": 1, "src": src, "uri": uri, "val": val, "cts": cts}
     if cid:
         label["cid"] = cid
@@ -203,7 +203,7 @@ def expected_event(
 
 @contextmanager
 def role(database: TestDatabase, *grants: str) -> Iterator[str]:
-    """The DSN of a new role of the cluster that has these rights in the database and no other."""
+    """The DSN of a new role that has only these rights in the database."""
     name = f"role_{database.name}"
     database.execute(f"CREATE ROLE {name} LOGIN")
     try:

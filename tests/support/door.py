@@ -1,4 +1,4 @@
-"""A server that has the page, and a stream that answers as a test says; it counts the tries."""
+"""A server with the page and a stream whose answers a test gives; it counts the tries."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ globalThis.stream = new LabelStream();
 
 
 class Door:
-    """Where the page is, who asked for its stream, and when."""
+    """The server of the page, with the times of all tries to open its stream."""
 
     def __init__(self, answer: Answer) -> None:
         self.answer = answer
         self.tries: list[float] = []
         self.others: list[str] = []
         self.url = ""
-        #: A page of another origin, with a stream of this door in `globalThis.stream`.
+        #: The URL of a page of another origin; its `globalThis.stream` reads this server's stream.
         self.elsewhere = ""
 
     async def stream(self, request: web.Request) -> web.StreamResponse:
@@ -50,7 +50,7 @@ class Door:
 
 @asynccontextmanager
 async def door(answer: Answer) -> AsyncIterator[Door]:
-    """Serve the page, and its stream as `answer` has it."""
+    """Serve the page, and answer its stream with `answer`."""
     opened = Door(answer)
     app = web.Application()
     app[CLOSING] = asyncio.Event()
@@ -63,7 +63,7 @@ async def door(answer: Answer) -> AsyncIterator[Door]:
     async def prepare(request: web.Request, response: web.StreamResponse) -> None:
         response.headers["Access-Control-Allow-Origin"] = "*"
         response.headers["Access-Control-Expose-Headers"] = "Retry-After"
-        # Browsers send a request again by themselves when a connection that was used breaks.
+        # Browsers repeat a request by themselves when a reused connection breaks.
         response.force_close()
 
     async def page_elsewhere(request: web.Request) -> web.Response:
@@ -97,12 +97,12 @@ async def closes(request: web.Request) -> web.StreamResponse:
 
 
 async def opens_and_closes(request: web.Request) -> web.StreamResponse:
-    """Answer as a stream does, and end at once; `retry:` is shorter than any page may wait."""
+    """Answer as a stream and end at once; `retry:` is shorter than every wait of a page."""
     return as_stream(b"retry: 1\n" + opening(7))
 
 
 async def stays_open(request: web.Request) -> web.StreamResponse:
-    """Answer as a stream does in which nothing happens."""
+    """Answer as a stream without events."""
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
     await response.prepare(request)
     await response.write(opening(7))
@@ -111,13 +111,13 @@ async def stays_open(request: web.Request) -> web.StreamResponse:
 
 
 async def delivers(request: web.Request) -> web.StreamResponse:
-    """Answer with a stream that brings one label more than before, and ends."""
+    """Answer with a stream that has one label after the cursor, and ends."""
     start = int(request.query.get("cursor", "7"))
     return as_stream(opening(start) + encode_frame(start + 1, LABEL).encode())
 
 
 def opening(start: int) -> bytes:
-    """Return how a stream that starts after `start` begins."""
+    """Return the opening of a stream that starts after `start`."""
     more = {"cursor": start, "head": start, "epoch": "e", "heartbeatSeconds": 15}
     return encode_id(start) + encode_info("StreamOpened", "", **more)
 
@@ -128,7 +128,7 @@ async def is_full(request: web.Request) -> web.StreamResponse:
 
 
 def says_503(retry_after: Callable[[], str]) -> Answer:
-    """Answer as a full server, or a proxy, answers anybody else."""
+    """Answer as a full server or a proxy answers other clients than an `EventSource`."""
 
     async def answer(request: web.Request) -> web.StreamResponse:
         return web.Response(status=503, headers={"Retry-After": retry_after()})

@@ -1,7 +1,7 @@
-"""What the HTML standard makes of event streams: cases for every reader of them that is ours.
+"""Cases of the HTML standard for every reader of event streams in this project.
 
-After the cases of the standard's own tests (web-platform-tests, `eventsource/format-*`), typed
-anew, and more of the same kinds. Source: HTML standard, 9.2.5 and 9.2.6.
+They follow the standard's own tests (web-platform-tests, `eventsource/format-*`), written anew,
+with more of the same kinds. Source: HTML standard, 9.2.5 and 9.2.6.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from typing import NamedTuple
 
 
 class Case(NamedTuple):
-    """A body, and what an `EventSource` makes of it."""
+    """A body, and the events that an `EventSource` dispatches for it."""
 
     name: str
     body: bytes
-    #: What is dispatched: type, data, last event ID.
+    #: The dispatched events: type, data, last event ID.
     dispatched: list[tuple[str, str, str]]
-    #: In ms, what it waits before it connects again; None: nothing was said.
+    #: The reconnection time in ms; None: the body gives none.
     retry: int | None = None
-    #: Of the block that ended last, dispatched or not: what a reconnect sends.
+    #: The last event ID that a reconnect sends, also of a block that dispatches nothing.
     last_id: str = ""
 
 
@@ -115,7 +115,7 @@ CASES = [
     Case("utf-8-broken", b"data:a\xff\xc3b\n\n", said("a\ufffd\ufffdb")),
 ]
 
-#: Content types, and whether the standard takes them for an event stream's.
+#: Content types, and whether the standard accepts them for an event stream.
 CONTENT_TYPES = {
     "text/event-stream": True,
     "text/event-stream;": True,

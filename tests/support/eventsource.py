@@ -1,7 +1,7 @@
-"""A reader of event streams, written from the HTML standard and from nothing else.
+"""A reader of event streams, written only from the HTML standard.
 
-It knows nothing of this service: what it dispatches is what a browser dispatches.
-Feed it bytes as they come, cut anywhere.
+It contains nothing about this service. It dispatches the same events as a browser. Its input may be
+cut anywhere.
 
 Source: HTML standard, sections 9.2.5 "Parsing an event stream" and 9.2.6
 "Interpreting an event stream",
@@ -25,21 +25,21 @@ class Dispatched:
 
 @dataclass
 class EventSourceParser:
-    """Bytes in, events out; the state is that of an `EventSource` object."""
+    """Turns bytes into events; its state is that of an `EventSource` object."""
 
-    #: Everything dispatched so far.
+    #: All events dispatched so far.
     events: list[Dispatched] = field(default_factory=list)
-    #: What the next request would carry in `Last-Event-ID`; moves at the end of a block only.
+    #: The `Last-Event-ID` of the next request; it changes only at the end of a block.
     last_event_id: str = ""
-    #: The reconnection time, in milliseconds, once the server gave one.
+    #: The reconnection time in milliseconds; None until the server gives one.
     retry_ms: int | None = None
-    #: The comments, without their colon: they dispatch nothing.
+    #: The comments without their colon; they dispatch nothing.
     comments: list[str] = field(default_factory=list)
-    #: How many empty lines ended a block, those that dispatched nothing included.
+    #: The number of ended blocks, also of those that dispatched nothing.
     blocks: int = 0
 
     def __post_init__(self) -> None:
-        # "UTF-8 decode" takes one byte order mark off the beginning and replaces what is invalid.
+        # "UTF-8 decode" removes one byte order mark at the start and replaces invalid bytes.
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")(errors="replace")
         self._line = ""
         self._after_cr = False
@@ -48,14 +48,14 @@ class EventSourceParser:
 
     @property
     def inside_block(self) -> bool:
-        """Whether something has come since the last empty line; at the end, it would be lost."""
+        """Whether bytes came after the last empty line; at the end of the stream they are lost."""
         return self._fresh_lines > 0 or self._line != ""
 
     def feed(self, data: bytes) -> list[Dispatched]:
         """Take the next bytes; return the events that they completed."""
         before = len(self.events)
         for character in self._decoder.decode(data):
-            # A line ends with CR LF, with LF, or with CR, and with no other character.
+            # Only CR LF, LF and CR end a line.
             if character == "\n":
                 if not self._after_cr:
                     self._end_line()
@@ -81,7 +81,7 @@ class EventSourceParser:
         self._process(name, value.removeprefix(" "))
 
     def _process(self, name: str, value: str) -> None:
-        # Field names are compared exactly; any other name is ignored.
+        # Field names are compared exactly; other names are ignored.
         if name == "event":
             self._event = value
         elif name == "data":
@@ -101,14 +101,14 @@ class EventSourceParser:
         self._forget_block()
 
     def _forget_block(self) -> None:
-        # The last event id's buffer is no part of a block: it stays.
+        # The buffer of the last event ID stays: it does not belong to the block.
         self._data = ""
         self._event = ""
         self._fresh_lines = 0
 
 
 def parse(stream: bytes) -> EventSourceParser:
-    """Return the state after a whole stream; an unfinished block at its end was never there."""
+    """Return the state after a whole stream; an unfinished block at its end is ignored."""
     parser = EventSourceParser()
     parser.feed(stream)
     return parser

@@ -1,9 +1,9 @@
-"""Clients that nobody here wrote, while the server is struck, and what each received.
+"""Client libraries by other authors read a server while faults happen to it.
 
 Each client is a few lines in `tests/soak/clients` around a library. It writes one line of JSON for
-each message that the library handed out. All of them read at the same time, over one way (direct or
-through nginx), while labels are stored all the time and faults strike the server. In the end what
-each wrote is compared with the table.
+each message that the library delivers. All clients read at the same time, either directly or
+through nginx, while labels are stored and faults happen to the server. At the end the lines of each
+client are compared with the table.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from support.nginx import Nginx, nginx
 from support.program import Program, free_port
 
 WAYS = ("direct", "through nginx")
-#: Between two labels, all the time.
+#: Time between two labels.
 PUBLISH_SECONDS = 0.05
-#: A full server, and which limit is reached.
+#: The faults in which the server is full, and the limit that is reached.
 FULL = {"full of streams": "max-streams", "full of connections": "max-connections"}
 
 
 class Reader:
-    """One client that runs, and its transcript."""
+    """One running client, and the seqs that it received."""
 
     def __init__(self, library: Library, url: str) -> None:
         self.name = library.name
         self.seqs: list[int] = []
-        #: Messages without data that the library handed out.
+        #: The number of messages without data that the library delivered.
         self.empty = 0
         self.told: Counter[str] = Counter()
         self.complaints: list[str] = []
@@ -111,7 +111,7 @@ class Reader:
 
 @dataclass(frozen=True)
 class Row:
-    """What became of one client, over one way and one fault."""
+    """The result of one client, for one way and one fault."""
 
     client: str
     way: str
@@ -120,21 +120,21 @@ class Row:
     received: int
     lost: int
     doubled: int
-    #: Labels that it did not reach in the end, because it came to a stop.
+    #: Labels after the last one that it received.
     stuck: int
     empty: int
     complaint: str = ""
 
     @property
     def whole(self) -> bool:
-        """Whether it received the table, each row once, and nothing that is none."""
+        """Whether it received each row once, and no other message."""
         return self.received == self.stored and not (
             self.lost or self.doubled or self.stuck or self.empty
         )
 
 
 def judge(reader: Reader, way: str, fault: str, stored: Sequence[int]) -> Row:
-    """Compare a transcript with the table."""
+    """Compare the seqs of one client with the table."""
     received = set(reader.seqs)
     return Row(
         client=reader.name,
@@ -165,7 +165,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 class Struck:
-    """One server that is struck, and what stands around it."""
+    """One server to which faults happen, with its proxy, its database and its clients."""
 
     def __init__(
         self,
@@ -180,18 +180,18 @@ class Struck:
         self.readers: list[Reader] = []
         self.proxy: Nginx | None = None
         self.port = free_port()
-        #: The one that strikes next.
+        #: The next fault.
         self.fault = ""
         self._settings = ("serve", f"--port={self.port}", "--dsn", database.dsn, *settings)
         self._program: Program | None = None
-        #: Waits while the server is away, or full.
+        #: Called to wait while the server is away or full.
         self._away = away
         self._patience_seconds = patience_seconds
         self._holders: list[asyncio.StreamWriter] = []
 
     @property
     def url(self) -> str:
-        """Where the clients read."""
+        """The address that the clients read."""
         return self.proxy.url if self.proxy else f"http://127.0.0.1:{self.port}"
 
     async def start(self) -> None:
@@ -203,7 +203,7 @@ class Struck:
             await asyncio.to_thread(self._program.end, number)
 
     async def fill(self, places: int) -> None:
-        """Open streams until there is no place left."""
+        """Open streams until the server is full."""
         for _ in range(places):
             reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
             writer.write(b"GET /stream HTTP/1.1\r\nHost: full\r\n\r\n")
@@ -211,7 +211,7 @@ class Struck:
             self._holders.append(writer)
 
     async def leave(self) -> None:
-        """Give all places back."""
+        """Close these streams."""
         for writer in self._holders:
             writer.close()
             with suppress(ConnectionError):
@@ -219,14 +219,14 @@ class Struck:
         self._holders.clear()
 
     async def strike(self, number: signal.Signals) -> None:
-        """End the server, and start it again."""
+        """End the server and start it again."""
         await self.stop(number)
         await self._away(self)
         await self.start()
 
     async def strike_full(self, places: int) -> None:
-        """End the server, and start it again with no place left for a while."""
-        # They stand still meanwhile: whoever comes back at once would have a place.
+        """End the server, start it again, and keep it full for a while."""
+        # Clients are suspended: a client that reconnects at once would get a stream.
         for reader in self.readers:
             reader.send(signal.SIGSTOP)
         await self.stop(signal.SIGTERM)
@@ -238,7 +238,7 @@ class Struck:
         await self.leave()
 
     async def all_have_come(self) -> None:
-        """Wait until every client that runs has what is stored now, with patience."""
+        """Wait until every running client has all labels that are stored now, or time is up."""
         [(head,)] = self.database.execute("SELECT coalesce(max(id), 0) FROM label")
         with suppress(TimeoutError):
             await until(
@@ -249,7 +249,7 @@ class Struck:
 
 @asynccontextmanager
 async def publishing(database: TestDatabase) -> AsyncIterator[None]:
-    """Store a label all the time."""
+    """Store a label every PUBLISH_SECONDS during the block."""
 
     async def publish() -> None:
         while True:
@@ -267,7 +267,7 @@ async def publishing(database: TestDatabase) -> AsyncIterator[None]:
 
 @contextmanager
 def way_of(server: Struck, faults: dict[str, str]) -> Any:
-    """Put nginx before the server, if that is its way."""
+    """Start nginx before the server, when clients read through nginx."""
     if server.way == "direct":
         yield
     else:
@@ -287,8 +287,8 @@ async def struck(
     away: Callable[[Struck], Awaitable[Any]],
     patience_seconds: float,
 ) -> list[Row]:
-    """Let all libraries read while the faults strike; return what became of each."""
-    # As many as will ever be connected, and what nginx and this test ask beside them.
+    """Let all libraries read while the faults happen; return the result of each."""
+    # One connection for each client, and some for nginx and this test.
     places = len(libraries) + 8
     limits = {name: FULL[name] for name in faults if name in FULL}
     settings = [*settings, *(f"--{limit}={places}" for limit in limits.values())]
@@ -298,7 +298,7 @@ async def struck(
         stack.push_async_callback(lambda: server.stop(signal.SIGKILL))
         stack.enter_context(way_of(server, site))
         if limits:
-            # They find it full when they come for the first time, too.
+            # The server is full also when the clients connect for the first time.
             await server.fill(places)
         for library in libraries:
             reader = await asyncio.to_thread(Reader, library, server.url)

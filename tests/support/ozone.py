@@ -1,4 +1,4 @@
-"""The real Ozone, on a database of its own: labels are made by its HTTP API alone."""
+"""The real Ozone on its own database; labels are made only by its HTTP API."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ OZONE_DID = "did:plc:" + "o" * 24
 ADMIN_DID = "did:plc:" + "a" * 24
 ADMIN_PASSWORD = "ozone-admin"
 SIGNING_KEY = "1f" * 32
-#: Nothing answers there: Ozone is to need no other service.
+#: An address without a server: Ozone must need no other service.
 NOWHERE = "http://127.0.0.1:9"
 
 
 class Ozone:
-    """One Ozone that runs."""
+    """One running Ozone."""
 
     def __init__(self, program: NodeProgram, port: int) -> None:
         self.program = program
@@ -49,14 +49,14 @@ class Ozone:
     async def label(
         self, subject: dict[str, Any], *create: str, negate: tuple[str, ...] = ()
     ) -> dict[str, Any]:
-        """Label a subject, and take labels back."""
+        """Label a subject, and negate labels of it."""
         return await self.emit(
             subject, "modEventLabel", createLabelVals=create, negateLabelVals=negate
         )
 
     @asynccontextmanager
     async def subscribed(self, cursor: int | None = None) -> AsyncIterator[list[Message]]:
-        """Read its own subscribeLabels for the block; the list grows meanwhile."""
+        """Read its subscribeLabels during the block; messages are appended to the list."""
         query = "" if cursor is None else f"?cursor={cursor}"
         url = f"{self.url}/xrpc/com.atproto.label.subscribeLabels{query}"
         received: list[Message] = []
@@ -78,7 +78,7 @@ class Ozone:
 
 @asynccontextmanager
 async def ozone(database: TestDatabase, packages: str = NEWEST) -> AsyncIterator[Ozone]:
-    """Run Ozone on an empty database, or on one that it left."""
+    """Run Ozone on an empty database, or on a database of an earlier run."""
     with ozone_program(database, packages) as program:
         running = Ozone(program, program.next()["port"])
         try:
@@ -91,7 +91,7 @@ async def ozone(database: TestDatabase, packages: str = NEWEST) -> AsyncIterator
 def ozone_program(
     database: TestDatabase, packages: str = NEWEST, **environment: str
 ) -> Iterator[NodeProgram]:
-    # Node's driver wants a host before the socket's folder.
+    # Node's driver needs a host before the socket's folder.
     url = database.url().replace("@/", "@localhost/")
     settings = {
         "OZONE_DB_POSTGRES_URL": url,

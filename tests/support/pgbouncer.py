@@ -1,4 +1,4 @@
-"""A real PgBouncer; where it pools by transaction, LISTEN cannot live behind it."""
+"""A real PgBouncer; with pooling by transaction, LISTEN does not work behind it."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ ignore_startup_parameters = options,extra_float_digits
 
 @contextmanager
 def pgbouncer(dsn: str, pool_mode: str = "transaction") -> Iterator[str]:
-    """Run it before the database at `dsn`; give the DSN that leads through it."""
+    """Run it before the database at `dsn`; yield the DSN through it."""
     path = program("pgbouncer")
     parts = parse_dsn(dsn)
-    # Neither it nor PostgreSQL runs as root; the socket's owner may enter its folder.
+    # Neither PgBouncer nor PostgreSQL runs as root. Only the socket's owner can enter its folder.
     owner = Path(parts["host"]).stat()
     port = free_port()
     with tempfile.TemporaryDirectory(prefix="sse-labels-pgbouncer-") as directory:

@@ -1,7 +1,7 @@
-"""The program as a user starts it: a child process, its output captured line by line.
+"""The program as a user starts it: a child process whose output is read line by line.
 
-`with running("serve", "--port", "0") as server:` ends it when the block is left. All waiting has
-a deadline and none of it sleeps: it wakes with the line that comes, or with the end.
+`with running("serve", "--port", "0") as server:` ends it after the block. Every wait has a
+deadline. No wait sleeps: it wakes at the next line of output or at the end of the process.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import IO, Any
 
 REPOSITORY = Path(__file__).parents[2]
-#: No test waits longer than this for what must come; then it fails.
+#: A test that waits longer than this fails.
 PATIENCE_SECONDS = 30.0
-#: Where there is no console script.
+#: The command when there is no console script.
 _CALL = [sys.executable, "-c", "from sse_labels.cli import main; main()"]
 
-#: Settings of a server that tests wait for.
+#: Short times, so that tests wait less.
 QUICK_SERVER = (
     "--port=0",
     "--poll-seconds=0.2",
@@ -51,10 +51,10 @@ def command() -> list[str]:
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """This process's environment without any setting of ours, and `variables`."""
+    """This process's environment without settings of `sse-labels`, and `variables`."""
     kept = {name: text for name, text in os.environ.items() if not name.startswith("SSE_LABELS_")}
     if installed() is None:
-        # Not otherwise: it would hide the package that is installed.
+        # Only then: it would hide an installed package.
         kept["PYTHONPATH"] = str(REPOSITORY)
     return {**kept, "COLUMNS": "80", "TERM": "dumb", **variables}
 
@@ -77,10 +77,10 @@ class Program:
             stderr=stderr,
             env=environment(**(env or {})),
             cwd="/",
-            # A group of its own: Ctrl-C at a terminal reaches every process of the group.
+            # Its own group, because Ctrl-C at a terminal reaches every process of a group.
             start_new_session=True,
         )
-        #: What it wrote so far, without line ends.
+        #: Its output so far, as lines without line ends.
         self.out: list[str] = []
         self.err: list[str] = []
         self._changed = threading.Condition()
@@ -111,7 +111,7 @@ class Program:
         return self.process.returncode
 
     def wait_for(self, pattern: str) -> re.Match[str]:
-        """Wait for a line of either output that holds `pattern`; fail when it ends before."""
+        """Wait for a line of either output that matches `pattern`; fail when the program ends."""
 
         def found() -> re.Match[str] | None:
             return next(
@@ -125,7 +125,7 @@ class Program:
         return match
 
     def wait_until(self, enough: Callable[[], bool], what: str = "what was expected") -> None:
-        """Wait until `enough()` holds; it is asked again with every line."""
+        """Wait until `enough()` is true; it is called again at every line."""
         deadline = time.monotonic() + PATIENCE_SECONDS
         with self._changed:
             while not enough():
@@ -140,22 +140,22 @@ class Program:
                     )
 
     def url(self) -> str:
-        """The address of a server, once it serves; of several workers, once all of them do."""
+        """Wait until the server, with all its workers, serves; return its address."""
         return self.wait_for(r"INFO sse_labels\.\S+: serving: address=(http://\S+)")[1]
 
     def send(self, number: signal.Signals) -> None:
-        """Send a signal to this process alone."""
+        """Send a signal to this process only."""
         self.process.send_signal(number)
 
     def press_ctrl_c(self) -> None:
-        """Send what a terminal sends: SIGINT, to the whole group."""
+        """Send SIGINT to the whole group, as a terminal does."""
         os.killpg(self.process.pid, signal.SIGINT)
 
     def wait(self) -> int:
-        """Wait for the end; return the exit status, all output read."""
+        """Wait for the end and read all output; return the exit status."""
         status = self.process.wait(PATIENCE_SECONDS)
         for reader in self._readers:
-            # Ends with the last process that has the pipe: none that we started may stay behind.
+            # The reader ends with the last process that has the pipe. No child may stay behind.
             reader.join(PATIENCE_SECONDS)
             assert not reader.is_alive(), "a process that was left running holds the output open"
         return status
@@ -177,7 +177,7 @@ class Program:
 
 @contextlib.contextmanager
 def running(*arguments: str, **options: Any) -> Iterator[Program]:
-    """Start the program; when the block is left it is told to end, and killed if it does not."""
+    """Start the program; end it after the block, and kill it when it does not end."""
     program = Program(*arguments, **options)
     try:
         yield program
@@ -196,7 +196,7 @@ def ran(*arguments: str, text: str | bytes | None = None, **options: Any) -> Pro
     stdin = subprocess.DEVNULL if text is None else subprocess.PIPE
     with running(*arguments, stdin=stdin, **options) as program:
         if program.process.stdin is not None:
-            # It may end before it has read all of it.
+            # The program may end before it has read all of it.
             with contextlib.suppress(BrokenPipeError), program.process.stdin as pipe:
                 pipe.write(text.encode() if isinstance(text, str) else text or b"")
         program.wait()
@@ -221,14 +221,14 @@ def ran_all(calls: Iterable[tuple[tuple[str, ...], dict[str, str]]]) -> list[Pro
 
 @dataclass
 class Called:
-    """What one call of the command line ended with."""
+    """The result of one call of the command line."""
 
     status: int
     out: list[str]
     err: list[str]
 
 
-#: Calls that standard input lists, each as if the program had been started for it.
+#: Runs the calls that standard input lists, each as in a new process.
 _CALLS = """
 import json, os, sys, tempfile
 from sse_labels.cli import main
@@ -254,7 +254,7 @@ for arguments, env in json.load(sys.stdin):
 
 
 def called_all(calls: Iterable[tuple[tuple[str, ...], dict[str, str]]], **env: str) -> list[Called]:
-    """Call the command line several times in one process: what only refuses needs no own start."""
+    """Call the command line several times in one process; calls that are refused end at once."""
     done = subprocess.run(
         [sys.executable, "-c", _CALLS], input=json.dumps(list(calls)), env=environment(**env),
         cwd="/", capture_output=True, text=True, timeout=2 * PATIENCE_SECONDS,
@@ -264,7 +264,7 @@ def called_all(calls: Iterable[tuple[tuple[str, ...], dict[str, str]]], **env: s
 
 
 def failure(program: Program | Called) -> tuple[int, str]:
-    """The status and the message of a run that was refused: no traceback, nothing else."""
+    """The status and the message of a refused run; it must have no other output."""
     assert not any("Traceback" in line for line in program.err), program.err
     assert program.out == []
     assert program.err[-1:], "it said nothing"
@@ -273,10 +273,10 @@ def failure(program: Program | Called) -> tuple[int, str]:
 
 
 def _ports() -> Iterator[int]:
-    """Ports that are ours alone, each once; then any that the kernel gives."""
-    # From below those that the kernel hands out: between asking for a port and listening on it,
-    # or while a server is started again, it would give the same one to others. Several processes
-    # (pytest-xdist) share them out among themselves.
+    """Ports for this process only, each once; after that ports that the kernel chooses."""
+    # Below the ports that the kernel chooses. The kernel could give a port of its range to another
+    # process before the server listens, or while the server is started again. Each process of
+    # pytest-xdist has its own ports.
     kernels = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     ours = [port for port in range(10_000, kernels) if port % 16 == worker % 16]
@@ -289,7 +289,7 @@ _free_ports = _ports()
 
 
 def free_port() -> int:
-    """A port that was free a moment ago; take --port 0 where the number does not matter."""
+    """A port that was free a moment ago; use --port 0 when the number does not matter."""
     while True:
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", next(_free_ports)))
@@ -298,7 +298,7 @@ def free_port() -> int:
 
 
 def postgres_runs_in(data_dir: Path) -> bool:
-    """Whether an embedded server is alive in a data directory."""
+    """Whether an embedded PostgreSQL runs in a data directory."""
     try:
         pid = int((data_dir / "postgres" / "postmaster.pid").read_text().splitlines()[0])
         return Path(f"/proc/{pid}/cwd").samefile(data_dir / "postgres")

@@ -1,4 +1,4 @@
-"""A real Prometheus, on this machine alone, that scrapes and evaluates alerts each second."""
+"""A real Prometheus on this machine; it scrapes and evaluates alerts each second."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from support.system import program
 
 
 class Prometheus:
-    """One run of it, and what its HTTP API says."""
+    """One run of Prometheus, and its HTTP API."""
 
     def __init__(self, directory: Path, target: str, rules: Path) -> None:
-        """Scrape `target`, a host with its port, as the job that the alerts' comment asks for."""
+        """Scrape `target` (host:port) under the job name that the alerts' comment gives."""
         path, port = program("prometheus"), free_port()
-        #: JSON is YAML.
+        # JSON is valid YAML.
         (directory / "prometheus.yml").write_text(
             json.dumps(
                 {
@@ -62,25 +62,25 @@ class Prometheus:
             return False
 
     def get(self, path: str, **parameters: Any) -> Any:
-        """The `data` of one answer of its API; errors and warnings fail."""
+        """The `data` of one answer of its API; fails on errors and warnings."""
         answer = self._client.get(f"/api/v1/{path}", params=parameters).json()
         assert answer["status"] == "success", (parameters, answer)
         assert not answer.get("warnings"), (parameters, answer)
         return answer["data"]
 
     def query(self, expression: str) -> list[tuple[dict[str, str], float]]:
-        """What an expression gives now: labels and value of each series."""
+        """The value of an expression now: labels and value of each series."""
         found = self.get("query", query=expression)
         assert found["resultType"] == "vector", expression
         return [(each["metric"], float(each["value"][1])) for each in found["result"]]
 
     def has_numbers(self, expression: str) -> bool:
-        """Whether it gives any series now, and none is without a number."""
+        """Whether an expression gives series now, and all of them have a number."""
         found = self.query(expression)
         return bool(found) and not any(math.isnan(value) for _, value in found)
 
     def rules(self) -> list[dict[str, Any]]:
-        """All rules, and how their last evaluation went."""
+        """All rules, with the result of their last evaluation."""
         return [rule for group in self.get("rules")["groups"] for rule in group["rules"]]
 
     def firing(self) -> dict[str, dict[str, Any]]:
@@ -92,7 +92,7 @@ class Prometheus:
         }
 
     def until(self, enough: Callable[[], Any], what: str = "what was expected") -> None:
-        """Ask until `enough()` holds."""
+        """Wait until `enough()` is true."""
         deadline = time.monotonic() + PATIENCE_SECONDS
         while not enough():
             if time.monotonic() > deadline:
@@ -110,7 +110,7 @@ class Prometheus:
             self.process.kill()
 
     def until_scraped(self) -> None:
-        """Return once the server has been seen. Prometheus takes 5 s to begin: start it first."""
+        """Wait until the server was scraped. Prometheus starts in 5 s: start it first."""
         self.until(self.ready, "an answer of Prometheus")
         self.until(lambda: self.query("up == 1"), "a scrape")
 

@@ -1,4 +1,4 @@
-"""Reading a stream with a client that nobody here wrote (httpx-sse)."""
+"""A reader of streams with a client by other authors (httpx-sse)."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from typing import Any
 import httpx
 from httpx_sse import EventSource, ServerSentEvent, aconnect_sse
 
-#: No test waits longer than this for what must come; then it fails.
+#: A test that waits longer than this fails.
 PATIENCE_SECONDS = 20.0
 
 
 @dataclass
 class Reader:
-    """One open stream, and everything it has received."""
+    """One open stream, and all that it has received."""
 
     response: httpx.Response
     _blocks: AsyncIterator[ServerSentEvent]
     #: The events, as JSON, in the order of their arrival.
     events: list[dict[str, Any]] = field(default_factory=list)
-    #: What the stream said when it opened.
+    #: The data of StreamOpened.
     opened: dict[str, Any] = field(default_factory=dict)
-    #: The other blocks that were no label: info and error events, as (event, JSON).
+    #: The other info and error events, as (event, JSON).
     news: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     last_id: str = ""
     retry_ms: int | None = None
 
     async def until_opened(self) -> int:
-        """Read the opening; return the position that the stream starts from."""
+        """Read the opening; return the seq after which the stream starts."""
         await self.until(lambda: self.last_id != "")
         return int(self.last_id)
 
@@ -58,7 +58,7 @@ class Reader:
                 self._take(block)
 
     async def until(self, enough: Callable[[], bool]) -> None:
-        """Read block by block until it is `enough`."""
+        """Read block by block until `enough()` is true."""
         async with asyncio.timeout(PATIENCE_SECONDS):
             while not enough():
                 self._take(await anext(self._blocks))
@@ -86,7 +86,7 @@ async def reading(
     """Open a stream; its status must be 200."""
     headers = {} if last_event_id is None else {"Last-Event-ID": last_event_id}
     async with (
-        # Plain HTTP: reading the certificates would be half of a quick test's time.
+        # Without TLS: reading the certificates would take half the time of a quick test.
         httpx.AsyncClient(timeout=PATIENCE_SECONDS, verify=False) as client,
         aconnect_sse(client, "GET", url, headers=headers, params=query or None) as source,
     ):

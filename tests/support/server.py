@@ -1,4 +1,4 @@
-"""The whole application in the test's own process, with short times, and where to stop it."""
+"""The whole application in the test's process, with short times, and gates to stop calls."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LABEL = {
     "cts": "2026-01-01T00:00:00.000Z",
 }
 
-#: Short times, so that tests wait for events and never for a timer.
+#: Short times, so that tests wait for events and not for timers.
 QUICK: dict[str, Any] = {
     "port": 0,
     "migrate": False,
@@ -51,7 +51,7 @@ RunServer = Callable[..., AbstractAsyncContextManager[Server]]
 
 @asynccontextmanager
 async def serving(app: App) -> AsyncIterator[Server]:
-    """Run an app that the test made, without waiting for its sequencer."""
+    """Run an app that the test made; does not wait for its sequencer."""
     async with app.running() as port:
         url = f"http://127.0.0.1:{port}"
         yield Server(app, url, f"{url}/stream")
@@ -59,9 +59,9 @@ async def serving(app: App) -> AsyncIterator[Server]:
 
 @dataclass
 class Gate:
-    """Holds whoever comes by until it is opened."""
+    """Holds each caller until the gate is opened."""
 
-    #: Set once somebody stands here.
+    #: Set when a caller waits at the gate.
     reached: asyncio.Event = field(default_factory=asyncio.Event)
     opened: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -70,7 +70,7 @@ class Gate:
         await self.opened.wait()
 
     def before(self, call: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-        """Return `call` with this gate in front of it."""
+        """Return a function that waits at the gate and then calls `call`."""
 
         async def held(*args: Any, **kwargs: Any) -> Any:
             await self.hold()
@@ -79,7 +79,7 @@ class Gate:
         return held
 
     def after(self, call: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-        """Return `call` with this gate behind it: what it returns is held back."""
+        """Return a function that calls `call` and waits at the gate before it returns."""
 
         async def held(*args: Any, **kwargs: Any) -> Any:
             result = await call(*args, **kwargs)
@@ -90,7 +90,7 @@ class Gate:
 
 
 class AtSeq:
-    """A subscriber that says when the sequencer has handed out a seq."""
+    """A subscriber that notices when the sequencer has published a seq."""
 
     def __init__(self, seq: int) -> None:
         self._seq = seq
@@ -102,7 +102,7 @@ class AtSeq:
 
 
 async def until_head(server: Server, seq: int) -> None:
-    """Return when the sequencer has handed everything up to `seq` to its subscribers."""
+    """Wait until the sequencer has given all events up to `seq` to its subscribers."""
     sequencer = server.app.feed.sequencer
     if sequencer.head >= seq:
         return
@@ -117,7 +117,7 @@ async def until_head(server: Server, seq: int) -> None:
 
 @contextmanager
 def away(database: TestDatabase) -> Iterator[None]:
-    """Inside the block the database drops its connections and accepts none."""
+    """During the block the database accepts no connection; open ones are ended."""
     admin = psycopg2.connect(make_dsn(database.dsn, dbname="postgres"))
     admin.autocommit = True
     try:
@@ -136,7 +136,7 @@ def away(database: TestDatabase) -> Iterator[None]:
 
 
 def insert_large(database: TestDatabase, count: int) -> None:
-    """Store labels of 8 KiB: a hundred fill all buffers between the server and its reader."""
+    """Store labels of 8 KiB; a hundred fill all buffers between the server and a reader."""
     database.execute(
         "INSERT INTO label (src, uri, cid, val, cts)"
         " SELECT 'did:plc:aaaaaaaaaaaaaaaaaaaaaaaa', 'at://x/' || n || repeat('x', 8000), '',"

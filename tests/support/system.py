@@ -1,9 +1,9 @@
-"""Programs and libraries of Debian's that the tests need; `make system` installs them.
+"""Programs and libraries of Debian that the tests need; `make system` installs them.
 
     python3 tests/support/system.py
 
-prints the packages that are missing. It runs before anything is installed: the standard library
-alone is imported on top.
+prints the missing packages. It runs before other packages are installed, so at the top it imports
+only the standard library.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import ctypes
 import os
 import shutil
 
-#: What a test looks for, the package that has it, and what for.
+#: Programs and libraries, the package of each, and its use.
 PACKAGES = {
     "chromium": "chromium",  # the dashboard and labels.js in a real browser
     "curl": "curl",  # the lines of the README, and HTTP/2 through nginx
-    # The Node.js in Playwright's driver is linked to it. Debian's own programs are not, so that a
-    # machine on which nothing else was installed does not have it.
+    # The Node.js in Playwright's driver needs it. Debian's own programs do not need it, so a new
+    # machine does not have it.
     "libatomic.so.1": "libatomic1",
     "nginx": "nginx",  # the site file, before real servers
     "openssl": "openssl",  # certificates for nginx
@@ -40,13 +40,13 @@ def _found(name: str) -> str | None:
 
 
 def program(name: str) -> str:
-    """The path of a program, the name of a library; without it the test is skipped.
+    """The path of a program or the name of a library; skip the test without it.
 
-    The reason names the command that installs it.
+    The reason of the skip names the command that installs it.
     """
     path = _found(name)
     if path is None:
-        # Not on top: benchmarks run without it, and look for themselves.
+        # Not at the top: benchmarks run without pytest.
         import pytest
 
         pytest.skip(f"{name} is not installed; on Debian: sudo apt-get install {PACKAGES[name]}")

@@ -1,4 +1,4 @@
-"""Time that jumps to the next timer when nobody has anything to do: no test waits for it."""
+"""Virtual time: it jumps to the next timer when no task can run, so that no test waits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class VirtualTimeLoop(asyncio.SelectorEventLoop):
-    """An event loop whose clock jumps to the next timer when nobody has anything to do."""
+    """An event loop whose clock jumps to the next timer when no task can run."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -28,7 +28,7 @@ class _JumpingSelector(selectors.SelectSelector):
     def select(self, timeout: float | None = None) -> Any:
         ready = super().select(0)
         if not ready and timeout is None:
-            raise AssertionError("everybody waits, and nothing will ever happen")
+            raise AssertionError("all tasks wait, and no timer is set")
         if not ready:
             self._loop.now += timeout or 0.0
         return ready
