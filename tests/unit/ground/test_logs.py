@@ -199,8 +199,8 @@ class TestLinesByAddress:
         assert all(self.written(lines, caused_by="a") for _ in range(100))
 
 
-#: What takes fields by their names, beside the `extra` of a logger's methods.
-BY_NAME = {"caused_by", "_log", "_say"}
+#: Functions that take fields as keyword arguments. Loggers take them as `extra`.
+BY_NAME = {"caused_by", "_log", "_log_limited"}
 
 
 def fields_in(call: ast.Call) -> set[str]:
