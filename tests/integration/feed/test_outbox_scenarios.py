@@ -130,7 +130,7 @@ async def test_serves_many_connections_at_once(
 
 
 @pytest.mark.parametrize("order", ["after the page was read", "before the page is read"])
-async def test_live_event_during_cutover_is_delivered_once(
+async def test_live_event_during_cutover_of_a_real_stream_is_delivered_once(
     run_server: RunServer, database: TestDatabase, monkeypatch: pytest.MonkeyPatch, order: str
 ) -> None:
     database.insert(10)
