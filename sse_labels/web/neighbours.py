@@ -36,3 +36,6 @@ class Neighbours:
     def yields(self, *, full: bool) -> bool:
         """Return whether another worker should accept the next connection."""
         return False
+
+    def accepted(self) -> None:
+        """Note that another worker accepted the connection for which this worker yielded."""

@@ -84,6 +84,13 @@ class Neighbours(neighbours.Neighbours):
         self._yielded_to = behind
         return True
 
+    def accepted(self) -> None:
+        """Yield again, also to the same workers: they are not stuck.
+
+        Otherwise a full worker would refuse the next client, although another worker has room.
+        """
+        self._yielded_to = {}
+
     @contextlib.asynccontextmanager
     async def answering(self) -> AsyncIterator[None]:
         """Answer the questions of other workers during the block."""

@@ -139,6 +139,10 @@ class Guard:
         full = self.open >= self._max_connections or self._streams_full()
         return self._neighbours.yields(full=full)
 
+    def others_accept(self) -> None:
+        """Note that the connection for which this worker paused was accepted by another one."""
+        self._neighbours.accepted()
+
     def give_back(self, key: str | None) -> None:
         """Stop counting a connection that ended."""
         self._count(-1)
@@ -217,14 +221,16 @@ class Acceptor:
         self._listener.close()
         await asyncio.gather(*self._handing_over)
 
-    def _accept(self, loop: asyncio.AbstractEventLoop) -> None:
-        for _ in range(ACCEPTS_AT_ONCE):
+    def _accept(self, loop: asyncio.AbstractEventLoop, paused: bool = False) -> None:
+        for accepted in range(ACCEPTS_AT_ONCE):
             if self._guard.yields():
                 self._pause_accepting(loop, YIELD_SECONDS)
                 return
             try:
                 self._accept_one(loop)
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                if paused and not accepted:
+                    self._guard.others_accept()
                 return
             except OSError as error:
                 log.error("nothing is accepted for a while", extra={"error": error})
@@ -233,7 +239,11 @@ class Acceptor:
 
     def _pause_accepting(self, loop: asyncio.AbstractEventLoop, seconds: float) -> None:
         loop.remove_reader(self._listener)
-        self._pause = loop.call_later(seconds, self.open, loop)
+        self._pause = loop.call_later(seconds, self._resume, loop)
+
+    def _resume(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.open(loop)
+        self._accept(loop, paused=True)
 
     def _accept_one(self, loop: asyncio.AbstractEventLoop) -> None:
         try:

@@ -79,6 +79,18 @@ class TestWhoAccepts:
         stuck.hold(1)
         assert one.yields(full=False)
 
+    def test_one_that_takes_each_connection_is_let_accept_again(
+        self, three: list[Neighbours]
+    ) -> None:
+        one, other, _ = three
+        one.hold(50)
+        other.hold(20)
+        assert one.yields(full=True)
+        # It took the connection, and lost another: it holds as many as before.
+        assert not one.yields(full=True)
+        one.accepted()
+        assert one.yields(full=True)
+
     def test_one_that_is_stuck_hides_nobody_who_is_behind(self, three: list[Neighbours]) -> None:
         one, _, new = three
         one.hold(50)

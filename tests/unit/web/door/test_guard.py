@@ -40,6 +40,7 @@ class Site:
     guard: Guard
     metrics: Metrics
     port: int = 0
+    listener: socket.socket | None = None
     #: What the streams wait for before they write once more and end.
     news: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -137,6 +138,7 @@ async def guarded(
     per_address: int = 10_000,
     request_seconds: float = PATIENCE_SECONDS,
     keepalive_seconds: float = PATIENCE_SECONDS,
+    neighbours: Neighbours | None = None,
 ) -> AsyncIterator[Site]:
     metrics = Metrics()
     made = Guard(
@@ -147,7 +149,7 @@ async def guarded(
         keepalive_seconds=keepalive_seconds,
         busy_retry_ms=lambda: 34567,
         head=lambda: 41,
-        neighbours=Neighbours(),
+        neighbours=neighbours or Neighbours(),
         streams_full=lambda: False,
     )
     site = Site(made, metrics)
@@ -157,7 +159,7 @@ async def guarded(
     await runner.setup()
     assert runner.server is not None
     with socket.create_server(("127.0.0.1", 0), backlog=4096) as listener:
-        site.port = listener.getsockname()[1]
+        site.listener, site.port = listener, listener.getsockname()[1]
         try:
             async with made.serving(runner.server, [listener]):
                 yield site
@@ -198,6 +200,44 @@ async def test_place_of_a_connection_that_ended_is_free_again() -> None:
             assert (await (await site.connect()).refusal(GET))[0] == 503
             await client.close()
             await site.until(lambda: site.guard.open == 0)
+
+
+async def test_full_worker_lets_another_one_accept_each_time_it_does() -> None:
+    taken: list[socket.socket] = []
+
+    class Other(Neighbours):
+        """A worker with room, which takes a connection when this one yields, or is stuck."""
+
+        stuck = yielded_to = False
+
+        def yields(self, *, full: bool) -> bool:
+            if not full or self.yielded_to:
+                return False
+            self.yielded_to = True
+            if not self.stuck:
+                assert site.listener is not None
+                with contextlib.suppress(BlockingIOError):
+                    taken.append(site.listener.accept()[0])
+            return True
+
+        def accepted(self) -> None:
+            self.yielded_to = False
+
+    other = Other()
+    async with guarded(max_connections=1, neighbours=other) as site:
+        clients = [await site.connect()]
+        assert (await clients[0].ask())[0] == 200
+        await site.until(lambda: not other.yielded_to)
+        for count in range(1, 4):
+            clients.append(await site.connect())
+            await site.until(lambda count=count: len(taken) == count and not other.yielded_to)
+        # Nobody waits for one that takes none.
+        other.stuck = True
+        for _ in range(2):
+            assert (await (await site.connect()).refusal(GET))[0] == 503
+            assert other.yielded_to
+        for each in (*clients, *taken):
+            await each.close() if isinstance(each, Client) else each.close()
 
 
 async def test_refused_event_source_is_told_to_come_back_later() -> None:
