@@ -156,7 +156,7 @@ def test_ozones_database_is_not_mirrored_into(empty_database: TestDatabase) -> N
 @pytest.mark.parametrize(
     ("wanted", "said"),
     [
-        ("wss://a.example", "DID=wss://…; or give --source-keys-file"),
+        ("wss://a.example", "DID=wss://…; or --source-keys-file"),
         ("{src}=wss://a.example", "DELETE FROM label_own_source WHERE src = '{src}'"),
     ],
     ids=["no source is named", "its source is published here"],

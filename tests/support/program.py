@@ -279,7 +279,8 @@ def _ports() -> Iterator[int]:
     # pytest-xdist has its own ports.
     kernels = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-    ours = [port for port in range(10_000, kernels) if port % 16 == worker % 16]
+    # Above 10080, the highest port that Chromium refuses to open (net/base/port_util.cc).
+    ours = [port for port in range(10_081, kernels) if port % 16 == worker % 16]
     random.SystemRandom().shuffle(ours)
     yield from ours
     yield from itertools.repeat(0)
