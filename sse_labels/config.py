@@ -39,6 +39,8 @@ SHARED = (
     "max_streams", "max_connections", "max_per_address", "backfill_max_reads",
     "publish_rate_labels", "log_lines_per_address",
 )  # fmt: skip
+#: Lines come in pairs, when a stream opens and when it closes.
+LEAST_SHARE = {"log_lines_per_address": 2}
 
 
 def setting(
@@ -276,12 +278,12 @@ class Settings:
     def of_one_worker(self) -> Settings:
         """Return the settings of one of `workers` processes, with its share of each limit.
 
-        A share is rounded down, and at least 1: all workers together exceed only a limit that is
-        below the number of workers.
+        A share is rounded down, and at least 1 (2 log lines): all workers together exceed only a
+        limit that is below the number of workers.
         """
         limits = {name: getattr(self, name) for name in SHARED}
         shares = {
-            name: max(1, limit // self.workers)
+            name: max(LEAST_SHARE.get(name, 1), limit // self.workers)
             for name, limit in limits.items()
             if limit is not None
         }  # fmt: skip

@@ -132,7 +132,7 @@ class Store:
     async def sequence_holders(self, connection: Connection) -> frozenset[str]:
         """Return the open virtual transactions that took an id."""
         rows = await connection.fetch("sequence_holders")
-        return frozenset(row[0] for row in rows)
+        return frozenset(transaction for (transaction,) in rows)
 
     async def commit_age(self, connection: Connection, seq: int) -> float | None:
         """Return the seconds since `seq` was committed; None when the time is not recorded."""
@@ -212,8 +212,9 @@ class Store:
             uris=list(filter.uris) if filter else [],
             prefixes=list(filter.uri_prefixes) if filter else [],
         )
-        last, looked_at = found[0][:2]
-        rows = self._rows(row[2:] for row in found if row[2] is not None)
+        # Each line has two facts of the window before the row; a line without a row has them alone.
+        last, looked_at, *_ = found[0]
+        rows = self._rows(row for _, _, *row in found if row[0] is not None)
         if len(rows) == limit:
             # The window may hold more matching rows: the next read starts after the last one.
             return Found(rows, rows[-1].seq)
@@ -292,7 +293,7 @@ class Store:
         share = max(1, URI_WINDOW // (len(filter.uris) + len(filter.uri_prefixes)))
         common = {"cursor": cursor, "limit": limit, "window": share, **selection}
         common |= self._filter_parameters(filter, head)
-        rows: list[tuple[Any, ...]] = []
+        rows: list[Row] = []
         end = head
         for prefix in filter.uri_prefixes:
             # Ozone's table has no index for prefixes.
@@ -302,22 +303,24 @@ class Store:
                 head_pattern=_like(prefix[:INDEXED_URI_CHARS]),
                 **common,
             )  # fmt: skip
-            if not (found and found[0][0]):
+            whole = found and found[0][0]
+            if not whole:
                 # Too many rows start with the prefix, and the index does not order them by id.
                 return await self._passing_after(
                     filter, cursor, head, limit, window=QUERY_WINDOW, **selection
                 )
-            rows += [row[1:] for row in found]
+            rows += self._rows(row for _, *row in found)
         if filter.uris:
             found = await self.database.fetch("query_exact", uris=list(filter.uris), **common)
-            end = min(head, head if found[0][0] is None else found[0][0])
-            rows += [row[1:] for row in found]
+            last, *_ = found[0]
+            end = head if last is None else min(head, last)
+            rows += self._rows(row for _, *row in found)
         # Each block returned its first `limit` rows. The first `limit` of all are among them.
-        once = {row[0]: row for row in rows if row[0] is not None and row[0] <= end}
-        first = self._rows(once[seq] for seq in sorted(once)[:limit])
+        once = {row.seq: row for row in rows if row.seq is not None and row.seq <= end}
+        first = [once[seq] for seq in sorted(once)[:limit]]
         return Found(first, first[-1].seq if len(first) == limit else end)
 
-    def _rows(self, found: Iterable[tuple[Any, ...]]) -> list[Row]:
+    def _rows(self, found: Iterable[Iterable[Any]]) -> list[Row]:
         """Return the rows as `Row`. In Ozone's table a false `neg` means that none was stated."""
         rows = list(map(Row._make, found))
         if not self.schema.attached:

@@ -391,6 +391,8 @@ def test_each_worker_gets_its_share_of_limits_rounded_down_and_at_least_one() ->
     assert (share.max_streams, share.backfill_max_reads) == (3750, 1)
     # A request of so many labels is one worker's.
     assert share.publish_burst_labels == 100
+    # Fewer than two would write no stream's lines, which come in pairs.
+    assert Settings(workers=40, log_lines_per_address=60).of_one_worker().log_lines_per_address == 2
     # Of no limit each has none.
     assert Settings(workers=4).of_one_worker().publish_rate_labels is None
     assert Settings().of_one_worker() == Settings()
