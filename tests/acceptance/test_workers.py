@@ -266,12 +266,13 @@ async def test_all_workers_together_hold_no_more_than_the_limits(database: TestD
             async with asyncio.timeout(20):
                 while True:
                     answers = [await get(f"{url}/health/live") for _ in range(4)]
-                    if all(answer.status_code == 503 for answer in answers):
+                    # Ten places are left of 16. A full worker may refuse some while the other one
+                    # is busy, so four refusals alone do not say that both are full.
+                    if len(idle) >= 10 and all(answer.status_code == 503 for answer in answers):
                         break
                     # One that was refused meanwhile holds nothing, so there may be more than fit.
                     idle.append((await asyncio.open_connection(*address_of(url)))[1])
                     stack.callback(idle[-1].close)
-            assert len(idle) >= 8
             assert "8 connections are open" in answers[0].json()["message"]
             for writer in idle:
                 writer.close()
