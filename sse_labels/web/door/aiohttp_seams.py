@@ -7,6 +7,7 @@ Each part stands here once. Its docstring says what breaks when aiohttp changes 
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -38,7 +39,7 @@ class HeadWithBody(LongAnswer):
     _send_headers_immediately = False
 
 
-class Protocol(web.RequestHandler):
+class Protocol(web.RequestHandler, ABC):
     """aiohttp's protocol of one connection, with methods that subclasses override.
 
     aiohttp documents the parameters of `__init__` for `AppRunner` only. If aiohttp changes them,
@@ -67,9 +68,9 @@ class Protocol(web.RequestHandler):
     def answer_began(self) -> None:
         """Note that a handler has returned an answer that is not a long one."""
 
+    @abstractmethod
     def answer_to_no_request(self, error: BaseException | None) -> web.Response:
         """Return the answer to bytes that cannot be parsed as a request."""
-        raise NotImplementedError
 
     def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
