@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 
 from aiohttp import hdrs, web
@@ -89,16 +89,15 @@ class StreamHandler:
         try:
             start = await self._start(asked)
             if request.method == hdrs.METH_HEAD:
-                return await self._head(request, start)
+                return await self._head(request)
             stream = self._let_in(request, grant, asked, start)
         except (TooManyConnections, TooManyFromAddress, NotReady, EpochChanged) as error:
             # A browser treats every status except 200 as final, and never reconnects.
             if "text/event-stream" in request.headers.get(hdrs.ACCEPT, ""):
                 return await self._busy(request, error, asked)
             raise
-        opening, headers = self._opening(start)
-        answer = partial(EventStream, opening=opening)
-        return await self._answer(request, stream, start, headers, answer)
+        answer = partial(EventStream, opening=self._opening(start))
+        return await self._answer(request, stream, start, answer)
 
     async def subscribe(self, request: web.Request) -> web.StreamResponse:
         """Return the requested WebSocket, or the event stream when there is no upgrade."""
@@ -117,9 +116,8 @@ class StreamHandler:
             return await self._refuse(request, error, final=True)
         except (TooManyConnections, TooManyFromAddress, NotReady) as error:
             return await self._refuse(request, error, final=False)
-        _, headers = self._opening(start)
         answer = partial(LabelSocket, messages=self._messages)
-        return await self._answer(request, stream, start, headers, answer)
+        return await self._answer(request, stream, start, answer)
 
     def _asked(self, request: web.Request, grant: Grant) -> Asked:
         """Return what is asked for, within the grant. Raises InvalidRequest or Forbidden."""
@@ -185,7 +183,6 @@ class StreamHandler:
         request: web.Request,
         stream: OpenStream,
         start: int,
-        headers: Mapping[str, str],
         answer: Callable[..., EventStream | LabelSocket],
     ) -> web.StreamResponse:
         """Begin the answer. A begun answer itself reports the end of the stream."""
@@ -194,7 +191,7 @@ class StreamHandler:
             response = answer(
                 request, stream.outbox, self._metrics, self._settings, start=start, ended=ended
             )
-            response.headers.update(headers)
+            response.headers.update(self._headers())
             await response.prepare(request)
         except BaseException:
             ended("ClientGone")
@@ -202,28 +199,32 @@ class StreamHandler:
         # From here on nothing awaits until aiohttp calls `write_eof`.
         return response
 
-    def _opening(self, start: int) -> tuple[bytes, dict[str, str]]:
-        """Return the first block, and headers: `EventSource` hides those from a page."""
-        head, epoch = self._sequencer.head, self._sequencer.epoch
-        block = encode_opening(
+    def _headers(self) -> dict[str, str]:
+        """Return what every stream's head says beside `HEADERS`."""
+        headers = {
+            "Sse-Labels-Head": str(self._sequencer.head),
+            "Sse-Labels-Epoch": self._sequencer.epoch or "",
+        }
+        if self._auth.protected:
+            # A shared cache must not keep an answer whose token was in a cookie or URL.
+            headers[hdrs.CACHE_CONTROL] = "no-store, no-transform"
+        return headers
+
+    def _opening(self, start: int) -> bytes:
+        """Return the first block. It repeats headers, which `EventSource` hides from a page."""
+        return encode_opening(
             retry_ms(self._settings),
             start,
             f"streaming what comes after {start}",
             cursor=start,
-            head=head,
-            epoch=epoch,
+            head=self._sequencer.head,
+            epoch=self._sequencer.epoch,
             heartbeatSeconds=self._settings.heartbeat_seconds,
         )
-        headers = {"Sse-Labels-Head": str(head), "Sse-Labels-Epoch": epoch or ""}
-        if self._auth.protected:
-            # A shared cache must not keep an answer whose token was in a cookie or URL.
-            headers[hdrs.CACHE_CONTROL] = "no-store, no-transform"
-        return block, headers
 
-    async def _head(self, request: web.Request, start: int) -> web.StreamResponse:
+    async def _head(self, request: web.Request) -> web.StreamResponse:
         """Answer HEAD with the headers of a stream, without opening one."""
-        _, headers = self._opening(start)
-        response = web.StreamResponse(headers=HEADERS | headers)
+        response = web.StreamResponse(headers=HEADERS | self._headers())
         await response.prepare(request)
         await response.write_eof()
         return response
