@@ -274,6 +274,13 @@ class TestOpenTransactions:
         expect(finding, Verdict.WARNING, seen, "roll it back")
 
 
+#: The locks that mirrors hold while they follow.
+HELD_LOCKS = (
+    "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND database = "
+    "(SELECT oid FROM pg_database WHERE datname = current_database())"
+)
+
+
 class TestUpstreams:
     async def test_one_that_nobody_follows_is_a_warning(self, database: TestDatabase) -> None:
         async with labeler() as upstream:
@@ -281,6 +288,8 @@ class TestUpstreams:
             async with mirroring(database, upstream.url) as mirror:
                 await until(lambda: mirror.cursor == 1)
                 expect(await found(database.dsn, "upstreams"), Verdict.OK, "its seq 1,", "")
+            # PostgreSQL ends a session, and frees its lock, a moment after the client has left.
+            await until(lambda: not database.execute(HELD_LOCKS))
             finding = await found(database.dsn, "upstreams")
         expect(finding, Verdict.WARNING, "nobody follows it", upstream.url)
 
